@@ -1,0 +1,50 @@
+"""Layouts: where a ragged batch keeps its keys and values, and how it forgets rejected tokens.
+
+One file a layout; all answer to the same four verbs (``Layout``) and pass the same tests. Which one runs is
+chosen by ``check.py`` from what ``facts.py`` says and from a self-check on the live batch.
+Knows nothing of proposals or verification. Read next: ``columns.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+class Layout(Protocol):
+    """A model with a cache of some kind; B rows. ``columns`` count tokens of a row, padding included."""
+
+    name: str
+    forwards: int
+
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """Feed the whole prompt (B, P); return the scores of its last column, (B, 1, V)."""
+        ...
+
+    def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
+        """Feed what is missing of every row; return the scores of ``count`` columns a row.
+
+        Args:
+            tokens: (B, capacity) the rows.
+            lengths: (B,) columns of each row that shall be fed.
+            first: (B,) the first column whose scores are wanted.
+            count: scores wanted a row; those past a row's length are meaningless.
+
+        Returns:
+            (B, count, V), in the model's dtype.
+        """
+        ...
+
+    def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
+        """Forget every column from ``kept[b]`` (B,) on; rows that are not ``live`` keep nothing of worth."""
+        ...
+
+    def settle(self, columns: int) -> None:
+        """Columns below this one are final: no later ``rewind`` goes behind them."""
+        ...
+
+    def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """(B,) guesses a row of ``lengths`` columns can have scored in the next forward."""
+        ...

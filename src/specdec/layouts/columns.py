@@ -1,0 +1,231 @@
+"""Columns: the universal layout. transformers' own cache, mask and positions; one column for all rows.
+
+The cache holds columns 0..C-1 of every row, C being what the slowest live row has committed. A row that is
+ahead feeds its own committed tokens again from column C on, then its guesses; a shorter row is filled up on
+the right with whatever stands in the buffer, which causality hides and the next rewind drops. So column j of
+row b holds exactly what plain ``generate()`` has there, padding included, and every model sees the inputs it
+would build itself: nothing is registered, nothing patched.
+
+Three ways to forget, by what the cache can do:
+* attention layers are cropped;
+* recurrent and convolution states cannot be cropped: a snapshot is kept at column C and put back, and the
+  next forward feeds the tokens committed since before its guesses (``Snapshots``);
+* nothing can be forgotten: one-token steps only (``reach`` is 0), the layout called "plain".
+
+Knows nothing of proposals or verification. Read next: ``snapshot.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationMixin
+
+from specdec.layouts.snapshot import Snapshots
+
+# a row further ahead of the slowest one than this guesses nothing until that one has caught up
+LEAD = 6
+# a snapshot further behind than this is brought up by a forward pass of its own
+STRETCH = 12
+CACHE_NAMES = ("past_key_values", "cache_params", "state")
+
+
+class Columns:
+    """See the file's text. ``kwargs`` is what ``generate()`` prepared for the model's first forward."""
+
+    def __init__(self, model: Any, kwargs: dict[str, Any], config: Any) -> None:
+        """Wrap ``model``; it takes one-token steps until told to ``become`` something else.
+
+        Args:
+            model: the Hugging Face model, as ``generate()`` handed it over.
+            kwargs: model inputs beside the ids; the dictionary is copied, the cache in it is used.
+            config: the prepared ``GenerationConfig``, read by the model's own prefill.
+        """
+        self.model = model
+        self.forwards = 0
+        self._kwargs = dict(kwargs)
+        self._config = config
+        self._encoder_decoder = bool(model.config.is_encoder_decoder)
+        update = type(model)._update_model_kwargs_for_generation
+        # an override may know one new token only (mllama's cross-attention mask): then go one by one
+        self._stepwise = update is not GenerationMixin._update_model_kwargs_for_generation
+        self._snapshots: Snapshots | None = None
+        self._columns = 0  # columns that ``_kwargs`` describes; the cache may hold more until a rewind
+        self._fed = 0  # columns in the cache
+        self._outputs: Any = None
+        self._fed_kwargs = self._prompt_kwargs = self._kwargs
+        self._prompt_outputs: Any = None
+        self.become("nothing")
+
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """Feed the whole prompt (B, P) the model's own way; scores of its last column, (B, 1, V)."""
+        self._outputs = self.model._prefill(prompt, self._config, self._kwargs)
+        self.forwards += 1
+        self._columns = self._fed = int(prompt.shape[1])
+        self._take_cache()
+        self._prompt_kwargs, self._prompt_outputs = self._kwargs, self._outputs
+        return self._scores(1)
+
+    def go_back(self, cache: Any, columns: int) -> None:
+        """Stand behind the prompt again, one-token steps only, with ``cache`` as it was there."""
+        self.become("nothing")
+        self._kwargs = dict(self._prompt_kwargs)
+        self._outputs = self._prompt_outputs
+        self._fed = self._columns = columns
+        self._put_cache(cache)
+
+    def become(self, forget: str, wide: bool = True) -> Columns:
+        """Change the way to forget; allowed when the cache holds exactly the committed columns.
+
+        Args:
+            forget: "crop", "snapshot" or "nothing".
+            wide: feed several tokens a forward; False feeds one after the other.
+        """
+        self.name = {"crop": "columns", "snapshot": "columns+snapshot", "nothing": "plain"}[forget]
+        self._forget, self._wide, self._snapshots = forget, wide, None
+        cache = self.cache
+        if forget == "crop" and isinstance(cache, Cache):
+            # only now: while it records, a sliding layer keeps every column, a whole prompt's too
+            cache.activate_past_recording()
+        if forget == "snapshot":
+            self._snapshots = Snapshots(cache)
+        return self
+
+    @property
+    def cache(self) -> Any:
+        """The model's cache, whatever it is called, or None."""
+        return next((self._kwargs[n] for n in CACHE_NAMES if self._kwargs.get(n) is not None), None)
+
+    @property
+    def describes(self) -> dict[str, Any]:
+        """The model inputs for the columns in the cache, for a layout that takes over."""
+        return self._kwargs
+
+    def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
+        """See ``Layout.forward``."""
+        upto = int(lengths.max())
+        if self._wide or upto == self._fed + 1:
+            start = self._fed
+            scores = self._feed(tokens, upto)
+        else:
+            start = self._fed
+            steps = [self._feed(tokens, column) for column in range(self._fed + 1, upto + 1)]
+            scores = torch.cat(steps, dim=1)
+        lowest = int(first.min())
+        if lowest == int(first.max()):
+            scores = scores[:, lowest - start : lowest - start + count]
+            missing = count - scores.shape[1]
+            return torch.nn.functional.pad(scores, (0, 0, 0, missing)) if missing else scores
+        picked = torch.from_numpy(first - start).to(scores.device)[:, None]
+        picked = picked + torch.arange(count, device=scores.device)
+        picked = picked.clamp(max=scores.shape[1] - 1)
+        return scores.gather(1, picked[..., None].expand(-1, -1, scores.shape[-1]))
+
+    def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
+        """See ``Layout.rewind``."""
+        target = min(int(kept[live].min()), self._fed) if live.any() else self._fed
+        if self._forget == "crop":
+            if isinstance(self.cache, Cache):
+                # also by 0: sliding layers then drop what they recorded
+                self.cache.crop(target - self._fed)
+            self._fed = target
+        elif target < self._fed and self._snapshots is not None:
+            self._put_cache(self._snapshots.put_back())
+            self._fed = self._columns
+        elif target < self._fed:
+            raise RuntimeError("the plain layout cannot forget; this is a bug in specdec")
+
+    def settle(self, columns: int) -> None:
+        """See ``Layout.settle``."""
+        if columns <= self._columns:
+            return
+        if self._forget == "crop":
+            self._kwargs = self._described(columns - self._columns)
+            self._columns = columns
+        elif columns >= self._fed:
+            # a snapshot stays where it is until everything that was fed is final
+            self._kwargs, self._columns = self._fed_kwargs, self._fed
+            if self._snapshots is not None:
+                self._snapshots.drop()
+
+    def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """See ``Layout.reach``."""
+        if self._forget == "nothing" or not self._wide:
+            return np.zeros_like(lengths)
+        if not live.any():
+            return np.zeros_like(lengths)
+        far = lengths - int(lengths[live].min()) > LEAD
+        return np.where(far, 0, np.iinfo(np.int64).max)
+
+    def _feed(self, tokens: Tensor, upto: int) -> Tensor:
+        """One forward pass over columns ``_fed``..``upto`` - 1; their scores."""
+        width = upto - self._columns
+        if self._snapshots is not None and not self._snapshots.taken:
+            self._snapshots.take()
+        kwargs = self._described(width)
+        fresh = upto - self._fed
+        cached = kwargs.get("use_cache", True) and self._has_cache()
+        inputs = self.model.prepare_inputs_for_generation(
+            tokens[:, :upto], next_sequence_length=fresh if cached else None, **kwargs
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = fresh  # several models set 1 there by themselves
+        self._outputs = self.model(**inputs, return_dict=True)
+        self.forwards += 1
+        self._fed = upto
+        self._fed_kwargs = kwargs
+        self._take_cache()
+        return self._scores(fresh)
+
+    def _described(self, width: int) -> dict[str, Any]:
+        """Model inputs for ``width`` columns more than ``_kwargs`` describes."""
+        kwargs = dict(self._kwargs)
+        for step in [1] * width if self._stepwise else [width] * (width > 0):
+            kwargs = self.model._update_model_kwargs_for_generation(
+                self._outputs,
+                kwargs,
+                is_encoder_decoder=self._encoder_decoder,
+                num_new_tokens=step,
+            )
+        return kwargs
+
+    def catch_up(self, tokens: Tensor, kept: np.ndarray, live: np.ndarray) -> None:
+        """Bring a snapshot that is far behind up to the slowest row, by a forward pass without guesses."""
+        if self._snapshots is None or not live.any():
+            return
+        target = int(kept[live].min())
+        if target - self._fed > STRETCH:
+            lengths = np.full_like(kept, target)
+            self.forward(tokens, lengths, lengths - 1, 1)
+            self.settle(target)
+
+    def _has_cache(self) -> bool:
+        names = (*CACHE_NAMES, "mems", "past_buckets_states")
+        return any(self._outputs.get(name) is not None for name in names)
+
+    def _take_cache(self) -> None:
+        for name in CACHE_NAMES:
+            if self._outputs.get(name) is not None:
+                self._kwargs[name] = self._outputs[name]
+
+    def _put_cache(self, cache: Any) -> None:
+        """Go on with ``cache``: the next inputs are built from the last outputs and from the kwargs."""
+        for name in CACHE_NAMES:
+            if self._kwargs.get(name) is not None:
+                self._kwargs[name] = cache
+            if self._outputs.get(name) is not None:
+                self._outputs = copy.copy(self._outputs)
+                self._outputs[name] = cache
+
+    def _scores(self, columns: int) -> Tensor:
+        scores: Tensor = self._outputs.logits
+        if scores.shape[1] < columns:
+            raise RuntimeError(
+                f"{type(self.model).__name__} returned {scores.shape[1]} scores for {columns} tokens"
+            )
+        return scores[:, -columns:]
+

@@ -1,0 +1,80 @@
+"""What is known of architectures that no short check can see.
+
+A self-check on a few tokens cannot see what begins past its own length (a window, a boundary of the
+positions), nor a difference below the noise of low precision. Such cases are decided here, from the config;
+each with its cause. Measured over the architectures of transformers 5.23. Read next: ``check.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+# model_type -> why several tokens in one cached forward differ from one-token steps
+ONE_TOKEN_ONLY = {
+    "recurrent_gemma": "its recurrent state lives in the modules and several tokens count as a prompt",
+    "zamba2": "its chunked scan clamps the time step, its one-token step does not",
+    "nemotron_h": "its chunked scan clamps the time step, its one-token step does not",
+    "nemotron_h_omni": "its chunked scan clamps the time step, its one-token step does not",
+    "voxtral_realtime": "every step consumes one piece of audio",
+    "parakeet_rnnt": "every step moves the encoder's frame pointer",
+    "parakeet_tdt": "every step moves the encoder's frame pointer",
+    "nemotron_asr_streaming": "every step moves the encoder's frame pointer",
+}
+# model_type -> its window is honoured by one-token steps only, because the mask is a full causal one
+UNMASKED_WINDOW = {"moshi", "moshi_depth"}
+
+
+def one_token_reason(model: Any, prompt_length: int, max_length: int) -> str:
+    """Why ``model`` may only take one-token steps on this call; "" when nothing speaks against more.
+
+    Args:
+        model: the model, its config is read.
+        prompt_length: columns of the prompt.
+        max_length: columns that a row may reach.
+    """
+    for config in _configs(model.config):
+        kind = getattr(config, "model_type", "")
+        if kind in ONE_TOKEN_ONLY:
+            return ONE_TOKEN_ONLY[kind]
+        window = getattr(config, "sliding_window", None)
+        if kind in UNMASKED_WINDOW and window is not None and max_length > window:
+            return f"it masks no window in a forward of several tokens, and the text may pass {window}"
+        reason = _rope_reason(config, prompt_length, max_length)
+        if reason:
+            return reason
+    return ""
+
+
+def _rope_reason(config: Any, prompt_length: int, max_length: int) -> str:
+    """Rotary frequencies that depend on how long the text of the same forward is."""
+    for rope in _ropes(config):
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        limit = getattr(config, "max_position_embeddings", None)
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind == "dynamic" and limit is not None and max_length > limit:
+            return f"dynamic rotary frequencies change with the length past {limit}"
+        boundary = original or limit
+        if kind == "longrope" and boundary is not None and prompt_length <= boundary < max_length:
+            return f"longrope changes its frequencies for a whole forward at {boundary}"
+    return ""
+
+
+def _ropes(config: Any) -> Iterator[dict[str, Any]]:
+    """The rotary parameters of a config: one set, or one set for each kind of layer."""
+    for name in ("rope_parameters", "rope_scaling"):
+        value = getattr(config, name, None)
+        if isinstance(value, dict):
+            yield value
+            yield from (inner for inner in value.values() if isinstance(inner, dict))
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A config and its parts."""
+    yield config
+    for name in getattr(config, "sub_configs", None) or {}:
+        part = getattr(config, name, None)
+        if part is not None:
+            yield from _configs(part)

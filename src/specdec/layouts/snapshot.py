@@ -1,0 +1,83 @@
+"""Snapshots: a cache as it was at one column, for states that no crop brings back.
+
+``crop`` of transformers leaves a recurrent state advanced, without an error (huggingface/transformers#49036),
+so we keep what a layer held before the guesses and put it back. Recurrent and convolution states are written
+in place and must be copied; keys and values are replaced by every update, so holding on to the old tensors is
+enough. A cache of a kind unknown to us is copied whole. Knows no model. Read next: ``check.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+REPLACED_BY_UPDATE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+
+
+class Snapshots:
+    """A copy of a cache at one column, and the way back to it."""
+
+    def __init__(self, cache: Any) -> None:
+        """Look at the layers of ``cache``: either all are known, or the whole of it will be copied."""
+        self.cache = cache
+        self.taken = False
+        self._states: list[dict[str, Any]] = []
+        self._whole: Any = None
+        inner = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        layers = inner.layers if isinstance(inner, Cache) else []
+        known = [
+            type(layer) in REPLACED_BY_UPDATE or isinstance(layer, LinearAttentionCacheLayerMixin)
+            for layer in layers
+        ]
+        self._layers = layers if known and all(known) else []
+
+    def take(self) -> None:
+        """Keep the states as they are now."""
+        if self._layers:
+            self._states = [_held(layer, vars(layer)) for layer in self._layers]
+        else:
+            self._whole = copy.deepcopy(self.cache)
+        self.taken = True
+
+    def drop(self) -> None:
+        """The states of now are the ones to go on with."""
+        self._states, self._whole, self.taken = [], None, False
+
+    def put_back(self) -> Any:
+        """Go back to where the copy was taken, and keep it; returns the cache to go on with."""
+        if not self._layers:
+            self.cache = copy.deepcopy(self._whole)
+            return self.cache
+        for layer, states in zip(self._layers, self._states, strict=True):
+            for name, value in _held(layer, states).items():
+                setattr(layer, name, value)
+        return self.cache
+
+
+def _held(layer: Any, attributes: dict[str, Any]) -> dict[str, Any]:
+    """``attributes`` of a layer, copied where the layer writes into them."""
+    if type(layer) in REPLACED_BY_UPDATE:
+        return dict(attributes)
+    return {
+        name: value if name in ("keys", "values") else _copy(value)
+        for name, value in attributes.items()
+    }
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    return value

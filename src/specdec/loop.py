@@ -1,0 +1,134 @@
+"""The rounds: guess, score, verify, commit, forget. The heart of the library; the rest serves these lines.
+
+A *proposer* guesses the next few tokens of every row. The *target* scores all guesses in one forward pass.
+``verify`` keeps what may be kept and draws one more token, so that what comes out is distributed exactly as
+if the target had written every token itself. The cache forgets what was not kept. Repeat.
+
+The loop is a generator of ``Round``: streaming, statistics, early stop and tests are its consumers. Apart from
+the round's one copy (``State.commit``) nothing in it waits for the device.
+Knows no option of ``generate()``. Read next: ``verify/__init__.py``, then ``scorer.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.errors import InvalidProposal
+from specdec.length import DraftLength
+from specdec.lockstep import verify_in_lockstep
+from specdec.processing import Processing
+from specdec.proposers import Proposer
+from specdec.records import Proposal, Round, Stats
+from specdec.sampling import Sampling
+from specdec.scorer import Scorer
+from specdec.state import State
+
+
+def decode(
+    state: State,
+    target: Scorer,
+    proposer: Proposer,
+    length: DraftLength,
+    processing: Processing,
+    sampling: Sampling,
+    stats: Stats,
+    *,
+    keep_logits: bool = False,
+) -> Iterator[Round]:
+    """Yield rounds until every row has ended. Rows may also be ended from outside, between rounds."""
+    observe: Callable[[Round], None] | None = getattr(proposer, "observe", None)
+    clock = perf_counter
+    proposal = Proposal.empty(state.batch, state.device)
+    start = clock()
+    logits = target.prefill(state.tokens[:, : state.prompt_length], speculate=length.most > 0)
+    stats.seconds_scoring += clock() - start
+    while True:
+        start = clock()
+        accepted, next_token, scores = _verify(logits, state, proposal, processing, sampling)
+        round_ = state.commit(proposal, accepted, next_token, scores, logits if keep_logits else None)
+        stats.count(round_)
+        length.observe(round_)
+        if observe is not None:
+            observe(round_)
+        stats.seconds_verifying += clock() - start
+        yield round_
+        if state.done:
+            return
+        start = clock()
+        target.rollback(state.tokens, round_.before + _kept(round_), state.live)
+        limits = _limits(state, target, length.next(), processing.in_lockstep)
+        scored = clock()
+        proposal = _checked(proposer.propose(state, limits), state, limits)
+        drafted = clock()
+        state.write_guesses(proposal)
+        logits = target.score(
+            state.tokens,
+            state.lengths + proposal.lengths,
+            state.lengths - 1,
+            proposal.tokens.shape[1] + 1,
+        )
+        stats.seconds_drafting += drafted - scored
+        stats.seconds_scoring += clock() - drafted + scored - start
+
+
+def _verify(
+    logits: Tensor, state: State, proposal: Proposal, processing: Processing, sampling: Sampling
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(accepted, next token, processed scores) for the target's ``logits`` (B, K + 1, V)."""
+    if processing.in_lockstep:
+        return verify_in_lockstep(logits.float(), state, proposal, processing, sampling)
+    scores = processing.target(logits, state.tokens, state.lengths)
+    submitted = torch.from_numpy(np.where(state.live, proposal.lengths, 0)).to(state.device)
+    positions = state.device_lengths - state.prompt_length
+    accepted, next_token = sampling.verify(
+        scores, proposal.tokens, submitted, proposal.logits, positions
+    )
+    return accepted, next_token, scores
+
+
+def _kept(round_: Round) -> np.ndarray:
+    """(B,) columns of the round that were fed and are final: the last token fed before it, and kept guesses."""
+    kept: np.ndarray = np.minimum(round_.accepted, np.maximum(round_.counts, 0))
+    return kept
+
+
+def _limits(state: State, target: Scorer, most: int, in_lockstep: bool) -> np.ndarray:
+    """(B,) guesses that each row may submit: the draft length, cut to the room left and the layout's reach."""
+    limits = np.minimum(np.minimum(state.room(), target.reach(state.lengths, state.live)), most)
+    if in_lockstep:
+        limits = np.where(state.live, limits[state.live].min(), 0)
+    return limits
+
+
+def _checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:
+    """A foreign proposal, looked at from outside: shapes, lengths, dtypes; its values are the verifier's."""
+    tokens, lengths, logits = proposal.tokens, np.asarray(proposal.lengths), proposal.logits
+    if tokens.ndim != 2 or tokens.shape[0] != state.batch or tokens.dtype != torch.int64:
+        raise InvalidProposal(
+            f"a proposer returned tokens of shape {tuple(tokens.shape)} and {tokens.dtype}; "
+            f"wanted is ({state.batch}, K) and torch.int64"
+        )
+    if lengths.shape != (state.batch,) or (lengths < 0).any() or (lengths > tokens.shape[1]).any():
+        raise InvalidProposal(
+            f"a proposer returned lengths {lengths.tolist()} for tokens of shape {tuple(tokens.shape)}; "
+            f"wanted are {state.batch} numbers from 0 to {tokens.shape[1]}"
+        )
+    if logits is not None and logits.shape[:2] != tokens.shape:
+        raise InvalidProposal(
+            f"a proposer returned logits of shape {tuple(logits.shape)} for tokens of shape "
+            f"{tuple(tokens.shape)}; wanted is one row of scores for each guess, or None"
+        )
+    if (lengths > limits).any():
+        lengths = np.minimum(lengths, limits)
+    if len(lengths) and int(lengths.max()) < tokens.shape[1]:
+        width = int(lengths.max())
+        tokens = tokens[:, :width]
+        logits = None if logits is None else logits[:, :width]
+    if tokens is proposal.tokens and lengths is proposal.lengths:
+        return proposal
+    return Proposal(tokens, lengths, logits)

@@ -1,0 +1,203 @@
+"""Options: what is refused, by name, before any work is done; and what the door of ``generate()`` would drop.
+
+Every argument of ``generate()`` is either honoured (then it is not named here), or refused with what to do
+instead. Knows nothing of rounds. Read next: ``loop.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
+from specdec.proposers import Nothing
+from specdec.proposers.draft_model import DraftModel
+from specdec.proposers.ngram import NGram
+from specdec.sampling import VERIFICATIONS
+from specdec.scorer import LAYOUTS
+
+PLAIN = "call target.generate() for it"
+OURS = "drafting is what SpeculativeGenerator does; set `draft` and `num_draft_tokens` there"
+# names of arguments and config fields that are refused when they hold something
+REFUSED = {
+    "assistant_model": OURS,
+    "prompt_lookup_num_tokens": "give draft='ngram' to SpeculativeGenerator",
+    "assistant_early_exit": OURS,
+    "use_mtp": OURS,
+    "custom_generate": "SpeculativeGenerator is one itself; " + PLAIN,
+    "synced_gpus": PLAIN,
+    "past_key_values": "give the whole conversation as input_ids, or " + PLAIN,
+    "inputs_embeds": "give input_ids, or " + PLAIN,
+    "cache_implementation": "the library keeps its own cache; leave it unset, or " + PLAIN,
+    "token_healing": "heal the prompt before the call, or " + PLAIN,
+    "output_attentions": PLAIN,
+    "output_hidden_states": PLAIN,
+    "constraints": PLAIN,
+    "force_words_ids": PLAIN,
+    "penalty_alpha": PLAIN,
+    "dola_layers": PLAIN,
+    "compile_config": "leave it unset; the loop is not compiled yet",
+}
+OUTPUTS = ("output_attentions", "output_hidden_states")
+
+
+def check_constructor(target: Any, num_draft_tokens: Any, verification: Any, layout: Any) -> None:
+    """Refuse arguments of ``SpeculativeGenerator`` that do not exist or are out of range."""
+    if not hasattr(target, "generate") or not hasattr(target, "config"):
+        raise UnsupportedModel(
+            f"the target is a {type(target).__name__}; wanted is a Hugging Face model with generate()"
+        )
+    if not isinstance(num_draft_tokens, int) or isinstance(num_draft_tokens, bool) or num_draft_tokens < 0:
+        raise InvalidInput(
+            f"num_draft_tokens={num_draft_tokens!r}; give a whole number >= 0 (0 decodes plainly)"
+        )
+    if verification not in VERIFICATIONS:
+        raise InvalidInput(f"verification={verification!r} does not exist; use one of {VERIFICATIONS}")
+    if layout not in LAYOUTS:
+        raise InvalidInput(f"layout={layout!r} does not exist; use one of {LAYOUTS}")
+
+
+def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> Any:
+    """The proposer that ``draft`` names; a model is checked against the target first."""
+    if draft is None:
+        return Nothing()
+    if isinstance(draft, str):
+        if draft != "ngram":
+            raise InvalidInput(
+                f"draft={draft!r} is no known proposer; use 'ngram', a model, a Proposer or None"
+            )
+        return NGram()
+    if hasattr(draft, "propose") or hasattr(draft, "begin"):
+        return draft
+    if not hasattr(draft, "generate") or not hasattr(draft, "config"):
+        raise UnsupportedModel(
+            f"the draft is a {type(draft).__name__}; wanted is a Hugging Face model, an object with "
+            "propose(state, limits), 'ngram' or None"
+        )
+    if draft.config.is_encoder_decoder != target.config.is_encoder_decoder:
+        raise UnsupportedModel(
+            "draft and target must both be decoder-only or both be encoder-decoder models; "
+            f"{type(draft).__name__} and {type(target).__name__} are not"
+        )
+    _check_vocabularies(target, draft, tokenizer, draft_tokenizer)
+    return DraftModel(draft)
+
+
+def _check_vocabularies(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> None:
+    """Same token ids, by the tokenizers where given, else by sizes.
+
+    Scores are often padded to a round number of rows (Qwen2.5: 151936 or 152064 for the same tokenizer), so
+    sizes may differ by a little; ids past the smaller one are never guessed.
+    """
+    if tokenizer is not None and draft_tokenizer is not None:
+        ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+        other = [t for t, i in theirs.items() if ours.get(t, i) != i]
+        missing = len(ours.keys() - theirs.keys())
+        if other or missing > 0.01 * len(ours):
+            raise VocabularyMismatch(
+                f"the tokenizers differ: {len(other)} tokens have another id and {missing} of the target's "
+                f"{len(ours)} are unknown to the draft; give a draft of the same family"
+            )
+        return
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (target, draft)]
+    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
+        raise VocabularyMismatch(
+            f"the target has {sizes[0]} token ids and the draft {sizes[1]}; they must share their ids. Give a "
+            "draft of the same family, or pass `tokenizer` and `draft_tokenizer` if they do share them"
+        )
+
+
+def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
+    """Refuse what is not honoured, wherever it is set: argument, given config, the model's own config."""
+
+    def value(name: str) -> Any:
+        for source in (given, config, target.generation_config):
+            found = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+            if found is not None:
+                return found
+        return None
+
+    for name, instead in REFUSED.items():
+        if name in OUTPUTS and not value("return_dict_in_generate"):
+            continue  # plain generate() ignores these flags without the dictionary
+        if value(name) not in (None, False):
+            raise UnsupportedOption(name, instead)
+    if (value("num_beams") or 1) > 1:
+        raise UnsupportedOption("num_beams", "beam search is not speculative; " + PLAIN)
+
+
+def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -> None:
+    """Refuse prompts that plain ``generate()`` would only warn about."""
+    if target.config.is_encoder_decoder:
+        return
+    ids = inputs if inputs is not None else given.get("input_ids")
+    if not isinstance(ids, Tensor):
+        return
+    if ids.ndim != 2:
+        raise InvalidInput(
+            f"input_ids has shape {tuple(ids.shape)}; wanted is (batch, length), e.g. a tokenizer's output "
+            "with return_tensors='pt'"
+        )
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise InvalidInput(f"input_ids has dtype {ids.dtype}; wanted are token ids (torch.int64)")
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == ids.shape and mask.shape[1]:
+        padded_right = bool((mask[:, -1] == 0).any())
+    else:
+        pad = given.get("pad_token_id", getattr(config or target.generation_config, "pad_token_id", None))
+        eos = given.get("eos_token_id", getattr(config or target.generation_config, "eos_token_id", None))
+        ends = eos if isinstance(eos, list) else [eos]
+        known = isinstance(pad, int) and pad not in ends and ids.shape[0] > 1 and ids.shape[1] > 0
+        padded_right = known and bool((ids[:, -1] == pad).any())
+    if padded_right:
+        raise InvalidInput(
+            "the batch is padded on the right; a decoder-only model goes on from the last column. Set "
+            "tokenizer.padding_side = 'left' and tokenise again"
+        )
+
+
+@contextmanager
+def with_stop_strings(
+    target: Any, config: Any, criteria: Any, tokenizer: Any, given: dict[str, Any]
+) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """Turn ``stop_strings`` into a criterion of our own: the door of ``generate()`` loses the tokenizer.
+
+    Yields the generation config, the criteria and the keyword arguments to call ``generate()`` with.
+    """
+    given = dict(given)
+    own = target.generation_config
+    strings = given.pop("stop_strings", None)
+    if strings is None:
+        strings = getattr(config, "stop_strings", None)
+    if strings is None:
+        strings = own.stop_strings
+    if strings is None:
+        yield config, criteria, given
+        return
+    if tokenizer is None:
+        raise InvalidInput(
+            "stop_strings needs a tokenizer: pass tokenizer=... to generate() or to SpeculativeGenerator"
+        )
+    user = list(criteria or [])
+    if not any(isinstance(c, StopStringCriteria) for c in user):
+        user.insert(0, StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+    if config is not None and config.stop_strings is not None:
+        config = copy.deepcopy(config)
+        config.stop_strings = None
+    if own.stop_strings is None:
+        yield config, StoppingCriteriaList(user), given
+        return
+    # the model's own default would come back under the one we took out: lend it a copy without
+    lent = copy.deepcopy(own)
+    lent.stop_strings = None
+    target.generation_config = lent
+    try:
+        yield config, StoppingCriteriaList(user), given
+    finally:
+        target.generation_config = own

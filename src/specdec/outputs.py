@@ -1,0 +1,69 @@
+"""What ``generate()`` returns: ids alone, or its output classes with scores and logits a step.
+
+A ragged round is taken apart: the scores of step t of row b go where plain ``generate()`` would put them.
+After a row has ended its scores are zeros (plain ``generate()`` has rows computed from padding there).
+Knows no rule. Read next: ``stopping.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+
+from specdec.records import Round, Stats
+from specdec.state import State
+
+
+class Collector:
+    """Gathers what the caller asked for, round by round."""
+
+    def __init__(self, config: Any, state: State) -> None:
+        """Read from the prepared ``config`` what to keep."""
+        self._as_dict = bool(config.return_dict_in_generate)
+        self.keeps_logits = self._as_dict and bool(config.output_logits)
+        self.scores: list[Tensor] | None = [] if self._as_dict and config.output_scores else None
+        self._logits: list[Tensor] | None = [] if self.keeps_logits else None
+        self._prompt_length = state.prompt_length
+
+    def add(self, round_: Round) -> None:
+        """Take the rows that drew a committed token."""
+        if self.scores is not None:
+            self._place(self.scores, round_.scores, round_)
+        if self._logits is not None and round_.logits is not None:
+            self._place(self._logits, round_.logits.float(), round_)
+
+    def output(
+        self, model: Any, sequences: Tensor, model_kwargs: dict[str, Any], stats: Stats
+    ) -> Any:
+        """Ids (B, L), or the output class with ``speculation`` beside."""
+        if not self._as_dict:
+            return sequences
+        steps = sequences.shape[1] - self._prompt_length
+        kept: dict[str, Any] = {
+            "sequences": sequences,
+            "scores": _tuple(self.scores, steps),
+            "logits": _tuple(self._logits, steps),
+        }
+        out: Any
+        if model.config.is_encoder_decoder:
+            out = GenerateEncoderDecoderOutput(**kept)
+        else:
+            out = GenerateDecoderOnlyOutput(**kept)
+        out.speculation = stats
+        return out
+
+    def _place(self, steps: list[Tensor], rows: Tensor, round_: Round) -> None:
+        first = round_.before - self._prompt_length
+        needed = int((first + round_.counts).max())
+        while len(steps) < needed:
+            steps.append(torch.zeros_like(rows[:, 0]))
+        for row, count in enumerate(round_.counts):
+            for i in range(int(count)):
+                steps[int(first[row]) + i][row] = rows[row, i]
+
+
+def _tuple(steps: list[Tensor] | None, length: int) -> tuple[Tensor, ...] | None:
+    return None if steps is None else tuple(steps[:length])

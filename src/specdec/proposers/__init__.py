@@ -1,0 +1,71 @@
+"""Proposers: whatever guesses the next tokens. One method, one file; a draft model is one of them.
+
+A proposer needs one method, ``propose``. Its guesses depend on the committed tokens and its own past, nothing
+of the running round. It may have two more, each asked for once when a call starts:
+
+* ``begin(call)`` returns the proposer to use for this call, so that what a call needs (a cache, a table)
+  lives as long as the call and nothing is left behind, exception or not;
+* ``observe(round)`` sees every finished round.
+
+Read next: ``ngram.py``, the shortest one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+from specdec.processing import Processing
+from specdec.records import Proposal
+from specdec.sampling import Sampling
+from specdec.state import State
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """Guesses tokens for every row of a batch."""
+
+    def propose(self, state: State, limits: np.ndarray) -> Proposal:
+        """Guess up to ``limits[b]`` (B,) tokens for row b; at most ``limits.max()`` columns wide.
+
+        Args:
+            state: the committed tokens, on the device (``state.tokens``) and on the host
+                (``state.host_tokens``), row b's being the first ``state.lengths[b]``.
+            limits: (B,) int64, 0 for rows that must not guess.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a proposer may want to know when a call of ``generate()`` starts.
+
+    Attributes:
+        target: the model that judges.
+        prompt: (B, P) ids, left padding included.
+        inputs: the user's model inputs beside the ids (attention mask, pictures, audio), one row a
+            row of ``prompt``.
+        vocabulary: entries of the target's scores.
+        max_length: columns that a row may reach.
+        processing: the call's logits processors.
+        sampling: how tokens are drawn.
+    """
+
+    target: Any
+    prompt: Tensor
+    inputs: dict[str, Any]
+    vocabulary: int
+    max_length: int
+    processing: Processing
+    sampling: Sampling
+
+
+class Nothing:
+    """Guesses nothing: plain decoding through the same loop, the reference for everything."""
+
+    def propose(self, state: State, limits: np.ndarray) -> Proposal:
+        """See ``Proposer.propose``."""
+        return Proposal.empty(state.batch, state.device)

@@ -1,0 +1,197 @@
+"""A smaller model drafts, token by token, with its own cache (Leviathan et al. 2211.17192, Chen et al. 2302.01318).
+
+The draft compares the committed tokens with what it has been fed, forgets from the first difference on and
+feeds the rest; so "all guesses kept" (it has not seen its own last guess) and "rejected at i" are not two
+cases. Its rows get the call's processors exactly once, and what is recorded as the guesses' distribution is
+exactly what they were drawn from. Knows nothing of verification. Read next: ``../scorer.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+
+from specdec.errors import UnsupportedModel
+from specdec.proposers import Call, Nothing, Proposer
+from specdec.records import Proposal, Round
+from specdec.scorer import Scorer
+from specdec.state import State, to_host
+
+
+class DraftModel:
+    """Any Hugging Face causal LM (or encoder-decoder, for such a target) that shares the token ids."""
+
+    def __init__(self, model: Any, layout: str = "auto") -> None:
+        """Draft with ``model``; ``layout`` forces one for tests."""
+        self.model = model
+        self._layout = layout
+
+    def begin(self, call: Call) -> Proposer:
+        """A drafting run for one call: the draft's prompt is prepared by its own ``generate()``."""
+        return _Run(self.model, call, self._layout)
+
+
+class _Run:
+    """The draft's cache and tokens during one call."""
+
+    def __init__(self, model: Any, call: Call, layout: str) -> None:
+        self._call = call
+        self._device = model.device
+        self._embeds = int(model.get_input_embeddings().weight.shape[0])
+        prompt, kwargs, config, inner = _prepare(model, call, self._embeds)
+        if prompt.shape != call.prompt.shape:
+            raise UnsupportedModel(
+                f"{type(model).__name__} prepares a prompt of shape {tuple(prompt.shape)} where the target "
+                f"has {tuple(call.prompt.shape)}; give a draft with the same special tokens"
+            )
+        self._prompt = prompt
+        text = model.config.get_text_config(decoder=True)
+        self._longest = getattr(text, "max_position_embeddings", None) or call.max_length
+        self._scorer = Scorer(
+            inner, kwargs, config, max_length=call.max_length, layout=layout, is_draft=True
+        )
+        self._ready = False
+        self._tokens = torch.zeros(0, 0, dtype=torch.int64)
+        self._drafted: tuple[np.ndarray, Proposal] | None = None  # lengths before, guesses
+        self._observed: np.ndarray | None = None
+        self._usable = np.ones(call.prompt.shape[0], dtype=bool)
+        self._checked = 0
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the draft model."""
+        return self._scorer.forwards
+
+    @property
+    def layout(self) -> str:
+        """The draft's layout."""
+        return self._scorer.layout.name
+
+    def observe(self, round_: Round) -> None:
+        """Remember the guesses as the host saw them: no copy of our own is needed then."""
+        if self._drafted is not None and round_.proposal is self._drafted[1]:
+            self._observed = round_.drafted
+
+    def propose(self, state: State, limits: np.ndarray) -> Proposal:
+        """See ``Proposer.propose``."""
+        room = np.maximum(self._longest - state.lengths, 0)
+        limits = np.where(self._can_embed(state), np.minimum(limits, room), 0)
+        most = int(limits.max(initial=0))
+        if most == 0:
+            return Proposal.empty(state.batch, state.device)
+        self._sync(state)
+        guesses: list[Tensor] = []
+        rows: list[Tensor] = []
+        for step in range(most):
+            scores = self._next_scores(state, step)
+            guess = self._call.sampling.guess(
+                scores, state.device_lengths - state.prompt_length + step
+            )
+            guesses.append(guess)
+            if self._call.sampling.keeps_logits:
+                rows.append(scores)
+            if step + 1 < most:
+                self._write(state, guess, step)
+        proposal = Proposal(
+            torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None
+        )
+        self._drafted = (state.lengths.copy(), proposal)
+        self._observed = None
+        return proposal
+
+    def _next_scores(self, state: State, step: int) -> Tensor:
+        """Processed scores (B, V) for guess ``step`` of every row, on the target's device."""
+        lengths = state.lengths + step
+        if step:
+            self._scorer.hold(state.live)
+        logits = self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0].to(state.device)
+        return self._call.processing.draft(
+            logits, self._history(state, step), lengths, self._call.vocabulary
+        )
+
+    def _history(self, state: State, step: int) -> Tensor:
+        """Committed tokens and the guesses so far, for processors that look at them."""
+        return state.tokens if not step else self._tokens.to(state.device)
+
+    def _write(self, state: State, guess: Tensor, step: int) -> None:
+        columns = (state.device_lengths + step).to(self._device)[:, None]
+        guess = guess.clamp(0, self._embeds - 1).to(self._device)
+        self._tokens.scatter_(1, columns, guess[:, None])
+
+    def _sync(self, state: State) -> None:
+        """Bring the draft's tokens to the committed ones; forget what it was fed and was not kept."""
+        committed = state.tokens.clamp(0, self._embeds - 1).to(self._device)
+        if not self._ready:
+            self._scorer.prefill(self._prompt.to(self._device), speculate=True)
+            self._ready = True
+            self._tokens = committed.clone()
+            return
+        self._tokens = committed.clone()
+        kept = self._scorer.kept
+        if self._drafted is not None:
+            before, proposal = self._drafted
+            drafted = self._observed if self._observed is not None else to_host(proposal.tokens)
+            columns = before[:, None] + np.arange(drafted.shape[1])
+            same = np.take_along_axis(state.host_tokens, columns, axis=1) == drafted
+            agree = before + np.cumprod(same, axis=1, dtype=np.int64).sum(axis=1)
+            kept = np.minimum(kept, agree)
+            self._drafted = None
+        # the last committed token is always fed again: its scores are what the next guess needs
+        self._scorer.rollback(self._tokens, np.minimum(kept, state.lengths - 1), state.live)
+
+    def _can_embed(self, state: State) -> np.ndarray:
+        """(B,) rows whose committed tokens the draft all knows; a row that loses this never gets it back."""
+        top = int(state.lengths.max())
+        new = state.host_tokens[:, self._checked : top]
+        self._usable &= (new < self._embeds).all(axis=1)
+        self._checked = max(int(state.lengths.min()) - 1, 0)
+        return self._usable & state.live
+
+
+def _prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any], Any, Any]:
+    """The draft's own prompt, model inputs, config and inner model, as its ``generate()`` prepares them."""
+    caught: list[Any] = []
+
+    def catch(inner: Any, input_ids: Tensor, *, logits_processor: Any, stopping_criteria: Any,
+              generation_config: Any, **kwargs: Any) -> Tensor:  # fmt: skip
+        caught.append((input_ids, kwargs, generation_config, inner))
+        return input_ids
+
+    config = copy.deepcopy(model.generation_config)
+    config.update(**{**PLAIN, "max_length": call.max_length})
+    prompt = call.prompt.clamp(max=embeds - 1)
+    inputs = _inputs_for(model, call)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = prompt
+    else:
+        inputs["input_ids"] = prompt
+    GenerationMixin.generate(model, generation_config=config, custom_generate=catch, **inputs)
+    return caught[0]  # type: ignore[no-any-return]
+
+
+# what the draft's own defaults may not bring in: the call's processors and limits are the target's
+PLAIN: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": None,
+    "min_length": 0, "min_new_tokens": None, "max_time": None, "stop_strings": None, "use_cache": True,
+    "temperature": None, "top_k": None, "top_p": None, "guidance_scale": None, "watermarking_config": None,
+    "cache_implementation": None, "return_dict_in_generate": False, "token_healing": False,
+}  # fmt: skip
+
+
+def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
+    """The user's inputs that this draft can take: all of them for a twin, the text's for another kind."""
+    twin = type(model) is type(call.target)
+    known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
+    return {
+        name: value
+        for name, value in call.inputs.items()
+        if (twin or name in known) and value is not None
+    }
+
+
+__all__ = ["DraftModel", "Nothing"]

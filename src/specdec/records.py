@@ -1,0 +1,159 @@
+"""The vocabulary of the project as frozen records: Proposal, Round, Stats.
+
+Knows no model, cache or rule. Shapes: B rows, K guesses a row at most, V entries of the vocabulary.
+Words are defined in ``docs/glossary.md``. Read next: ``loop.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Guesses for the next tokens of every row.
+
+    Args:
+        tokens: (B, K) int64 on the target's device. Entries past a row's length are ignored.
+        lengths: (B,) int64 numpy array, 0..K: how many guesses each row submits.
+        logits: (B, K, V) scores whose softmax is exactly what each guess was drawn from, or None:
+            guesses without probabilities are judged as certain (one-hot), which is exact for any
+            guess that did not look at the verifier's random numbers.
+    """
+
+    tokens: Tensor
+    lengths: np.ndarray
+    logits: Tensor | None = None
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device) -> Proposal:
+        """No guess for any of ``batch`` rows: a round with it is one step of plain decoding."""
+        tokens = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+        return cls(tokens, np.zeros(batch, dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round did; all arrays are on the host.
+
+    Args:
+        proposal: the guesses as they were submitted.
+        drafted: (B, K) the guesses.
+        lengths: (B,) guesses submitted a row; 0 for rows that had ended.
+        accepted: (B,) guesses that passed verification, cut afterwards or not.
+        emitted: (B, K + 1) tokens committed; pad past ``counts``.
+        counts: (B,) tokens committed a row: accepted + 1, or less where a stop condition cut.
+        before: (B,) committed columns before the round, prompt and padding included.
+        scores: (B, K + 1, V) processed target scores on the device; row i drew emitted token i.
+        logits: the same before processing, or None when nobody asked for them.
+    """
+
+    proposal: Proposal
+    drafted: np.ndarray
+    lengths: np.ndarray
+    accepted: np.ndarray
+    emitted: np.ndarray
+    counts: np.ndarray
+    before: np.ndarray
+    scores: Tensor
+    logits: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a call of ``generate()`` did.
+
+    Attributes:
+        rounds: target passes that emitted tokens; the prefill is the first.
+        drafted: guesses submitted for rows that had not ended.
+        accepted: guesses that passed verification, cut by a stop condition afterwards or not.
+        emitted: tokens committed, end-of-sequence included, padding excluded.
+        accepted_at: accepted_at[i] guesses at position i (from 0) were accepted, of ``drafted_at[i]``.
+        drafted_at: see ``accepted_at``.
+        target_forwards: forward passes of the target, self-check and replays included.
+        draft_forwards: forward passes of the draft model, 0 for a proposer without one.
+        host_copies: copies from device to host that the loop made (one a round).
+        layout: how the target's batch kept its keys and values.
+        draft_layout: the same for the draft model, "" where there is none.
+        row_drafted, row_accepted, row_emitted: the same counts per row, (B,).
+        seconds_drafting, seconds_scoring, seconds_verifying, seconds: wall-clock time of the host;
+            on a GPU the work is asynchronous and the time falls to whoever waits.
+    """
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    drafted_at: list[int] = field(default_factory=list)
+    target_forwards: int = 0
+    draft_forwards: int = 0
+    host_copies: int = 0
+    layout: str = ""
+    draft_layout: str = ""
+    row_drafted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    row_accepted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    row_emitted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    seconds_drafting: float = 0.0
+    seconds_scoring: float = 0.0
+    seconds_verifying: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """accepted / drafted; 0.0 when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """emitted / (rounds x rows): tokens a row got from a round, the extra token included."""
+        rows = max(len(self.row_emitted), 1)
+        return self.emitted / (self.rounds * rows) if self.rounds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """emitted / seconds."""
+        return self.emitted / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_other(self) -> float:
+        """Seconds outside drafting, scoring and verifying."""
+        spent = self.seconds_drafting + self.seconds_scoring + self.seconds_verifying
+        return max(self.seconds - spent, 0.0)
+
+    def count(self, round_: Round) -> None:
+        """Add one round to the counts."""
+        if not len(self.row_emitted):
+            rows = len(round_.counts)
+            self.row_drafted, self.row_accepted, self.row_emitted = (
+                np.zeros(rows, dtype=np.int64) for _ in range(3)
+            )
+        self.rounds += 1
+        self.row_drafted += round_.lengths
+        self.row_accepted += round_.accepted
+        self.row_emitted += round_.counts
+        for position in range(int(round_.lengths.max(initial=0))):
+            if position == len(self.drafted_at):
+                self.drafted_at.append(0)
+                self.accepted_at.append(0)
+            self.drafted_at[position] += int((round_.lengths > position).sum())
+            self.accepted_at[position] += int((round_.accepted > position).sum())
+        self.drafted = int(self.row_drafted.sum())
+        self.accepted = int(self.row_accepted.sum())
+        self.emitted = int(self.row_emitted.sum())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, ready for JSON; the derived rates included."""
+        names = [n for n in self.__slots__ if not n.startswith("row_")]  # type: ignore[attr-defined]
+        out: dict[str, Any] = {name: getattr(self, name) for name in names}
+        out["acceptance_rate"] = self.acceptance_rate
+        out["tokens_per_round"] = self.tokens_per_round
+        out["tokens_per_second"] = self.tokens_per_second
+        for name in ("row_drafted", "row_accepted", "row_emitted"):
+            out[name] = getattr(self, name).tolist()
+        return out

@@ -1,0 +1,114 @@
+"""How tokens are drawn: greedily, by rejection with fresh noise, or with noise that draft and target share.
+
+Each way answers two questions with the same noise: what does a draft guess from its scores, and what does
+the target accept. The mathematics is in ``verify/``; here it only meets its random numbers. Knows no model
+and no cache. Read next: ``verify/__init__.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.noise import Noise
+from specdec.verify import choose, keyed_gumbel, match, race, verify
+
+VERIFICATIONS = ("block", "token", "coupled")
+
+
+class Sampling(Protocol):
+    """``scores`` are processed; ``positions`` count new tokens of a row from 0."""
+
+    keeps_logits: bool
+
+    def guess(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """(B,) guesses of a draft with ``scores`` (B, V) for the new tokens at ``positions`` (B,)."""
+        ...
+
+    def verify(
+        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(accepted (B,), next token (B,)) for the target's ``scores`` (B, K + 1, V).
+
+        Args:
+            scores: row i judges guess i and, if it is the last, draws the bonus.
+            tokens: (B, K) guesses.
+            lengths: (B,) guesses submitted.
+            logits: (B, K, V) what the guesses were drawn from, or None.
+            positions: (B,) index of the new token that row 0 draws.
+        """
+        ...
+
+
+class Greedy:
+    """One-hot rows held as an index: a guess is kept while it is the target's own choice."""
+
+    keeps_logits = False
+
+    def guess(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """See ``Sampling.guess``."""
+        return choose(scores)
+
+    def verify(
+        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Sampling.verify``."""
+        return match(choose(scores), tokens, lengths)
+
+
+class Rejection:
+    """Speculative sampling (2211.17192, 2302.01318) or block verification (2403.10444), fresh noise."""
+
+    keeps_logits = True
+
+    def __init__(self, rule: str, seed: int, device: torch.device) -> None:
+        """Use ``rule`` ("token" or "block"); the draft's noise is a stream of its own."""
+        self._rule = rule
+        self._noise = Noise(seed, device)
+        self._draft_noise = Noise(seed ^ 0x5DEECE66D, device)
+
+    def guess(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """See ``Sampling.guess``."""
+        return race(scores, self._draft_noise.exponentials(*scores.shape, dtype=scores.dtype))
+
+    def verify(
+        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Sampling.verify``."""
+        batch, _, vocabulary = scores.shape
+        return verify(
+            scores,
+            tokens,
+            lengths,
+            logits,
+            rule=self._rule,
+            uniforms=self._noise.uniforms(batch, tokens.shape[1], dtype=scores.dtype),
+            exponentials=self._noise.exponentials(batch, vocabulary, dtype=scores.dtype),
+        )
+
+
+class Coupled:
+    """Shared noise (2408.07978): the text is a function of target, seed and prompt, whatever the draft."""
+
+    keeps_logits = False
+
+    def __init__(self, keys: Tensor) -> None:
+        """Use one key (B,) a row; see ``verify/coupled.py``."""
+        self._keys = keys
+
+    def guess(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """See ``Sampling.guess``."""
+        noise = keyed_gumbel(self._keys, positions[:, None], scores.shape[-1], torch.float64)
+        return choose(scores.double(), noise[:, 0])
+
+    def verify(
+        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Sampling.verify``."""
+        steps = torch.arange(scores.shape[1], device=scores.device)
+        where = positions[:, None] + steps
+        noise = keyed_gumbel(self._keys, where, scores.shape[-1], torch.float64)
+        # log p and the scores differ by a constant per row, which no argmax sees
+        return match(choose(scores.double(), noise), tokens, lengths)

@@ -1,0 +1,134 @@
+"""A model and its layout: feed a prompt, score guesses, forget what was not kept.
+
+The target and a draft model are the same class here. The invariant: *the cache holds every committed token
+except the last one*, so the next ``score`` feeds that one first. ``kept`` says how many columns of each row
+are in the cache and still true. Knows nothing of rules or proposers. Read next: ``layouts/columns.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from specdec.errors import InvalidInput
+from specdec.layouts import Layout
+from specdec.layouts.check import Candidate, choose
+from specdec.layouts.columns import Columns
+from specdec.layouts.facts import one_token_reason
+
+LAYOUTS = ("auto", "columns", "snapshot", "plain")
+
+
+class Scorer:
+    """A model over a batch of B rows.
+
+    Attributes:
+        kept: (B,) columns of each row that are in the cache and agree with the committed tokens.
+        layout: how the batch keeps its keys and values.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        kwargs: dict[str, Any],
+        config: Any,
+        *,
+        max_length: int,
+        layout: str = "auto",
+        is_draft: bool = False,
+    ) -> None:
+        """Wrap ``model`` with the inputs that ``generate()`` prepared for it.
+
+        Args:
+            model: the Hugging Face model.
+            kwargs: model inputs beside the ids.
+            config: the prepared ``GenerationConfig``.
+            max_length: columns that a row may reach.
+            layout: "auto", or one of ``LAYOUTS`` to force it.
+            is_draft: a draft is rolled back even where it can only take one-token steps.
+        """
+        self.model = model
+        self._columns = Columns(model, kwargs, config)
+        self.layout: Layout = self._columns
+        self.kept = np.zeros(0, dtype=np.int64)
+        self._max_length = max_length
+        self._wanted = layout
+        self._is_draft = is_draft
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes so far, prefill and self-check included."""
+        return self.layout.forwards
+
+    def prefill(self, prompt: Tensor, *, speculate: bool) -> Tensor:
+        """Feed the whole prompt (B, P) alone and settle the layout; scores of its last column, (B, 1, V).
+
+        Args:
+            prompt: the prompt, left padding included.
+            speculate: False when no guess will ever be scored: then no self-check is needed.
+        """
+        scores = self._columns.prefill(prompt).clone()
+        self.kept = np.full(prompt.shape[0], prompt.shape[1], dtype=np.int64)
+        candidates = self._candidates(int(prompt.shape[1])) if speculate else {"plain": _plain}
+        self.layout = choose(self._columns, prompt, scores, candidates)
+        return scores
+
+    def score(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
+        """Scores of ``count`` columns from ``first`` (B,) on, rows being fed up to ``lengths`` (B,)."""
+        scores = self.layout.forward(tokens, lengths, first, count)
+        self.kept = lengths.copy()
+        return scores
+
+    def rollback(self, tokens: Tensor, kept: np.ndarray, live: np.ndarray) -> None:
+        """Forget every column from ``kept`` (B,) on; after this the cache agrees with the committed tokens."""
+        self.kept = np.minimum(self.kept, kept)
+        self.layout.rewind(self.kept, live)
+        self.layout.settle(int(self.kept[live].min()) if live.any() else 0)
+        if isinstance(self.layout, Columns):
+            self.layout.catch_up(tokens, self.kept, live)
+
+    def hold(self, live: np.ndarray) -> None:
+        """Make ready for the next draft step: rows of different lengths overwrite what filled them up."""
+        self.layout.rewind(self.kept, live)
+
+    def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """(B,) guesses that each row may have scored in the next forward."""
+        return self.layout.reach(lengths, live)
+
+    def _candidates(self, prompt_length: int) -> dict[str, Candidate]:
+        """Layouts in the order of preference; the last is taken untried."""
+        reason = one_token_reason(self.model, prompt_length, self._max_length)
+        if self._wanted != "auto":
+            if self._wanted not in LAYOUTS:
+                raise InvalidInput(f"layout={self._wanted!r} does not exist; use one of {LAYOUTS}")
+            if self._wanted != "plain" and reason:
+                raise InvalidInput(f"layout={self._wanted!r} would not be exact here: {reason}")
+            return {self._wanted: MAKERS[self._wanted]}
+        last = "one by one" if self._is_draft else "plain"
+        names = [last] if reason else ["columns", "snapshot", last]
+        if reason and not self._is_draft:
+            warn_plain(self.model, reason)
+        return {name: MAKERS[name] for name in names}
+
+
+def _plain(columns: Columns) -> Layout:
+    return columns.become("nothing")
+
+
+MAKERS: dict[str, Candidate] = {
+    "columns": lambda columns: columns.become("crop"),
+    "snapshot": lambda columns: columns.become("snapshot"),
+    "one by one": lambda columns: columns.become("snapshot", wide=False),
+    "plain": _plain,
+}
+
+
+def warn_plain(model: Any, reason: str) -> None:
+    """Say once that a target decodes plainly, and why."""
+    warnings.warn(
+        f"specdec decodes {type(model).__name__} plainly, without drafts, because {reason}",
+        stacklevel=2,
+    )

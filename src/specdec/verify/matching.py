@@ -1,0 +1,35 @@
+"""Verification by comparison: keep the guesses that are what the target itself would have said.
+
+For a target whose token at every place is settled before the guesses are looked at: its argmax
+(greedy), its argmax under noise shared with the draft (`coupled.py`), or one sample per place.
+Every token that comes out is the target's own, so there is no residual, no replacement and no bonus
+as separate cases: the next token is the target's choice at the first place where the guess differs.
+Rows of probability 1 on a single token, put through `verify`, give the same.
+
+It does not know how the choices were made. Read next: `draw.py`.
+"""
+
+from torch import Tensor
+
+from specdec.verify.rows import drafted
+from specdec.verify.token import leading_successes
+
+
+def match(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep the leading guesses that are the target's choices; the next token is the choice after.
+
+    Args:
+        choices: (B, K + 1) int64 the target's own token at each place; -1 where its row had no
+            distribution.
+        draft_tokens: (B, K) int64 the guesses; anything past the length.
+        draft_lengths: (B,) how many of them are real.
+
+    Returns:
+        accepted (B,) int64, and next_token (B,) int64, which is -1 if the choice it comes from is.
+    """
+    width = draft_tokens.shape[1]
+    # A choice of -1 agrees with nothing, so the kept guesses end before it and it comes out as the
+    # next token.
+    agrees = (choices[:, :width] == draft_tokens) & (choices[:, :width] >= 0)
+    accepted = leading_successes(agrees & drafted(draft_lengths, width))
+    return accepted, choices.gather(1, accepted[:, None]).squeeze(1)
