@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin
 
+from specdec.layouts.forget import drop, trim
 from specdec.layouts.snapshot import Snapshots
 
 # a row further ahead of the slowest one than this guesses nothing until that one has caught up
@@ -129,9 +130,7 @@ class Columns:
         """See ``Layout.rewind``."""
         target = min(int(kept[live].min()), self._fed) if live.any() else self._fed
         if self._forget == "crop":
-            if isinstance(self.cache, Cache):
-                # also by 0: sliding layers then drop what they recorded
-                self.cache.crop(target - self._fed)
+            drop(self.cache, self._fed - target)
             self._fed = target
         elif target < self._fed and self._snapshots is not None:
             self._put_cache(self._snapshots.put_back())
@@ -146,7 +145,9 @@ class Columns:
         if self._forget == "crop":
             self._kwargs = self._described(columns - self._columns)
             self._columns = columns
-        elif columns >= self._fed:
+            if columns == self._fed:
+                trim(self.cache)
+        elif columns == self._fed:
             # a snapshot stays where it is until everything that was fed is final
             self._kwargs, self._columns = self._fed_kwargs, self._fed
             if self._snapshots is not None:

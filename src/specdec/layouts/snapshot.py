@@ -12,13 +12,15 @@ import copy
 from typing import Any
 
 import torch
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache
 from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
+
+from specdec.layouts.forget import own_cache
 
 REPLACED_BY_UPDATE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
@@ -32,7 +34,7 @@ class Snapshots:
         self.taken = False
         self._states: list[dict[str, Any]] = []
         self._whole: Any = None
-        inner = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        inner = own_cache(cache)
         layers = inner.layers if isinstance(inner, Cache) else []
         known = [
             type(layer) in REPLACED_BY_UPDATE or isinstance(layer, LinearAttentionCacheLayerMixin)

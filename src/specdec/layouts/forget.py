@@ -1,0 +1,56 @@
+"""Forgetting the newest columns of a transformers cache, more than once if need be.
+
+``Cache.crop`` does two things to a sliding-window or convolution layer that records its past: it removes
+columns, and it drops what the next forward will not need. The second makes a later, longer crop impossible,
+and a draft needs just that: rows of different lengths step back between draft steps, and back to the
+committed tokens afterwards. So the two are apart here: ``drop`` removes, ``trim`` drops the rest for good.
+Knows no model. Read next: ``snapshot.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+
+def drop(cache: Any, columns: int) -> None:
+    """Remove the newest ``columns`` of every layer; past states stay recorded."""
+    if columns == 0 or not isinstance(cache, Cache):
+        return
+    for layer in own_cache(cache).layers:
+        if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
+            layer.keys = layer.keys[..., :-columns, :]
+            layer.values = layer.values[..., :-columns, :]
+            layer.cumulative_length -= columns
+        elif isinstance(layer, LinearAttentionCacheLayerMixin):
+            _drop_linear(layer, columns)
+        else:
+            layer.crop(-columns)
+
+
+def trim(cache: Any) -> None:
+    """Drop the past that no forward from here on will need; what is left cannot be removed any more."""
+    if isinstance(cache, Cache):
+        own_cache(cache).crop(0)
+
+
+def own_cache(cache: Any) -> Any:
+    """The decoder's part of an encoder-decoder cache, or the cache itself."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _drop_linear(layer: Any, columns: int) -> None:
+    if not layer.is_croppable:
+        raise RuntimeError("a recurrent state cannot be cropped; it needs a snapshot")
+    for index, state in layer.conv_states.items():
+        if state is not None:
+            layer.conv_states[index] = state[..., :-columns]
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.keys = layer.keys[..., :-columns, :]
+        layer.values = layer.values[..., :-columns, :]
+        layer.cumulative_length -= columns
+    elif getattr(layer, "keys", None) is not None:
+        layer.keys = layer.keys[..., :-columns, :]
+        layer.values = layer.values[..., :-columns, :]
