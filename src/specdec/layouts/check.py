@@ -104,8 +104,8 @@ def _agrees(layout: Layout, tokens: Tensor, width: int, truth: list[Tensor]) -> 
     layout.rewind(first + 1 + odd, live)
     tokens[:, width + 1] = right[:, width + 1]
     tokens[:, width + 3] = wrong[:, width]
-    rows = layout.forward(tokens, first + 3 + odd, first + 1, 2)
-    return _close(rows[:, 0], truth[1])
+    rows = layout.forward(tokens, first + 3 + odd, first + 1 + odd, 2)
+    return _close(rows[~odd_rows, 0], truth[1][~odd_rows])
 
 
 def _close(scores: Tensor, truth: Tensor) -> bool:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin
 
-from specdec.layouts.forget import drop, trim
+from specdec.layouts.forget import drop, own_cache, trim
 from specdec.layouts.snapshot import Snapshots
 
 # a row further ahead of the slowest one than this guesses nothing until that one has caught up
@@ -50,7 +50,7 @@ class Columns:
         self.forwards = 0
         self._kwargs = dict(kwargs)
         self._config = config
-        self._encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.encoder_decoder = bool(model.config.is_encoder_decoder)
         update = type(model)._update_model_kwargs_for_generation
         # an override may know one new token only (mllama's cross-attention mask): then go one by one
         self._stepwise = update is not GenerationMixin._update_model_kwargs_for_generation
@@ -91,7 +91,7 @@ class Columns:
         cache = self.cache
         if forget == "crop" and isinstance(cache, Cache):
             # only now: while it records, a sliding layer keeps every column, a whole prompt's too
-            cache.activate_past_recording()
+            own_cache(cache).activate_past_recording()
         if forget == "snapshot":
             self._snapshots = Snapshots(cache)
         return self
@@ -100,6 +100,15 @@ class Columns:
     def cache(self) -> Any:
         """The model's cache, whatever it is called, or None."""
         return next((self._kwargs[n] for n in CACHE_NAMES if self._kwargs.get(n) is not None), None)
+
+    @property
+    def fed(self) -> int:
+        """Columns in the cache."""
+        return self._fed
+
+    def describe_more(self, width: int) -> dict[str, Any]:
+        """Model inputs for ``width`` columns behind the prompt, for a layout that took over."""
+        return self._described(width)
 
     @property
     def describes(self) -> dict[str, Any]:
@@ -121,9 +130,9 @@ class Columns:
             scores = scores[:, lowest - start : lowest - start + count]
             missing = count - scores.shape[1]
             return torch.nn.functional.pad(scores, (0, 0, 0, missing)) if missing else scores
+        # ended rows are behind and get whatever stands at the edge
         picked = torch.from_numpy(first - start).to(scores.device)[:, None]
-        picked = picked + torch.arange(count, device=scores.device)
-        picked = picked.clamp(max=scores.shape[1] - 1)
+        picked = (picked + torch.arange(count, device=scores.device)).clamp(0, scores.shape[1] - 1)
         return scores.gather(1, picked[..., None].expand(-1, -1, scores.shape[-1]))
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
@@ -189,7 +198,7 @@ class Columns:
             kwargs = self.model._update_model_kwargs_for_generation(
                 self._outputs,
                 kwargs,
-                is_encoder_decoder=self._encoder_decoder,
+                is_encoder_decoder=self.encoder_decoder,
                 num_new_tokens=step,
             )
         return kwargs

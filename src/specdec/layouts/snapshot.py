@@ -12,15 +12,13 @@ import copy
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
-
-from specdec.layouts.forget import own_cache
 
 REPLACED_BY_UPDATE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
@@ -34,8 +32,11 @@ class Snapshots:
         self.taken = False
         self._states: list[dict[str, Any]] = []
         self._whole: Any = None
-        inner = own_cache(cache)
-        layers = inner.layers if isinstance(inner, Cache) else []
+        # the cross-attention part of a cache is not always fixed (blt keeps its patches there)
+        parts = [cache]
+        if isinstance(cache, EncoderDecoderCache):
+            parts = [cache.self_attention_cache, cache.cross_attention_cache]
+        layers = [layer for part in parts if isinstance(part, Cache) for layer in part.layers]
         known = [
             type(layer) in REPLACED_BY_UPDATE or isinstance(layer, LinearAttentionCacheLayerMixin)
             for layer in layers

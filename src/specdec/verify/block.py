@@ -5,15 +5,15 @@ draft's, X the guesses and c_0 = 1, for i = 1 .. length:
 
     c_i = min(1, c_(i-1) p(X_i) / q(X_i))
     S_i = sum over x of (c_i p(x) - q(x))+          with the rows after X_i
-    h_i = S_i / (S_i + 1 - c_i)                     but h_i = c_i at i = length, where no row of q
-    follows
+    h_i = S_i / (S_i + 1 - c_i)                     but h_i = c_i at i = length: no row of q follows
 
 Guess i succeeds with probability h_i, on noise of its own, and the last success counts: failures
-before it do not. Then P(at least i guesses kept | X) = c_i. The next token is drawn from (c_i p -
-q)+ normalised, or from p if all were kept (`residual.py`).
+before it do not. Given X_1 .. X_i, at least i guesses are kept with probability c_i. The next token
+is drawn from (c_i p - q)+ normalised, or from p if all were kept (`residual.py`).
 
 Against the token rule, a very likely guess may pay for an unlikely one after it, so that in
-expectation never fewer tokens are kept. At length 1 the two are the same rule.
+expectation never fewer tokens are kept. At length 1 the two are the same rule. For guesses without
+probabilities, which count as certain (q = 1), nothing is gained, and they go by the token rule.
 
 It does not know where rows come from, and it draws nothing. Read next: `residual.py`.
 """
@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.verify.rows import drafted
-from specdec.verify.token import likelihood_ratio, token_acceptance
+from specdec.verify.token import likelihood_ratio
 
 
 def block_acceptance(
     target_probs: Tensor,
     draft_tokens: Tensor,
     draft_lengths: Tensor,
-    draft_probs: Tensor | None = None,
+    draft_probs: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Chance h that each guess succeeds, and the target's scale c after each number of guesses.
 
@@ -38,19 +38,12 @@ def block_acceptance(
         target_probs: (B, K + 1, V) the target's rows.
         draft_tokens: (B, K) the guesses.
         draft_lengths: (B,) how many of them are real.
-        draft_probs: (B, K, V) the rows that the guesses were drawn from. None means guesses without
-            probabilities, for which the rule keeps as many as the token rule does, so the token
-            rule it is.
+        draft_probs: (B, K, V) the rows that the guesses were drawn from.
 
     Returns:
-        The acceptance (B, K), 0 past each row's length, and the scales (B, K + 1), constant past
-        it.
+        The acceptance (B, K), 0 past each row's length, and the scales (B, K + 1), constant there.
     """
     width = draft_tokens.shape[1]
-    if draft_probs is None:
-        acceptance = token_acceptance(target_probs, draft_tokens, draft_lengths)
-        return acceptance, acceptance.new_ones(acceptance.shape[0], width + 1)
-
     real = drafted(draft_lengths, width)
     scales = _scales(likelihood_ratio(target_probs, draft_tokens, draft_probs), real)
 

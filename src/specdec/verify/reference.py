@@ -29,8 +29,10 @@ def verify_reference(
     rows = target_probs, draft_tokens, draft_lengths, draft_probs
 
     # Strictly less: uniforms include 0, and a token that the target forbids has acceptance 0.
-    if rule == "block":
-        acceptance, scales = block_acceptance(*rows)
+    if rule == "block" and draft_probs is not None:
+        acceptance, scales = block_acceptance(
+            target_probs, draft_tokens, draft_lengths, draft_probs
+        )
         accepted = longest_success(uniforms < acceptance)
     else:
         acceptance = token_acceptance(*rows)

@@ -1,0 +1,233 @@
+"""Slots: the fast layout. A buffer of columns in which every row writes at its own place.
+
+Rejected tokens are not removed but overwritten: nothing moves, nothing is concatenated, rows never wait for one
+another, and shapes change only when the buffer grows by a block. The prompt is fed into transformers' own
+cache and copied in. Causality hides stale columns: a query at column j sees columns up to j only, and those
+were all written by this row. Each model builds its own masks; ``masks.py`` gives every row its own query
+offset. Positions continue from those of the prompt.
+
+Exact where positions come from ``position_ids`` and layers keep plain keys and values: 228 of 295 architectures
+measured; the self-check finds out. Knows nothing of proposals. Read next: ``masks.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from specdec.layouts import masks
+from specdec.layouts.columns import Columns
+
+BLOCK = 64
+
+
+class Slots:
+    """See the file's text."""
+
+    name = "slots"
+
+    def __init__(self, columns: Columns) -> None:
+        """Take over from ``columns``, whose cache holds exactly the prompt.
+
+        Raises:
+            ValueError: the cache has layers that are no plain keys and values, or no mask can be given.
+        """
+        masks.install()
+        self._plain = columns
+        self._model = columns.model
+        self.forwards = columns.forwards
+        if getattr(self._model.config, "_attn_implementation", None) not in masks.SUPPORTED:
+            raise ValueError(f"slots need an attention of {masks.SUPPORTED}")
+        self._width = columns.fed
+        native = columns.cache
+        own = native.self_attention_cache if isinstance(native, EncoderDecoderCache) else native
+        if not isinstance(own, Cache) or not own.layers:
+            raise ValueError("slots need a transformers cache of layers")
+        self._cache = SlotCache([_slot_layer(layer, self._width) for layer in own.layers])
+        self._handed: Any = self._cache
+        if isinstance(native, EncoderDecoderCache):
+            self._handed = EncoderDecoderCache(self._cache, native.cross_attention_cache)
+            self._handed.is_updated = dict(native.is_updated)
+        kwargs = columns.describes
+        self._mask_key = "decoder_attention_mask" if columns.encoder_decoder else "attention_mask"
+        self._position_key = "decoder_position_ids" if columns.encoder_decoder else "position_ids"
+        self._prompt_mask = kwargs.get(self._mask_key)
+        positions = kwargs.get(self._position_key)
+        self._last_position = None if positions is None else positions[..., -1:]
+        self._starts = np.zeros(0, dtype=np.int64)
+        self._mask: Tensor | None = None
+
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """Prompts are fed natively, before the slots exist."""
+        raise RuntimeError("slots take over behind the prompt; this is a bug in specdec")
+
+    def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
+        """See ``Layout.forward``."""
+        if not len(self._starts):
+            self._starts = np.full_like(lengths, self._width)
+        starts = np.minimum(self._starts, lengths - 1)
+        width = int((lengths - starts).max())
+        self._grow(tokens.shape[0], int(starts.max()) + width)
+        device = tokens.device
+        offset = torch.from_numpy(starts).to(device, non_blocking=True)
+        columns = offset[:, None] + torch.arange(width, device=device)
+        self._cache.place(columns, starts)
+        kwargs = self._plain.describe_more(width)
+        kwargs["past_key_values"] = self._handed
+        kwargs[self._mask_key] = self._mask
+        positions = self._positions(columns)
+        kwargs.pop(self._position_key, None)
+        inputs = self._model.prepare_inputs_for_generation(
+            tokens.gather(1, columns),
+            next_sequence_length=width,
+            **kwargs,
+            **{self._position_key: positions},
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = width
+        scores: Tensor = self._model(**inputs, return_dict=True).logits
+        self.forwards += 1
+        self._starts = lengths.copy()
+        return _rows(scores, first - starts, count)
+
+    def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
+        """See ``Layout.rewind``: what is forgotten will be overwritten."""
+        if len(self._starts):
+            self._starts = np.minimum(self._starts, kept)
+
+    def settle(self, columns: int) -> None:
+        """Nothing moves here, so nothing has to be settled."""
+
+    def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """See ``Layout.reach``: rows never wait for one another."""
+        return np.full_like(lengths, np.iinfo(np.int64).max)
+
+    def _positions(self, columns: Tensor) -> Tensor:
+        """Positions of ``columns`` (B, W): those of the prompt go on; without any, columns are counted."""
+        if self._last_position is None:
+            return columns
+        return self._last_position + 1 + (columns - self._width)
+
+    def _grow(self, batch: int, columns: int) -> None:
+        """Room for ``columns`` columns, in blocks: attention cost follows the room."""
+        if columns <= self._cache.room:
+            return
+        room = -(-columns // BLOCK) * BLOCK
+        self._cache.grow(room)
+        prompt = self._prompt_mask
+        if prompt is None:
+            device = self._model.device
+            self._mask = torch.ones(batch, room, dtype=torch.int64, device=device)
+        else:
+            self._mask = torch.nn.functional.pad(prompt, (0, room - prompt.shape[1]), value=1)
+
+
+class SlotCache(Cache):
+    """A cache whose rows stand at columns of their own."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.room = 0
+        self._offset: Tensor | None = None
+
+    def place(self, columns: Tensor, starts: np.ndarray) -> None:
+        """The next forward writes at ``columns`` (B, W), the same in every layer."""
+        self._offset = columns[:, 0]
+        longest = int(starts.max())
+        uniform = longest if int(starts.min()) == longest else None
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.columns, layer.start, layer.length = columns, uniform, longest
+
+    def grow(self, room: int) -> None:
+        """Make every layer ``room`` columns wide."""
+        self.room = room
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.grow(room)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """(B,) the column of the first query of each row; ``masks.py`` understands it."""
+        return self._offset
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values (B, heads, room, head size), written at given columns."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+        self.columns: Tensor | None = None
+        self.start: int | None = None
+        self.length = int(keys.shape[-2])
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The prompt is there already."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write (B, heads, W, head size) at the round's columns; return the whole buffer."""
+        width = key_states.shape[-2]
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if self.start is not None:
+                buffer[:, :, self.start : self.start + width] = states
+            else:
+                where = self.columns[:, None, :, None].expand(states.shape)  # type: ignore[index]
+                buffer.scatter_(2, where, states)
+        return self.keys, self.values
+
+    def grow(self, room: int) -> None:
+        """Fill up with zeros to ``room`` columns."""
+        missing = room - self.keys.shape[-2]
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The whole buffer, from column 0."""
+        return int(self.keys.shape[-2]), 0
+
+    def get_seq_length(self) -> int:
+        """Columns of the longest row; exact for rows that stand together."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """The buffer grows."""
+        return -1
+
+
+def _slot_layer(layer: Any, width: int) -> Any:
+    """A slot layer with the prompt's keys and values of ``layer``."""
+    if isinstance(layer, DummyLayer):
+        return layer
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise ValueError(f"a {type(layer).__name__} does not fit into slots")
+    if layer.keys is None:
+        return DummyLayer()
+    # a sliding layer has kept its last columns only
+    missing = width - layer.keys.shape[-2]
+    keys, values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (layer.keys, layer.values))
+    return SlotLayer(keys, values)
+
+
+def _rows(scores: Tensor, first: np.ndarray, count: int) -> Tensor:
+    """``count`` rows of (B, W, V) from ``first`` (B,) on; past the last one they repeat it."""
+    if (first == 0).all() and scores.shape[1] == count:
+        return scores
+    at = torch.from_numpy(first).to(scores.device)[:, None]
+    at = (at + torch.arange(count, device=scores.device)).clamp(max=scores.shape[1] - 1)
+    return scores.gather(1, at[..., None].expand(-1, -1, scores.shape[-1]))
