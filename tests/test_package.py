@@ -184,7 +184,7 @@ def test_constraints_keep_what_the_package_asks_for():
     assert {"torch", "transformers", "pytest"} <= set(asked) <= set(pinned)
 
 
-# --- the demo's model -------------------------------------------------------------------------------
+# --- the demo's model ---
 
 
 def test_demo_explains_itself_without_a_model():

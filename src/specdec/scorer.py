@@ -102,6 +102,8 @@ class Scorer:
     def _candidates(self, prompt_length: int) -> dict[str, Candidate]:
         """Layouts in the order of preference; the last is taken untried."""
         reason = one_token_reason(self.model, prompt_length, self._max_length)
+        if not reason and self._columns.is_foreign:
+            reason = "its past is of a form of its own, which cannot be put back"
         if self._wanted != "auto":
             if self._wanted not in LAYOUTS:
                 raise InvalidInput(f"layout={self._wanted!r} does not exist; use one of {LAYOUTS}")

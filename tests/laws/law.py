@@ -6,8 +6,8 @@ in one batch, adds up the probabilities, and compares with the target. Three que
 
 - law: is the joint distribution of the first k + 1 tokens the target's? Shorter outputs are
   continued by the target itself, so any number of rounds follows by induction.
-- duels: is the last token drawn with the weights that the first question took for granted? For every
-  two tokens, noise just before and just after the tie decides who wins.
+- duels: is the last token drawn with the weights that the first question took for granted? For
+  every two tokens, noise just before and just after the tie decides who wins.
 - forbidden: can the worst noise (exactly 0) bring out a token that the target forbids?
 
 It does not know how a verifier works inside. What it asks of one is `Candidate`.
@@ -228,8 +228,9 @@ def examine(candidate: Candidate, world: World, kind: Kind) -> Findings:
 def cells(thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """Cut [0, 1)^K along all thresholds (B, K), in every direction, into C cells.
 
-    Returns their midpoints (B, C, K) and their volumes (B, C). A verifier that compares any of its uniforms with any of the thresholds is constant on each cell,
-    so the sum over cells is the integral, even for one that mixes its uniforms up.
+    A verifier that compares any of its uniforms with any of the thresholds is constant on a cell, so
+    the sum over cells is the integral, even for one that mixes its uniforms up.
+    Returns the midpoints (B, C, K) and the volumes (B, C).
     """
     batch, guesses = thresholds.shape
     inner = thresholds.clamp(0, 1).sort(dim=1).values
@@ -294,7 +295,7 @@ def _lost_duels(
 
 
 def _forbidden(candidate: Candidate, rows: Rows) -> int:
-    """How many outputs hold a token that the target forbids, with noise of exactly 0 or nearly 1."""
+    """How many outputs hold a token that the target forbids, when noise is 0 or nearly 1."""
     guesses = rows[1].shape[1]
     nearly_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
     patterns = torch.tensor(list(product((0.0, nearly_one), repeat=guesses)), dtype=torch.float64)

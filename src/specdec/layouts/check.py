@@ -70,13 +70,14 @@ def _first_that_passes(
             following = rows[:, 0].argmax(dim=-1)
         for name, make in list(candidates.items())[:-1]:
             _restore(plain, at_prompt, modules, width)
+            layout: Layout = plain
             try:
                 layout = make(plain)
                 passed = _agrees(layout, tokens, width, truth)
             except Exception:
                 # whatever a model does with inputs that it was not made for, it has failed the trial
                 passed = False
-            plain.forwards = max(plain.forwards, getattr(layout, "forwards", 0))
+            plain.forwards = max(plain.forwards, layout.forwards)
             if passed:
                 return name
         return list(candidates)[-1]

@@ -33,6 +33,7 @@ LEAD = 6
 # a snapshot further behind than this is brought up by a forward pass of its own
 STRETCH = 12
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
+OLD_CACHES = ("mems", "past_buckets_states")  # xlnet, reformer: grown by rules of their own
 
 
 class Columns:
@@ -106,6 +107,11 @@ class Columns:
         """Columns in the cache."""
         return self._fed
 
+    @property
+    def is_foreign(self) -> bool:
+        """The model keeps its past in a form that we cannot copy or put back."""
+        return any(self._outputs.get(name) is not None for name in OLD_CACHES)
+
     def describe_more(self, width: int) -> dict[str, Any]:
         """Model inputs for ``width`` columns behind the prompt, for a layout that took over."""
         return self._described(width)
@@ -178,7 +184,9 @@ class Columns:
             self._snapshots.take()
         kwargs = self._described(width)
         fresh = upto - self._fed
-        cached = kwargs.get("use_cache", True) and self._has_cache()
+        # a model without a cache takes the whole text again; one-token steps leave that to the model
+        remembers = self._forget == "nothing" or self._has_cache()
+        cached = kwargs.get("use_cache", True) and remembers
         inputs = self.model.prepare_inputs_for_generation(
             tokens[:, :upto], next_sequence_length=fresh if cached else None, **kwargs
         )
@@ -214,8 +222,8 @@ class Columns:
             self.settle(target)
 
     def _has_cache(self) -> bool:
-        names = (*CACHE_NAMES, "mems", "past_buckets_states")
-        return any(self._outputs.get(name) is not None for name in names)
+        given = (self._outputs.get(name) for name in (*CACHE_NAMES, *OLD_CACHES))
+        return self.cache is not None or any(value is not None for value in given)
 
     def _take_cache(self) -> None:
         for name in CACHE_NAMES:

@@ -12,15 +12,16 @@ import copy
 from typing import Any
 
 import torch
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import (
+    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
 
-REPLACED_BY_UPDATE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+REPLACED_BY_UPDATE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
 
 
 class Snapshots:
@@ -37,11 +38,11 @@ class Snapshots:
         if isinstance(cache, EncoderDecoderCache):
             parts = [cache.self_attention_cache, cache.cross_attention_cache]
         layers = [layer for part in parts if isinstance(part, Cache) for layer in part.layers]
-        known = [
+        known = [type(part) in (Cache, DynamicCache) for part in parts] + [
             type(layer) in REPLACED_BY_UPDATE or isinstance(layer, LinearAttentionCacheLayerMixin)
             for layer in layers
         ]
-        self._layers = layers if known and all(known) else []
+        self._layers = layers if all(known) else []
 
     def take(self) -> None:
         """Keep the states as they are now."""
