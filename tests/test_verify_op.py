@@ -329,10 +329,15 @@ def test_compiles_whole_and_once() -> None:
     torch._dynamo.reset()
 
 
-class _IndexWithoutGuard(TorchFunctionMode):
-    """`tensor[...]` by views: torch's own asks for a CUDA guard, which a CPU build does not have."""
+class _WithoutGuard(TorchFunctionMode):
+    """`tensor[...]` and `~tensor` in other words.
+
+    Torch's own words for them ask for a CUDA guard, fake tensor or not, and a CPU build has none.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.Tensor.__invert__:
+            return args[0].logical_not()
         if func is not torch.Tensor.__getitem__:
             return func(*args, **(kwargs or {}))
         result, index = args
@@ -354,7 +359,7 @@ class _IndexWithoutGuard(TorchFunctionMode):
 
 def test_never_reads_a_value_from_the_device() -> None:
     """Fake CUDA tensors have shapes and no values: anything that reads one raises."""
-    with FakeTensorMode(), _IndexWithoutGuard():
+    with FakeTensorMode(), _WithoutGuard():
         batch, guesses, vocabulary = 3, 4, 50
         rows = torch.empty(batch, guesses + 1, vocabulary, device="cuda", dtype=torch.bfloat16)
         tokens = torch.empty(batch, guesses, device="cuda", dtype=torch.int64)

@@ -84,7 +84,7 @@ def world(family: str, seed: int, *, vocabulary: int, guesses: int, ragged: bool
 
     pairs = tables(guesses + 1)
     stops = [
-        torch.rand(vocabulary**depth, generator=generator) < (0.4 if ragged and depth > 0 else 0)
+        torch.rand(vocabulary**depth, generator=generator) < (0.5 if ragged and depth > 0 else 0)
         for depth in range(guesses)
     ]
     return World([pair[0] for pair in pairs], [pair[1] for pair in pairs[:guesses]], stops)
@@ -228,8 +228,8 @@ def examine(candidate: Candidate, world: World, kind: Kind) -> Findings:
 def cells(thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """Cut [0, 1)^K along all thresholds (B, K), in every direction, into C cells.
 
-    A verifier that compares any of its uniforms with any of the thresholds is constant on a cell, so
-    the sum over cells is the integral, even for one that mixes its uniforms up.
+    A verifier that compares any of its uniforms with any of the thresholds is constant on a cell,
+    so the sum over cells is the integral, even for one that mixes its uniforms up.
     Returns the midpoints (B, C, K) and the volumes (B, C).
     """
     batch, guesses = thresholds.shape

@@ -144,8 +144,10 @@ def no_last_place(seen: Seen, rule: str) -> tuple[Tensor, Tensor]:
     target, tokens, lengths, draft = seen
     if draft is None or rule != "block":
         return _acceptance(seen, rule)
-    full = torch.full_like(lengths, draft.shape[1])
-    return _acceptance_from((target, tokens, full, draft.nan_to_num()), _acceptance(seen, rule)[1])
+    full, filled = torch.full_like(lengths, draft.shape[1]), draft.nan_to_num(1 / draft.shape[-1])
+    scales = _acceptance(seen, rule)[1]
+    acceptance, _ = _acceptance_from((target, tokens, full, filled), scales)
+    return torch.where(torch.arange(draft.shape[1]) < lengths[:, None], acceptance, 0), scales
 
 
 def _acceptance_from(seen: Seen, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ VISIBLE = 1e-3  # a mutant seen only by rounding would be no proof of the test's
 
 def worlds() -> list[World]:
     return [
-        world(family, 1, vocabulary=3, guesses=guesses, ragged=ragged)
+        world(family, seed, vocabulary=3, guesses=guesses, ragged=ragged)
         for family, guesses in (("free", 2), ("holes", 2), ("free", 3))
-        for ragged in (False, True)
+        for ragged, seed in ((False, 1), (True, 1), (True, 2), (True, 3))
     ]
 
 
