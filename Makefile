@@ -87,5 +87,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(usable) || { $(create); }
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
 	@$(install)
-	@$(whole) || { echo "$(VENV) is damaged: making it anew ..." >&2; $(create) && $(install) && $(whole); }
+	@{ $(whole); } 2>/dev/null || { echo "$(VENV) is damaged: making it anew ..." >&2; $(create) && $(install) && $(whole); }
 	@touch $@

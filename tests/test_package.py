@@ -23,8 +23,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A room is a file or folder of src/specdec. It may import from the rows below its own, never from
 # its own row or above. The last row imports nothing of ours.
 LEVELS = [
-    {"demo"},
-    {"__init__", "testing"},
+    {"demo", "testing"},
+    {"__init__"},
     {"generator"},
     {"options", "outputs"},
     {"loop"},
@@ -47,7 +47,9 @@ THIRD_PARTIES = {
 
 # A file over this many lines is a question: is it one concern? The answer stands here.
 LINES = 300
-LONGER_BECAUSE: dict[str, str] = {}
+LONGER_BECAUSE = {
+    "verify/triton.py": "one step in four kernels, of no use apart, that share how rows are laid out",
+}
 
 
 def named(path: Path) -> str:

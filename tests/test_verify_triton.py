@@ -28,6 +28,40 @@ def test_kernels_agree_with_the_reference_in_the_interpreter() -> None:
     assert result.stdout.strip().endswith("cases agree"), result.stdout
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (extra: test)")
+@pytest.mark.parametrize("kernel", ["_measure", "_judge", "_weigh", "_draw"])
+def test_kernels_compile_to_machine_code(kernel: str) -> None:
+    """For compute capability 9.0, with the compiler that Triton brings; nothing is run."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    from specdec.verify import triton as fused
+
+    whole = ("tokens", "lengths", "usable", "accepted_out", "next_token_out")
+    numbers = ("positions", "extra", "vocabulary", "width", "position_stride")
+    constants = {"WORK": tl.float32, "COLUMNS": 4096, "HAS_DRAFT": True, "BY_BLOCK": True}
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in ("rows", "target", "draft"):
+            return "*bf16"
+        if name in whole:
+            return "*i64"
+        if name in numbers or name.endswith("_stride"):
+            return "i64" if name.endswith("row_stride") else "i32"
+        return "fp32" if name == "zero_time" else "*fp32"
+
+    function = getattr(fused, kernel)
+    source = triton.compiler.ASTSource(
+        fn=function,
+        signature={name: kind(name) for name in function.arg_names},
+        constexprs={name: constants[name] for name in function.arg_names if name in constants},
+    )
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
 def compare() -> int:
     """Random ragged batches with damage in some rows; returns how many were compared."""
     from specdec.verify import race

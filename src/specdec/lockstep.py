@@ -2,8 +2,9 @@
 
 Such a processor must see exactly the calls that plain ``generate()`` would make: every step once, with the
 tokens that were kept. So all rows stand at the same length, position i is processed only once every live row
-has kept its guess i - 1, and the round ends at the first position where a row does not. A row that kept its
-guess where another did not emits that guess as its extra token. Costs a copy to the host a position.
+has kept its guess i - 1, and the round ends at the first position where a row does not, or has no guess, or ends.
+A row that kept its guess where another did not emits that guess as its extra token. Costs a copy to the host a
+position.
 Knows no model and no cache. Read next: ``loop.py``.
 """
 
@@ -26,7 +27,7 @@ def verify_in_lockstep(
     Args:
         logits: (B, K + 1, V) of the target, in float32.
         state: all live rows have the same length.
-        proposal: the same number of guesses K for every live row.
+        proposal: rows may have submitted different numbers of guesses.
         processing: its processors are called as plain ``generate()`` calls them.
         sampling: draws the tokens.
 
@@ -36,6 +37,7 @@ def verify_in_lockstep(
     """
     length = int(state.lengths[state.live][0])
     guesses = int(proposal.lengths.max(initial=0))
+    submitted = torch.from_numpy(proposal.lengths).to(state.device)
     scores = torch.zeros_like(logits)
     step = 0
     while True:
@@ -47,12 +49,14 @@ def verify_in_lockstep(
         drawn_from = None if proposal.logits is None else proposal.logits[:, here]
         # the row of a bonus is asked for and not used: a kept guess is this position's token
         both = rows[:, None].expand(-1, 2 if waiting else 1, -1)
-        lengths = torch.full_like(state.device_lengths, int(waiting))
+        lengths = (submitted > step).to(torch.int64)
         positions = state.device_lengths - state.prompt_length + step
         kept, drawn = sampling.verify(both, tokens, lengths, drawn_from, positions)
+        goes_on = kept == 1
         if waiting:
-            drawn = torch.where((kept == 1) & (drawn != -1), tokens[:, 0], drawn)
-            kept = kept.bool() | ~state.device_live
-        if not waiting or not bool(kept.all()):
+            drawn = torch.where(goes_on & (drawn != -1), tokens[:, 0], drawn)
+            if state._eos_ids is not None:  # plain generate() shows padding behind an ended row
+                goes_on = goes_on & ~torch.isin(drawn, state._eos_ids)
+        if not waiting or not bool((goes_on | ~state.device_live).all()):
             return torch.full_like(state.device_lengths, step), drawn, scores
         step += 1

@@ -210,6 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         written = plain.sequences[0, inputs["input_ids"].shape[1] :]
         show(tokenizer.decode(written, skip_special_tokens=True), "  | ")
     heading(f"All {len(PROMPTS)} prompts as one left-padded batch")
+    print("  A batch lasts as long as its slowest row.\n")
     same.append(compare(contest, encode(*PROMPTS.values()), **options)[1])
     print(LEGEND)
     if not all(same):

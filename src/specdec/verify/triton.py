@@ -9,13 +9,13 @@ What is stored in between is (B, K + 1). Sums are taken in another order than in
 the two can part where a comparison is tied to rounding.
 
 It needs Triton, which comes with the CUDA builds of torch, and it is imported only where the rows
-are on CUDA. The tests run it in Triton's interpreter; it has not been run on a GPU. Read
-`reference.py` first.
+are on CUDA. The tests run the kernels in Triton's interpreter and compile them to machine code;
+they have not been run on a GPU. Read `reference.py` first.
 """
 
 import torch
-import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
-import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from specdec.verify.draw import resolution

@@ -1,0 +1,341 @@
+"""The law of whole texts through the front door: every path of the loop, walked, not sampled.
+
+The models are look-up tables whose history is read back from their caches, so a wrong rollback changes the
+law. All random decisions of a call are taken from a script; walking all scripts gives every text with its
+exact probability. Processing, draft model, layout, stop condition, rollback and commit are the shipped ones;
+the decisions themselves go through the shipped verifier, with noise that forces them.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import specdec.scorer
+from specdec import NGram, Proposal, SpeculativeGenerator
+from specdec.proposers import draft_model
+from specdec.testing import TableModel
+from specdec.verify import (
+    block_acceptance,
+    choose,
+    match,
+    residual_weights,
+    token_acceptance,
+    verify,
+)
+
+# guesses -> (vocabulary, new tokens): the first token takes no guess, and a bonus must fit
+SIZES = {1: (3, 3), 2: (2, 4), 3: (2, 5)}
+PROMPT = torch.tensor([[1, 0]])
+
+
+class Script:
+    """Answers every random question of a call from a list, and remembers what else was possible."""
+
+    def __init__(self, answers: list[int]) -> None:
+        self.answers = answers
+        self.asked: list[np.ndarray] = []
+
+    def decide(self, chances: torch.Tensor) -> int:
+        chances = chances.double().numpy()
+        self.asked.append(chances / chances.sum())
+        place = len(self.asked) - 1
+        if place == len(self.answers):
+            self.answers.append(int(np.flatnonzero(chances)[0]))
+        return self.answers[place]
+
+    @property
+    def chance(self) -> float:
+        pairs = zip(self.asked, self.answers, strict=True)
+        return float(np.prod([chances[answer] for chances, answer in pairs]))
+
+
+def walk(run: Callable[[Script], tuple[int, ...]]) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """Every possible outcome of ``run`` with its probability."""
+    waiting: list[list[int]] = [[]]
+    while waiting:
+        script = Script(waiting.pop())
+        given = len(script.answers)
+        outcome = run(script)
+        yield script.chance, outcome
+        for place in range(given, len(script.asked)):
+            others = np.flatnonzero(script.asked[place])
+            for other in others[others > script.answers[place]]:
+                waiting.append([*script.answers[:place], int(other)])
+
+
+class Scripted:
+    """``Sampling`` whose noise is chosen by a script; the rule is the shipped one."""
+
+    keeps_logits = True
+
+    def __init__(self, rule: str, script: Script) -> None:
+        self.rule, self.script = rule, script
+
+    def guess(self, scores, positions):
+        return torch.tensor([self.script.decide(scores[0].softmax(-1))])
+
+    def noise(self, accept: torch.Tensor, width: int, *, longest: bool) -> torch.Tensor:
+        """Uniforms that keep as many guesses as the script says.
+
+        Token: up to the first failure. Block, where guesses have probabilities: up to the last success.
+        """
+        fails = 1 - accept
+        one = accept.new_ones(1)
+        if self.rule == "block" and longest:
+            chances = torch.cat([one, accept]) * torch.cat([fails, one]).flip(0).cumprod(0).flip(0)
+        else:
+            chances = torch.cat([one, accept.cumprod(0)]) * torch.cat([fails, one])
+        kept = self.script.decide(chances)
+        passes = torch.arange(len(accept)) < kept
+        uniforms = torch.where(passes, accept / 2, (1 + accept) / 2)
+        return torch.nn.functional.pad(uniforms, (0, width - len(accept)))[None]
+
+    def verify(self, scores, tokens, lengths, logits, positions):
+        target, tokens = scores.double().softmax(-1), tokens.clone()
+        draft = None if logits is None else logits.double().softmax(-1)
+        if self.rule == "block" and draft is not None:
+            accept, scales = block_acceptance(target, tokens, lengths, draft)
+        else:
+            accept = token_acceptance(target, tokens, lengths, draft)
+            scales = torch.ones_like(target[..., 0])
+        uniforms = self.noise(
+            accept[0, : int(lengths[0])].clamp(0, 1), tokens.shape[1], longest=draft is not None
+        )
+        draft_logits = None if logits is None else logits.double()
+        arguments = (scores.double(), tokens, lengths, draft_logits)
+        calm = torch.ones_like(target[:, 0])
+        accepted, _ = verify(*arguments, rule=self.rule, uniforms=uniforms, exponentials=calm)
+        weights = residual_weights(target, tokens, lengths, draft, accepted, scales)
+        forced = torch.full_like(calm, 1e30)
+        forced[0, self.script.decide(weights[0])] = 1e-30
+        return verify(*arguments, rule=self.rule, uniforms=uniforms, exponentials=forced)
+
+
+def tables(seed: int, vocabulary: int) -> tuple[TableModel, TableModel]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (vocabulary,) * 3
+    rows = [torch.randn(shape, generator=generator) * 1.5 for _ in range(2)]
+    return TableModel(rows[0]), TableModel(rows[1])
+
+
+def exact(target: TableModel, new: int, eos: int | None) -> dict[tuple[int, ...], float]:
+    """The law of plain sampling, from the table; texts end at ``eos`` and are padded with 0."""
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(new):
+        longer: dict[tuple[int, ...], float] = defaultdict(float)
+        for text, chance in law.items():
+            if eos is not None and eos in text:
+                longer[(*text, 0)] += chance
+                continue
+            history = [*PROMPT[0].tolist(), *text]
+            row = target.table[history[-2], history[-1]].double().softmax(-1)
+            for token in range(len(row)):
+                longer[(*text, token)] += chance * float(row[token])
+        law = longer
+    return law
+
+
+class Stubborn:
+    """A proposer of one's own: draws from fixed rows, says so, and stops after a drawn last token.
+
+    Whether it goes on is settled by tokens it has kept in its block: a non-anticipating rule.
+    """
+
+    def __init__(self, script_of: Callable[[], Script], vocabulary: int) -> None:
+        self.script_of = script_of
+        self.rows = [torch.arange(1.0, 1 + vocabulary), torch.arange(1.0, 1 + vocabulary).flip(0)]
+
+    def propose(self, state, limits):
+        tokens, rows = [], []
+        for step in range(int(limits.max(initial=0))):
+            row = self.rows[step % 2]
+            tokens.append(self.script_of().decide(row))
+            rows.append(row.log())
+            if tokens[-1] == len(row) - 1:
+                break
+        if not tokens:
+            return Proposal.empty(1, state.device)
+        lengths = np.array([len(tokens)])
+        return Proposal(torch.tensor([tokens]), lengths, torch.stack(rows)[None])
+
+
+def law_error(rule: str, kind: str, guesses: int, seed: int = 0, eos: int | None = None) -> float:
+    """Largest difference, over all texts, between the walked law and the exact one."""
+    vocabulary, new = SIZES[guesses]
+    target, draft = tables(seed, vocabulary)
+    current: list[Script] = []
+    drafts = {
+        "model": draft,
+        "self": target,
+        "ngram": NGram(2),
+        "none": None,
+        "own": Stubborn(lambda: current[-1], vocabulary),
+    }
+    gen = SpeculativeGenerator(
+        target, drafts[kind], num_draft_tokens=guesses, verification=rule, layout="columns"
+    )
+
+    def run(script: Script) -> tuple[int, ...]:
+        current.append(script)
+        gen._sampling = lambda *_: Scripted(rule, script)
+        out = gen.generate(
+            PROMPT, max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=0
+        )
+        text = out[0, PROMPT.shape[1] :].tolist()
+        return tuple(text + [0] * (new - len(text)))
+
+    law: dict[tuple[int, ...], float] = defaultdict(float)
+    for chance, text in walk(run):
+        law[text] += chance
+    want = exact(target, new, eos)
+    return max(abs(law[text] - want.get(text, 0.0)) for text in law.keys() | want.keys())
+
+
+# float32 rows come out of the models' processing, so the sum of many products is exact to about 1e-7
+TOLERANCE = 1e-6
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("kind", ["model", "self", "ngram", "none", "own"])
+@pytest.mark.parametrize("guesses", SIZES)
+def test_law_of_whole_texts(rule, kind, guesses):
+    assert law_error(rule, kind, guesses) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_law_when_a_text_may_end_inside_a_block(rule):
+    assert law_error(rule, "model", 2, seed=3, eos=2) < TOLERANCE
+
+
+# --- mutants: wrong loops that the walk must reject ---------------------------------------------
+
+
+def rollback_skipped(monkeypatch):
+    monkeypatch.setattr(specdec.scorer.Scorer, "rollback", lambda *_: None)
+
+
+def rollback_one_short(monkeypatch):
+    right = specdec.scorer.Scorer.rollback
+    monkeypatch.setattr(
+        specdec.scorer.Scorer,
+        "rollback",
+        lambda self, tokens, kept, live: right(self, tokens, kept + 1, live),
+    )
+
+
+def first_token_lost(monkeypatch):
+    right = specdec.state.State.__init__
+
+    def late(self, prompt, **kwargs):
+        right(self, prompt, **kwargs)
+        self.max_length -= 1
+
+    monkeypatch.setattr(specdec.state.State, "__init__", late)
+
+
+def draft_rows_shifted(monkeypatch):
+    right = draft_model._Run.propose
+
+    def shifted(self, state, limits):
+        proposal = right(self, state, limits)
+        if proposal.logits is None or proposal.logits.shape[1] < 2:
+            return proposal
+        return Proposal(proposal.tokens, proposal.lengths, proposal.logits.roll(1, dims=1))
+
+    monkeypatch.setattr(draft_model._Run, "propose", shifted)
+
+
+def draft_warped_after_drawing(monkeypatch):
+    right = draft_model._Run.propose
+
+    def warped(self, state, limits):
+        proposal = right(self, state, limits)
+        logits = None if proposal.logits is None else proposal.logits / 0.5
+        return Proposal(proposal.tokens, proposal.lengths, logits)
+
+    monkeypatch.setattr(draft_model._Run, "propose", warped)
+
+
+def unsure_guess_dropped(monkeypatch):
+    """The anticipating rule: a guess already drawn is not submitted because its own chance was low."""
+    right = draft_model._Run.propose
+
+    def dropped(self, state, limits):
+        proposal = right(self, state, limits)
+        if proposal.logits is None:
+            return proposal
+        chance = proposal.logits[0].softmax(-1).gather(-1, proposal.tokens[0, :, None])[:, 0]
+        kept = int((chance >= 0.4).long().cumprod(0).sum())
+        return Proposal(proposal.tokens, np.minimum(proposal.lengths, kept), proposal.logits)
+
+    monkeypatch.setattr(draft_model._Run, "propose", dropped)
+
+
+def argmax_with_softmax_rows(monkeypatch):
+    right = Scripted.guess
+    monkeypatch.setattr(Scripted, "guess", lambda self, scores, _: scores.argmax(-1))
+    assert right is not Scripted.guess
+
+
+def bonus_from_the_row_before(monkeypatch):
+    right = Scripted.verify
+
+    def stale(self, scores, tokens, lengths, logits, positions):
+        scores = scores.clone()
+        scores[:, -1] = scores[:, 0]
+        return right(self, scores, tokens, lengths, logits, positions)
+
+    monkeypatch.setattr(Scripted, "verify", stale)
+
+
+LOOP_MUTANTS = [
+    rollback_skipped,
+    rollback_one_short,
+    first_token_lost,
+    draft_rows_shifted,
+    draft_warped_after_drawing,
+    unsure_guess_dropped,
+    argmax_with_softmax_rows,
+    bonus_from_the_row_before,
+]
+
+
+@pytest.mark.parametrize("mutant", LOOP_MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_a_wrong_loop_breaks_the_law(mutant, monkeypatch):
+    mutant(monkeypatch)
+    try:
+        error = law_error("token", "model", 2)
+    except Exception as raised:
+        assert "bug in specdec" in str(raised) or isinstance(raised, RuntimeError), raised
+    else:
+        assert error > 1e-3
+
+
+# --- shared noise --------------------------------------------------------------------------------
+
+
+def test_coupled_equals_the_plain_loop_for_ten_thousand_noise_draws():
+    """Index form on random rows: what coupled verification emits is what plain decoding draws."""
+    generator = torch.Generator().manual_seed(0)
+    rows, guesses, vocabulary = 10_000, 3, 7
+    from specdec.verify import keyed_gumbel
+
+    scores = torch.randn(rows, guesses + 1, vocabulary, generator=generator, dtype=torch.float64)
+    draft = scores[:, :-1] + torch.randn(
+        rows, guesses, vocabulary, generator=generator, dtype=torch.float64
+    )
+    noise = keyed_gumbel(
+        torch.arange(rows), torch.arange(guesses + 1).expand(rows, -1), vocabulary, torch.float64
+    )
+    own = choose(scores, noise)
+    tokens = choose(draft, noise[:, :-1])
+    accepted, next_token = match(own, tokens, torch.full((rows,), guesses))
+    assert 0.2 < float(accepted.float().mean()) / guesses < 0.9  # both outcomes are met
+    for row in range(guesses + 1):
+        emitted = torch.where(
+            row < accepted, torch.nn.functional.pad(tokens, (0, 1))[:, row], next_token
+        )
+        assert torch.equal(emitted[row <= accepted], own[row <= accepted, row])

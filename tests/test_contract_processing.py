@@ -1,0 +1,320 @@
+"""Logits processors: every one that generate() builds, and the user's own, act as in plain generate().
+
+Text and scores of every step are compared, with a model, n-grams and nothing as the draft, for one
+row and for three padded ones. Processors with a state must see exactly plain's calls.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import LogitsProcessor, SynthIDTextWatermarkingConfig, WatermarkingConfig
+
+from .contract import NEW, assert_agrees, llama, noisy, oracle, plain, prompts, speculative, t5
+
+BATCHES = (1, 3)
+
+
+def only_neighbours(row, ids):
+    """Ids near the last one; other ones for every row."""
+    last = int(ids[-1])
+    return [(last * 5 + row * 3 + i) % 64 for i in range(1, 9)]
+
+
+# name -> options, from the text (a list of new ids of the first row) that comes out without them
+OPTIONS = {
+    "repetition_penalty": lambda text: {"repetition_penalty": 3.0},
+    "repetition_reward": lambda text: {"repetition_penalty": 0.5},
+    "no_repeat_ngram_size": lambda text: {"no_repeat_ngram_size": 1},
+    "no_repeat_bigrams": lambda text: {"no_repeat_ngram_size": 2, "repetition_penalty": 0.5},
+    "bad_word": lambda text: {"bad_words_ids": [[text[2]]]},
+    "bad_words": lambda text: {"bad_words_ids": [[text[1], text[2]], [text[4]]]},
+    "sequence_bias_one": lambda text: {"sequence_bias": {(text[3],): -50.0}},
+    "sequence_bias_many": lambda text: {"sequence_bias": [[[text[1], text[2]], -50.0]]},
+    "min_length": lambda text: {"eos_token_id": text[2], "min_length": 15},
+    "min_new_tokens": lambda text: {"eos_token_id": text[2], "min_new_tokens": 7},
+    "forced_eos_token_id": lambda text: {"forced_eos_token_id": (text[-1] + 1) % 64},
+    "exponential_decay": lambda text: {
+        "eos_token_id": 5, "exponential_decay_length_penalty": (3, 1.9)
+    },
+    "suppress_tokens": lambda text: {"suppress_tokens": [text[0], text[3]]},
+    "begin_suppress_tokens": lambda text: {"begin_suppress_tokens": [text[0]]},
+    "renormalize_logits": lambda text: {"renormalize_logits": True},
+    "prefix_allowed_tokens_fn": lambda text: {"prefix_allowed_tokens_fn": only_neighbours},
+    "guidance_scale": lambda text: {"guidance_scale": 1.7},
+    "lefthash": lambda text: {
+        "watermarking_config": WatermarkingConfig(bias=6.0, seeding_scheme="lefthash")
+    },
+    "selfhash": lambda text: {
+        "watermarking_config": WatermarkingConfig(
+            bias=6.0, seeding_scheme="selfhash", context_width=2
+        )
+    },
+    "synthid": lambda text: {
+        "watermarking_config": SynthIDTextWatermarkingConfig(
+            ngram_len=3, keys=[654, 400, 836, 123, 340, 443, 597, 160], sampling_table_size=2**10
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_processor_of_generate(name, batch):
+    inputs = prompts(batch)
+    asked = {"return_dict_in_generate": True, "output_scores": True}
+    base = plain(llama(), inputs, **asked)
+    text = base.sequences[0, -NEW:].tolist()
+    with_it = assert_agrees(llama(), inputs, **OPTIONS[name](text))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(with_it.scores, base.scores, strict=False)
+    ), "the option had no effect: this test shows nothing"
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_several_processors_in_their_order(batch):
+    text = plain(llama(), prompts(batch))[0, -NEW:].tolist()
+    assert_agrees(
+        llama(),
+        prompts(batch),
+        repetition_penalty=1.4,
+        bad_words_ids=[[text[0], text[1]]],
+        sequence_bias=[[[text[2]], -3.0], [[text[3], text[4]], 4.0]],
+        no_repeat_ngram_size=2,
+        min_new_tokens=5,
+        eos_token_id=[text[1], 7],
+        renormalize_logits=True,
+    )
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_remove_invalid_values(batch):
+    broken = copy.deepcopy(llama())
+    with torch.no_grad():
+        broken.lm_head.weight[5] = torch.nan
+        broken.lm_head.weight[6] = torch.inf
+    clean = noisy(llama())
+    text = plain(broken, prompts(batch))
+    assert (text[:, -NEW:] == 5).all()  # without the option NaN wins every argmax
+    assert_agrees(broken, prompts(batch), drafts=(clean, "ngram", None), remove_invalid_values=True)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_negative_prompt(batch, masked):
+    negative = torch.randint(3, 64, (batch, 4), generator=torch.Generator().manual_seed(3))
+    options = {"guidance_scale": 2.5, "negative_prompt_ids": negative}
+    if masked:
+        mask = torch.ones_like(negative)
+        mask[0, :2] = 0
+        options["negative_prompt_attention_mask"] = mask
+    with_it = assert_agrees(llama(), prompts(batch), **options)
+    without = plain(llama(), prompts(batch), guidance_scale=2.5)
+    assert with_it.sequences.tolist() != without.tolist()
+
+
+ENCODER_OPTIONS = {
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 2.5},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
+    "forced_bos_token_id": {"forced_bos_token_id": 9},
+    "forced_bos_and_begin_suppress": {"forced_bos_token_id": 9, "begin_suppress_tokens": [55, 17]},
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", ENCODER_OPTIONS)
+def test_processor_of_an_encoder_decoder(name, batch):
+    base = plain(t5(), prompts(batch), return_dict_in_generate=True, output_scores=True)
+    with_it = assert_agrees(t5(), prompts(batch), **ENCODER_OPTIONS[name])
+    assert any(
+        not torch.equal(a, b) for a, b in zip(with_it.scores, base.scores, strict=False)
+    ), "the option had no effect: this test shows nothing"
+
+
+class Bias(LogitsProcessor):
+    """A pure function of its arguments: a bias that depends on the last two ids and the length."""
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        liked = (input_ids[:, -2:].sum(dim=1) + input_ids.shape[1]) % 64
+        scores[torch.arange(len(scores)), liked] += 4.0
+        return scores
+
+
+class PureBias(Bias):
+    """The same, declared so: it may be called in any order, and for the draft."""
+
+    specdec_pure = True
+
+
+class InPlace(LogitsProcessor):
+    """Writes into the scores it is given, as many processors of users do."""
+
+    def __call__(self, input_ids, scores):
+        best = scores.argmax(dim=1, keepdim=True)
+        return scores.scatter_(1, best, -99.0)
+
+
+class PureInPlace(InPlace):
+    specdec_pure = True
+
+
+class Machine(LogitsProcessor):
+    """A state machine: what it forbids depends on how often it was called; it records the calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, input_ids, scores):
+        self.calls.append((input_ids.clone(), scores.clone()))
+        scores = scores.clone()
+        scores[:, len(self.calls) % 3 :: 3] -= 3.0
+        return scores
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kind", [Bias, PureBias, InPlace, PureInPlace, Machine])
+def test_processor_of_the_user(kind, batch):
+    with_it = assert_agrees(
+        llama(), prompts(batch), make=lambda: {"logits_processor": [kind()]}
+    )
+    assert with_it.sequences.tolist() != plain(llama(), prompts(batch)).tolist()
+
+
+def run_recorded(generate, inputs, **options):
+    machine = Machine()
+    options = {"max_new_tokens": NEW, "do_sample": False, **options}
+    text = generate(**inputs, logits_processor=[machine], **options)
+    return text, machine.calls
+
+
+def assert_same_calls(got, wanted, live):
+    """The same ids in the same order; close scores for rows that `live(row, length)`."""
+    assert len(got) == len(wanted)
+    for (ids, scores), (wanted_ids, wanted_scores) in zip(got, wanted, strict=True):
+        assert ids.tolist() == wanted_ids.tolist()
+        for row in range(len(ids)):
+            if live(row, ids.shape[1]):
+                torch.testing.assert_close(scores[row], wanted_scores[row], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("draft", ["noisy", "ngram", "oracle", "oracle with errors", None])
+def test_a_stateful_processor_sees_the_calls_of_plain(draft, batch):
+    inputs = prompts(batch)
+    text, wanted = run_recorded(llama().generate, inputs)
+    if draft == "oracle":
+        draft = oracle(text)
+    elif draft == "oracle with errors":
+        draft = oracle(text, wrong={12, 16, 17})
+    got_text, got = run_recorded(speculative(llama(), draft).generate, inputs)
+    assert got_text.tolist() == text.tolist()
+    assert_same_calls(got, wanted, lambda row, length: True)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("draft", ["noisy", "oracle"])
+@pytest.mark.parametrize("place", [1, 2, 3, 5])
+def test_a_stateful_processor_sees_the_calls_of_plain_past_an_end_of_sequence(draft, place, batch):
+    inputs = prompts(batch)
+    free, _ = run_recorded(llama().generate, inputs)
+    start = inputs["input_ids"].shape[1]
+    eos = int(free[0, start + place])
+    text, wanted = run_recorded(llama().generate, inputs, eos_token_id=eos)
+    draft = oracle(free) if draft == "oracle" else draft
+    got_text, got = run_recorded(speculative(llama(), draft).generate, inputs, eos_token_id=eos)
+    assert got_text.tolist() == text.tolist()
+
+    def live(row, length):
+        return eos not in text[row, start:length].tolist()
+
+    assert_same_calls(got, wanted, live)
+
+
+def test_a_stateful_processor_beside_a_criterion_sees_the_calls_of_plain():
+    inputs = prompts(1)
+    stop = [lambda ids, scores: ids.shape[1] >= 15]
+    text, wanted = run_recorded(llama().generate, inputs, stopping_criteria=stop)
+    gen = speculative(llama(), oracle(run_recorded(llama().generate, inputs)[0]))
+    got_text, got = run_recorded(gen.generate, inputs, stopping_criteria=stop)
+    assert got_text.tolist() == text.tolist()
+    assert_same_calls(got, wanted, lambda row, length: True)
+
+
+def test_guesses_past_a_rows_length_never_reach_the_text_in_lockstep():
+    """A row may submit fewer guesses than its neighbour; what stands behind them is no guess."""
+    inputs = prompts(3)
+    text, wanted = run_recorded(llama().generate, inputs, pad_token_id=3)
+
+    class Shorter:
+        """Submits one guess for the first row, and leaves the right ones behind it unsubmitted."""
+
+        def propose(self, state, limits):
+            proposal = oracle(text).propose(state, limits)
+            proposal.lengths[0] = min(proposal.lengths[0], 1)
+            return proposal
+
+    gen = speculative(llama(), Shorter())
+    got_text, got = run_recorded(gen.generate, inputs, pad_token_id=3)
+    assert got_text.tolist() == text.tolist()
+    assert_same_calls(got, wanted, lambda row, length: True)
+
+
+def test_a_pure_processor_is_judged_in_wide_rounds_and_shapes_the_draft():
+    """Declared pure it costs no lockstep: identical draft and target then accept everything."""
+    gen = speculative(llama(), llama())
+    gen.generate(
+        **prompts(3), max_new_tokens=NEW, do_sample=False, logits_processor=[PureBias()]
+    )
+    assert gen.stats.acceptance_rate == 1.0
+    gen.generate(**prompts(3), max_new_tokens=NEW, do_sample=False, logits_processor=[Bias()])
+    assert gen.stats.acceptance_rate < 1.0
+
+
+WARPERS = {
+    "temperature": {"temperature": 0.6, "top_k": 0},
+    "top_k": {"top_k": 7},
+    "top_p": {"top_p": 0.7, "top_k": 0},
+    "min_p": {"min_p": 0.1, "top_k": 0},
+    "typical_p": {"typical_p": 0.8, "top_k": 0},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.02, "top_k": 0},
+    "eta_cutoff": {"eta_cutoff": 0.05, "top_k": 0},
+    "top_h": {"top_h": 0.4, "top_k": 0},
+    "all": {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.95},
+    "default top_k": {},
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", WARPERS)
+def test_warpers_with_a_single_choice(name, batch):
+    """With top_k = 1 sampling has one outcome: plain's text is ours."""
+    options = {**WARPERS[name], "top_k": 1, "do_sample": True}
+    assert_agrees(llama(), prompts(batch), drafts=("noisy", "ngram"), **options)
+
+
+@pytest.mark.parametrize("name", WARPERS)
+def test_warped_scores_of_every_step_are_plains(name):
+    """What a sampled token was drawn from, step by step, is what plain warps after that text."""
+    inputs, options = prompts(3), {**WARPERS[name], "do_sample": True, "top_k": 0} | WARPERS[name]
+    asked = {"return_dict_in_generate": True, "output_scores": True}
+    gen = speculative(llama(), "noisy", seed=5)
+    got = gen.generate(**inputs, max_new_tokens=6, **options, **asked)
+    assert gen.stats.accepted > 0
+    start = inputs["input_ids"].shape[1]
+    for step, scores in enumerate(got.scores):
+        ids = got.sequences[:, : start + step]
+        mask = torch.cat([inputs["attention_mask"], ids.new_ones(3, step)], dim=1)
+        wanted = llama().generate(ids, attention_mask=mask, max_new_tokens=1, **options, **asked)
+        torch.testing.assert_close(scores, wanted.scores[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("rule", ["block", "token"])
+def test_identical_draft_and_target_accept_everything(rule, batch):
+    gen = speculative(llama(), llama(), tokens=4, verification=rule, seed=1)
+    gen.generate(
+        **prompts(batch), max_new_tokens=40, do_sample=True, temperature=0.7, top_p=0.9, top_k=0
+    )
+    assert gen.stats.drafted > 20 * batch
+    assert gen.stats.acceptance_rate == 1.0
