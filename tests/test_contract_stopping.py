@@ -34,25 +34,28 @@ START = 9
 
 @cache
 def tokenizer():
-    """64 tokens of two letters each, written together without spaces: "aa", "ab", ..."""
+    """64 tokens of one or two letters, written together without spaces: "a", .. "aa", "ab", .."""
     letters = "abcdefgh"
-    words = [a + b for a in letters for b in letters]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="aa"))
+    pairs = [(a, b) for a in letters for b in letters if a != b]
+    words = [*letters, *(a + b for a, b in pairs)]
+    model = models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=pairs)
+    inner = Tokenizer(model)
     inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="aa", pad_token="aa")
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
 def text_of(ids):
     return "".join(tokenizer().convert_ids_to_tokens(ids.tolist()))
 
 
+@cache
 def free_text(batch):
-    """(B, L) what comes out when nothing stops it; long enough for every test."""
+    """(B, L) what comes out when nothing stops it."""
     return plain(llama(), prompts(batch), max_new_tokens=NEW)
 
 
 def drafts(batch):
-    return ("noisy", "ngram", None, oracle(free_text(batch)), oracle(free_text(batch), wrong={13}))
+    return ("noisy", "ngram", None, oracle(free_text(batch), wrong={13}))
 
 
 def assert_stops_alike(batch, make=dict, **options):
@@ -67,8 +70,10 @@ def assert_stops_alike(batch, make=dict, **options):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("place", [0, 1, 2, 3, 4, 6])
-@pytest.mark.parametrize("kind", ["int", "list", "tensor"])
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [("int", 0), ("int", 1), ("int", 2), ("int", 3), ("int", 6), ("list", 2), ("tensor", 3)],
+)
 def test_end_of_sequence(kind, place, batch):
     row = free_text(batch)[-1, START:].tolist()
     ids = {"int": row[place], "list": [62, row[place]], "tensor": torch.tensor([row[place], 61])}
@@ -133,6 +138,7 @@ def test_max_new_tokens_wins_over_max_length(batch):
     assert text.shape[1] == START + 5
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning")
 def test_without_a_limit_twenty_tokens():
     wanted = llama().generate(**prompts(3), do_sample=False)
     got = speculative(llama(), "noisy").generate(**prompts(3), do_sample=False)
@@ -140,6 +146,7 @@ def test_without_a_limit_twenty_tokens():
     assert got.shape[1] == START + 20
 
 
+@pytest.mark.filterwarnings("ignore:Input length of input_ids:UserWarning")
 @pytest.mark.parametrize("length", [START, START - 3])
 def test_a_prompt_as_long_as_max_length(length):
     """Whatever plain does (it warns, writes one token or raises), ours does."""
@@ -177,16 +184,10 @@ def test_an_end_of_sequence_criterion_of_the_user_takes_precedence(configured, b
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("cut", ["a whole token", "between two", "inside three"])
-@pytest.mark.parametrize("place", [1, 2, 4])
-def test_stop_strings(place, cut, batch):
-    text = text_of(free_text(batch)[0, START:])
-    first = 2 * place
-    string = {
-        "a whole token": text[first : first + 2],
-        "between two": text[first + 1 : first + 3],
-        "inside three": text[first + 1 : first + 5],
-    }[cut]
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (2, 3), (3, 7), (5, 8), (9, 11)])
+def test_stop_strings(first, last, batch):
+    """Strings that lie in a token, across two, and across more."""
+    string = text_of(free_text(batch)[0, START:])[first:last]
     got = assert_stops_alike(batch, stop_strings=[string, "zz"], tokenizer=tokenizer())
     assert string in text_of(got[0, START:])
     if batch == 1:
@@ -284,8 +285,9 @@ def rules(batch):
 RULES = list(rules(1))
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("ended_by", ["nothing", "an end of sequence"])
+@pytest.mark.parametrize(
+    ("ended_by", "batch"), [("nothing", 1), ("nothing", 3), ("an end of sequence", 3)]
+)
 @pytest.mark.parametrize("name", RULES)
 def test_criterion_of_the_user_sees_the_calls_of_plain(name, ended_by, batch):
     """Without an end-of-sequence token plain lets ended rows go on until all have ended."""
@@ -336,7 +338,7 @@ def test_a_list_of_criteria(batch):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_max_time_that_is_over_at_once(batch):
     text = assert_stops_alike(batch, max_time=0.0)
-    assert text.shape[1] in (START + 1, START + NEW)
+    assert text.shape[1] == START + 1
 
 
 def test_max_time_ends_a_long_call():
@@ -399,7 +401,9 @@ def test_text_streamer(skip_prompt, capsys):
 
 def test_text_streamer_refuses_a_batch_before_any_work():
     with Counted(llama()) as counted, pytest.raises(ValueError, match="batch size 1"):
-        speculative(llama(), "noisy").generate(**prompts(3), streamer=TextStreamer(tokenizer()))
+        speculative(llama(), "noisy").generate(
+            **prompts(3), streamer=TextStreamer(tokenizer()), max_new_tokens=3
+        )
     assert counted.calls == 0
 
 
@@ -413,14 +417,14 @@ def test_text_iterator_streamer():
 
 def test_streaming_is_in_time():
     """A token is told as soon as its round is over, not at the end of the call."""
-    told_at = []
+    told_at, draft = [], oracle(free_text(1))
 
     class Slow(Listener):
         def put(self, value):
             told_at.append(forwards.calls)
 
     with Counted(llama()) as forwards:
-        gen = speculative(llama(), oracle(free_text(1)))
+        gen = speculative(llama(), draft)
         gen.generate(**prompts(1), streamer=Slow(), max_new_tokens=NEW, do_sample=False)
     assert len(told_at) == 1 + NEW
     assert told_at[0] == 0

@@ -1,0 +1,265 @@
+"""What comes back: ids, output classes, scores a step, several samples a prompt, and whose settings win.
+
+Plain generate() is the reference. After a row has ended its scores are zeros.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+
+from specdec import Stats
+
+from .contract import (
+    NEW,
+    assert_agrees,
+    assert_scores_agree,
+    bart,
+    ends,
+    llama,
+    noisy,
+    oracle,
+    plain,
+    prompts,
+    speculative,
+    t5,
+)
+
+BATCHES = (1, 3)
+START = 9
+DICT = {"return_dict_in_generate": True}
+BOTH = {**DICT, "output_scores": True, "output_logits": True}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("draft", ["noisy", "ngram", None, "oracle"])
+@pytest.mark.parametrize("place", [None, 1, 4])
+def test_scores_and_logits_of_every_step(place, draft, batch):
+    inputs = prompts(batch)
+    free = plain(llama(), inputs)
+    draft = oracle(free) if draft == "oracle" else draft
+    eos = None if place is None else int(free[-1, START + place])
+    options = {**BOTH, "eos_token_id": eos, "repetition_penalty": 1.2, "max_new_tokens": NEW}
+    wanted = llama().generate(**inputs, do_sample=False, **options)
+    got = speculative(llama(), draft).generate(**inputs, do_sample=False, **options)
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    lengths = ends(wanted.sequences, START, eos)
+    assert_scores_agree(got.scores, wanted.scores, lengths, START)
+    assert_scores_agree(got.logits, wanted.logits, lengths, START)
+    assert not torch.equal(got.scores[0], got.logits[0])
+
+
+@pytest.mark.parametrize("eos_beside", [False, True])
+def test_scores_are_zeros_after_a_criterion_ended_a_row(eos_beside):
+    """The row was ahead when the criterion was asked: what it had written beyond is taken back."""
+    inputs = prompts(3)
+    free = plain(llama(), inputs)
+    eos = 63 if not eos_beside else int(free[2, START + 5])
+    last = int(free[0, START + 2])
+    options = {**BOTH, "eos_token_id": eos, "max_new_tokens": NEW, "do_sample": False}
+    criterion = [lambda ids, scores: ids[:, -1] == last]
+    wanted = llama().generate(**inputs, stopping_criteria=criterion, **options)
+    gen = speculative(llama(), oracle(free))
+    got = gen.generate(**inputs, stopping_criteria=criterion, **options)
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    lengths = ends(wanted.sequences, START, [eos, last])
+    assert lengths[0] == START + 3
+    assert_scores_agree(got.scores, wanted.scores, lengths, START)
+    assert_scores_agree(got.logits, wanted.logits, lengths, START)
+
+
+@pytest.mark.parametrize("flags", [(), ("output_scores",), ("output_logits",)])
+def test_only_what_was_asked_for(flags):
+    out = speculative(llama(), "noisy").generate(
+        **prompts(3), max_new_tokens=5, do_sample=False, **DICT, **dict.fromkeys(flags, True)
+    )
+    assert type(out) is GenerateDecoderOnlyOutput
+    for name in ("scores", "logits"):
+        assert (out[name] is not None) == (f"output_{name}" in flags)
+
+
+def test_flags_without_the_dictionary_are_ignored_as_in_plain():
+    options = {"output_scores": True, "output_logits": True}
+    wanted = plain(llama(), prompts(3), **options)
+    got = speculative(llama(), "noisy").generate(
+        **prompts(3), max_new_tokens=NEW, do_sample=False, **options
+    )
+    assert isinstance(got, torch.Tensor)
+    assert got.dtype == wanted.dtype == torch.int64
+    assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("flag", ["output_attentions", "output_hidden_states"])
+def test_refused_outputs_are_ignored_without_the_dictionary_as_in_plain(flag):
+    got = speculative(llama(), "noisy").generate(
+        **prompts(1), max_new_tokens=NEW, do_sample=False, **{flag: True}
+    )
+    assert got.tolist() == plain(llama(), prompts(1)).tolist()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_compute_transition_scores(normalize):
+    inputs = prompts(3)
+    eos = int(plain(llama(), inputs)[1, START + 3])
+    found, lengths = [], []
+    for run in (llama().generate, speculative(llama(), "noisy").generate):
+        out = run(
+            **inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=eos, output_scores=True, **DICT
+        )
+        found.append(
+            llama().compute_transition_scores(
+                out.sequences, out.scores, normalize_logits=normalize
+            )
+        )
+        lengths = ends(out.sequences, START, eos)
+    assert found[0].shape == found[1].shape
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(
+            found[1][row, : length - START], found[0][row, : length - START], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_speculation_is_the_stats_of_the_call():
+    gen = speculative(llama(), "noisy")
+    first = gen.generate(**prompts(3), max_new_tokens=6, do_sample=False, **DICT)
+    assert isinstance(first.speculation, Stats)
+    assert first.speculation is gen.stats
+    assert first.speculation.emitted == 18
+    gen.generate(**prompts(1), max_new_tokens=3, do_sample=False)
+    assert gen.stats.emitted == 3
+    assert first.speculation.emitted == 18
+
+
+@pytest.mark.parametrize("pad", [0, 2, 63])
+def test_padding_after_the_end(pad):
+    free = plain(llama(), prompts(3))
+    eos = [int(free[0, START + 1]), int(free[1, START + 4])]
+    wanted = plain(llama(), prompts(3), eos_token_id=eos, pad_token_id=pad)
+    for draft in ("noisy", "ngram", oracle(free)):
+        got = speculative(llama(), draft).generate(
+            **prompts(3), max_new_tokens=NEW, do_sample=False, eos_token_id=eos, pad_token_id=pad
+        )
+        assert got.tolist() == wanted.tolist()
+    assert (wanted[0, START + 2 :] == pad).all()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("model", [t5, bart])
+def test_encoder_decoder(model, batch):
+    target, inputs = model(), prompts(batch)
+    free = plain(target, inputs)
+    eos = int(free[0, 5])
+    options = {**BOTH, "eos_token_id": eos, "max_new_tokens": NEW, "do_sample": False}
+    wanted = target.generate(**inputs, **options)
+    for draft in ("noisy", "ngram", None, oracle(free)):
+        got = speculative(target, draft).generate(**inputs, **options)
+        assert type(got) is GenerateEncoderDecoderOutput
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        lengths = ends(wanted.sequences, 1, eos)
+        assert_scores_agree(got.scores, wanted.scores, lengths, 1)
+        assert_scores_agree(got.logits, wanted.logits, lengths, 1)
+
+
+@pytest.mark.parametrize("model", [t5, bart])
+def test_encoder_decoder_with_a_begun_answer(model):
+    begun = torch.tensor([[2, 9, 30], [2, 31, 8], [2, 5, 5]])
+    assert_agrees(model(), {**prompts(3), "decoder_input_ids": begun}, drafts=("noisy", "ngram"))
+
+
+@pytest.mark.parametrize("draft", ["noisy", "ngram", None])
+@pytest.mark.parametrize("model", [llama, t5])
+def test_several_samples_a_prompt(model, draft):
+    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 8, "top_k": 0}
+    inputs = {k: v[:2] for k, v in prompts(3).items()}
+    start = START if model is llama else 1
+    reference = speculative(model(), None, verification="coupled").generate(
+        **inputs, seed=4, **options
+    )
+    got = speculative(model(), draft, verification="coupled").generate(**inputs, seed=4, **options)
+    assert got.shape == (6, start + 8)
+    assert got.tolist() == reference.tolist()
+    if model is llama:
+        wanted = inputs["input_ids"].repeat_interleave(3, dim=0)
+        assert got[:, :start].tolist() == wanted.tolist()
+    assert len({tuple(row) for row in got.tolist()}) == 6
+    for rule in ("block", "token"):
+        gen = speculative(model(), draft, verification=rule)
+        assert gen.generate(**inputs, seed=4, **options).shape == (6, start + 8)
+
+
+def test_several_samples_a_prompt_without_a_mask():
+    ids = prompts(3)["input_ids"][:1]
+    gen = speculative(llama(), "noisy", verification="coupled", seed=1)
+    options = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": 6, "pad_token_id": 0}
+    assert gen.generate(ids, **options).shape == (4, START + 6)
+
+
+def test_several_greedy_samples_are_refused_as_in_plain():
+    for run in (llama().generate, speculative(llama(), "noisy").generate):
+        with pytest.raises(ValueError, match="num_return_sequences"):
+            run(**prompts(1), do_sample=False, num_return_sequences=2, max_new_tokens=3)
+
+
+SETTINGS = {
+    "the model's own": ({"repetition_penalty": 2.0}, None, {}),
+    "config over the model's": ({"repetition_penalty": 9.0}, {"repetition_penalty": 2.0}, {}),
+    "config keeps the model's": ({"repetition_penalty": 2.0}, {"max_new_tokens": 7}, {}),
+    "kwargs over config": ({}, {"repetition_penalty": 9.0}, {"repetition_penalty": 2.0}),
+    "kwargs over all": (
+        {"repetition_penalty": 9.0, "max_new_tokens": 3},
+        {"repetition_penalty": 5.0, "max_new_tokens": 4},
+        {"repetition_penalty": 2.0, "max_new_tokens": 8},
+    ),
+    "sampling by the model's own": ({"do_sample": True, "top_k": 1}, None, {}),
+    "sampling by config": ({}, {"do_sample": True, "top_k": 1}, {}),
+    "greedy over the model's": ({"do_sample": True}, None, {"do_sample": False}),
+    "dictionary by config": ({}, {"return_dict_in_generate": True, "output_scores": True}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_whose_settings_win(name):
+    own, given, options = SETTINGS[name]
+    model = copy.deepcopy(llama())
+    model.generation_config.update(**{"max_new_tokens": NEW, **own})
+    config = None if given is None else GenerationConfig(pad_token_id=0, **given)
+    before = None if config is None else copy.deepcopy(config.to_dict())
+    options = {"generation_config": config, **options}
+    wanted = model.generate(**prompts(3), **options)
+    got = speculative(model, noisy(llama())).generate(**prompts(3), **options)
+    assert type(got) is type(wanted)
+    if not isinstance(got, torch.Tensor):
+        wanted, got = wanted.sequences, got.sequences
+    assert got.tolist() == wanted.tolist()
+    if config is not None:
+        assert config.to_dict() == before
+
+
+def test_lists_and_tensors_of_the_caller_stay_as_they_were():
+    inputs = prompts(3)
+    copies = {k: v.clone() for k, v in inputs.items()}
+    processors = LogitsProcessorList([lambda ids, scores: scores])
+    criteria = StoppingCriteriaList([lambda ids, scores: False])
+    speculative(llama(), "noisy").generate(
+        **inputs,
+        logits_processor=processors,
+        stopping_criteria=criteria,
+        stop_strings=None,
+        repetition_penalty=1.5,
+        max_new_tokens=5,
+        do_sample=False,
+    )
+    assert len(processors) == len(criteria) == 1
+    for name, tensor in copies.items():
+        assert torch.equal(inputs[name], tensor)
+
+
+def test_the_result_is_the_callers_own():
+    """Writing into it changes no later call."""
+    gen = speculative(llama(), "noisy")
+    first = gen.generate(**prompts(3), max_new_tokens=5, do_sample=False)
+    kept = first.clone()
+    first.fill_(7)
+    assert torch.equal(gen.generate(**prompts(3), max_new_tokens=5, do_sample=False), kept)

@@ -1,0 +1,193 @@
+"""Seeds: shared noise makes the text a function of target, seed and prompt; what generators are used.
+
+Bit equality across drafts, numbers of guesses, batches and layouts at temperature > 0, with targets
+in float64.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+from specdec import DraftModel, InvalidInput, SpeculativeGenerator
+from specdec.testing import ragged_prompt
+
+from .contract import llama, noisy, oracle, prompts, speculative
+
+WARM = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 10}
+LENGTHS = (9, 6, 3, 7)
+
+
+def target():
+    return llama(0, torch.float64)
+
+
+def inputs(batch):
+    """Four padded rows, or the first alone, which has no padding in company either."""
+    return {k: v[:batch] for k, v in ragged_prompt(LENGTHS).items()}
+
+
+@cache
+def reference(batch, seed=7):
+    gen = SpeculativeGenerator(target(), None, verification="coupled", seed=seed)
+    return gen.generate(**inputs(batch), **WARM)
+
+
+def draft(name):
+    return {
+        "none": None,
+        "ngram": "ngram",
+        "noisy": noisy(target()),
+        "self": target(),
+        "another": llama(5),
+        "oracle": oracle(reference(4), wrong={14}),
+    }[name]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+@pytest.mark.parametrize("name", ["ngram", "noisy", "self", "another", "oracle"])
+def test_the_same_text_for_every_draft(name, tokens, batch):
+    gen = speculative(target(), draft(name), tokens=tokens, verification="coupled", seed=7)
+    assert gen.generate(**inputs(batch), **WARM).tolist() == reference(batch).tolist()
+    assert gen.stats.drafted > 0
+    if name in ("self", "oracle"):
+        assert gen.stats.accepted > 0
+
+
+def test_identical_draft_and_target_accept_everything():
+    gen = speculative(target(), target(), verification="coupled", seed=7)
+    gen.generate(**inputs(4), **WARM)
+    assert gen.stats.acceptance_rate == 1.0
+
+
+def test_a_row_alone_and_in_company():
+    """Each row by itself, without its padding, under the same seed."""
+    together, mask = reference(4), inputs(4)["attention_mask"]
+    for row, length in enumerate(LENGTHS):
+        ids = inputs(4)["input_ids"][row : row + 1, -length:]
+        gen = speculative(target(), "noisy", verification="coupled", seed=7)
+        alone = gen.generate(ids, attention_mask=torch.ones_like(ids), **WARM)
+        assert alone[0].tolist() == together[row, mask.shape[1] - length :].tolist()
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    order = [2, 0, 3, 1]
+    shuffled = {k: v[order] for k, v in inputs(4).items()}
+    gen = speculative(target(), "noisy", verification="coupled", seed=7)
+    assert gen.generate(**shuffled, **WARM).tolist() == reference(4)[order].tolist()
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns", "snapshot", "plain"])
+@pytest.mark.parametrize("name", ["noisy", "oracle"])
+def test_the_same_text_in_every_layout(name, layout):
+    gen = speculative(target(), draft(name), verification="coupled", seed=7, layout=layout)
+    assert gen.generate(**inputs(4), **WARM).tolist() == reference(4).tolist()
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns", "snapshot"])
+def test_the_same_text_in_every_layout_of_the_draft(layout):
+    gen = speculative(
+        target(), DraftModel(noisy(target()), layout=layout), verification="coupled", seed=7
+    )
+    assert gen.generate(**inputs(4), **WARM).tolist() == reference(4).tolist()
+    assert gen.stats.accepted > 0
+
+
+def test_the_seed_of_the_call_wins_and_changes_the_text():
+    gen = speculative(target(), "noisy", verification="coupled", seed=1)
+    assert gen.generate(**inputs(4), seed=7, **WARM).tolist() == reference(4).tolist()
+    assert gen.generate(**inputs(4), **WARM).tolist() == reference(4, 1).tolist()
+    assert reference(4, 1).tolist() != reference(4).tolist()
+
+
+def test_one_seed_a_row():
+    gen = speculative(target(), "noisy", verification="coupled")
+    got = gen.generate(**inputs(4), seed=[7, 1, 1, 7], **WARM)
+    wanted = [reference(4, seed)[row] for row, seed in enumerate([7, 1, 1, 7])]
+    assert got.tolist() == torch.stack(wanted).tolist()
+
+
+def test_a_wrong_number_of_seeds_is_refused():
+    gen = speculative(target(), "noisy", verification="coupled")
+    with pytest.raises(InvalidInput, match=r"3 seeds for 4 rows.*one seed a row"):
+        gen.generate(**inputs(4), seed=[1, 2, 3], **WARM)
+
+
+@pytest.mark.parametrize("rule", ["block", "token"])
+def test_seeds_a_row_need_shared_noise(rule):
+    gen = speculative(target(), "noisy", verification=rule)
+    with pytest.raises(InvalidInput, match="coupled"):
+        gen.generate(**inputs(4), seed=[1, 2, 3, 4], **WARM)
+
+
+def test_two_copies_of_a_prompt_differ():
+    twice = {k: v[:1].repeat(2, 1) for k, v in inputs(1).items()}
+    gen = speculative(target(), "noisy", verification="coupled", seed=7)
+    got = gen.generate(**twice, **WARM)
+    assert got[0].tolist() == reference(1)[0].tolist()
+    assert got[1].tolist() != got[0].tolist()
+
+
+def test_processors_with_a_state_leave_the_coupling_as_it_is():
+    """Verification one position after the other draws the same tokens."""
+    options = {**WARM, "prefix_allowed_tokens_fn": lambda row, ids: list(range(40))}
+    found = [
+        speculative(target(), draft(name), verification="coupled", seed=3)
+        .generate(**inputs(4), **options)
+        .tolist()
+        for name in ("none", "ngram", "noisy", "self")
+    ]
+    assert found[1:] == [found[0]] * 3
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "coupled"])
+@pytest.mark.parametrize("name", ["noisy", "ngram", "none"])
+def test_manual_seed_reproduces_a_call_and_two_calls_differ(name, rule):
+    gen = speculative(target(), draft(name), verification=rule)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        runs.append([gen.generate(**inputs(4), **WARM).tolist() for _ in range(2)])
+    assert runs[0] == runs[1]
+    assert runs[0][0] != runs[0][1]
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "coupled"])
+def test_a_seed_reproduces_a_call(rule):
+    gen = speculative(target(), "noisy", verification=rule, seed=5)
+    first = gen.generate(**inputs(4), **WARM).tolist()
+    assert gen.generate(**inputs(4), **WARM).tolist() == first
+    assert gen.generate(**inputs(4), seed=6, **WARM).tolist() != first
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "coupled"])
+@pytest.mark.parametrize("name", ["noisy", "ngram", "none"])
+def test_draws_from_the_global_generator(name, rule):
+    """Greedy draws nothing, a seed given draws nothing, sampling draws one number and no more."""
+    gen = speculative(target(), draft(name), verification=rule)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    gen.generate(**inputs(4), max_new_tokens=6, do_sample=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    gen.generate(**inputs(4), seed=1, **WARM)
+    assert torch.equal(torch.get_rng_state(), before)
+    gen.generate(**inputs(4), **WARM)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.randint(0, 2**62, (1,))
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "coupled"])
+@pytest.mark.parametrize("seed", [0, -5, 2**63 + 1, 2**70])
+def test_any_whole_number_is_a_seed(seed, rule):
+    gen = speculative(llama(), "noisy", verification=rule, seed=seed)
+    runs = [gen.generate(**prompts(1), **WARM).tolist() for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("seed", ["7", 1.5])
+def test_what_is_no_seed_is_refused_by_name(seed):
+    with pytest.raises(InvalidInput, match="seed"):
+        speculative(llama(), "noisy", seed=seed).generate(**prompts(1), **WARM)

@@ -1,0 +1,201 @@
+"""Nothing in a round waits for the device but its one copy.
+
+Real rounds of the shipped loop on fake CUDA tensors: they have shapes and no values, so whatever reads a value
+(``.item()``, ``bool(tensor)``, ``nonzero``, a boolean mask) raises. The one place that may read,
+``specdec.state.to_host``, is replaced by a script and counted. No GPU is needed, and none was used.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
+from transformers.generation import logits_process as hf
+
+import specdec.sampling
+from specdec.length.fixed import Fixed
+from specdec.loop import decode
+from specdec.processing import Processing
+from specdec.proposers import Call, draft_model
+from specdec.proposers.draft_model import DraftModel
+from specdec.records import Stats
+from specdec.sampling import Coupled, Greedy, Rejection
+from specdec.scorer import Scorer
+from specdec.state import State
+from specdec.testing import tiny_llama
+
+BATCH, PROMPT, GUESSES, NEW = 3, 7, 4, 24
+VOCABULARY = 64
+
+
+class WithoutGuard(TorchFunctionMode):
+    """``tensor[...]``, ``tensor[...] = value``, ``contiguous`` and ``~tensor`` in other words.
+
+    Torch's own words for them ask for a CUDA guard, fake tensor or not, and a CPU build has none.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__invert__:
+            return args[0].logical_not()
+        if func is torch.Tensor.contiguous:
+            return args[0].clone(memory_format=torch.contiguous_format)
+        if func is torch.Tensor.__getitem__:
+            return viewed(*args)
+        if func is torch.Tensor.__setitem__:
+            place = viewed(args[0], args[1])
+            value = args[2]
+            if isinstance(value, torch.Tensor):
+                return torch.ops.aten.copy_.default(place, value)
+            return torch.ops.aten.fill_.Scalar(place, value)
+        return func(*args, **(kwargs or {}))
+
+
+def viewed(result, index):
+    """``result[index]``; a boolean mask is a read and fails."""
+    items = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(item, torch.Tensor) for item in items):
+        assert all(getattr(item, "dtype", None) != torch.bool for item in items), "reads a mask"
+        picked = [item if isinstance(item, torch.Tensor) else None for item in items]
+        return torch.ops.aten.index.Tensor(result, picked)
+    first, dim = result, 0
+    for item in items:
+        if item is None:
+            result = result.unsqueeze(dim)
+        elif isinstance(item, int):
+            result, dim = result.select(dim, item), dim - 1
+        elif item is Ellipsis:
+            named = [one for one in items if one is not None and one is not Ellipsis]
+            dim += first.dim() - len(named) - 1
+        else:
+            start, stop, _ = item.indices(result.shape[dim])
+            result = result.narrow(dim, start, max(stop - start, 0))
+        dim += 1
+    return result
+
+
+class FakeNoise:
+    """Noise of the right shapes: a CPU build has no generator for CUDA."""
+
+    def __init__(self, seed, device):
+        self.device = device
+
+    def uniforms(self, *shape, dtype):
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    exponentials = uniforms
+
+
+def scripted_copies(monkeypatch):
+    """Replace ``to_host``: rounds in which rows keep different numbers of guesses. Returns the calls."""
+    calls: list[torch.Size] = []
+
+    def to_host(tensor):
+        calls.append(tensor.shape)
+        packed = np.ones(tuple(tensor.shape), dtype=np.int64)
+        if len(calls) > 1:
+            guesses = (tensor.shape[1] - 4) // 2
+            packed[:, -2] = np.minimum((np.arange(BATCH) + len(calls)) % (GUESSES + 1), guesses)
+            packed[:, -3] = packed[:, -2] + 1
+        return packed
+
+    monkeypatch.setattr("specdec.state.to_host", to_host)
+    monkeypatch.setattr("specdec.proposers.draft_model.to_host", forbidden)
+    return calls
+
+
+def forbidden(tensor):
+    raise AssertionError("a copy of its own")
+
+
+PROCESSORS = [
+    hf.TemperatureLogitsWarper(0.7),
+    hf.TopKLogitsWarper(10),
+    hf.TopPLogitsWarper(0.9),
+    hf.MinPLogitsWarper(0.05),
+    hf.SuppressTokensLogitsProcessor([3], device="cpu"),
+]
+
+
+def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4):
+    """Run ``count`` rounds; returns the shapes that were copied to the host."""
+    target, draft = tiny_llama(vocabulary=VOCABULARY), tiny_llama(1, vocabulary=VOCABULARY)
+    # the prompt is transformers' own business, and looks for padding by reading the mask
+    monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *_: False)
+    monkeypatch.setattr(specdec.sampling, "Noise", FakeNoise)
+    calls = scripted_copies(monkeypatch)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, WithoutGuard():
+        for model in (target, draft):
+            for module in model.modules():
+                for place in (module._parameters, module._buffers):
+                    for name, tensor in place.items():
+                        if tensor is not None:
+                            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                            place[name] = torch.nn.Parameter(fake, requires_grad=False)
+        assert mode is not None
+        prompt = torch.zeros(BATCH, PROMPT, dtype=torch.int64, device="cuda")
+        state = State(
+            prompt,
+            max_length=PROMPT + NEW,
+            max_guesses=GUESSES,
+            eos_ids=torch.zeros(2, dtype=torch.int64, device="cuda"),
+            pad_id=0,
+            starts=np.array([0, 2, 4]),
+        )
+        kwargs = {
+            "attention_mask": torch.ones_like(prompt),  # its values are unknown: it may be padded
+            "position_ids": torch.zeros_like(prompt),
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        config = SimpleNamespace(prefill_chunk_size=None)
+        monkeypatch.setattr(
+            draft_model, "_prepare", lambda model, call, _: (call.prompt, dict(kwargs), config, model)
+        )
+        sampling = sampling_of(state)
+        processing = Processing(processors)
+        call = Call(target, prompt, {}, VOCABULARY, PROMPT + NEW, processing, sampling)
+        proposer = DraftModel(draft, layout=layout).begin(call)
+        scorer = Scorer(target, kwargs, config, max_length=PROMPT + NEW, layout=layout)
+        stats = Stats()
+        rounds = decode(
+            state, scorer, proposer, Fixed(GUESSES), processing, sampling, stats
+        )
+        with torch.no_grad():
+            for _ in range(count):
+                next(rounds)
+    assert stats.drafted > 0
+    assert state.host_copies == count
+    return calls
+
+
+SAMPLINGS = {
+    "greedy": lambda state: Greedy(),
+    "token": lambda state: Rejection("token", 0, state.device),
+    "block": lambda state: Rejection("block", 0, state.device),
+    "coupled": lambda state: Coupled(torch.zeros(BATCH, dtype=torch.int64, device="cuda")),
+}
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_one_copy_a_round(monkeypatch, name, layout):
+    processors = [] if name == "greedy" else PROCESSORS
+    calls = rounds_on_fake_cuda(monkeypatch, SAMPLINGS[name], layout, processors, count=4)
+    # the prompt once, then one a round
+    assert len(calls) == 1 + 4
+
+
+def test_a_hidden_read_would_be_seen(monkeypatch):
+    """The instrument works: a processor that looks at a value makes the same rounds raise."""
+
+    class Reads:
+        specdec_pure = True
+
+        def __call__(self, ids, scores):
+            return scores if scores.max() > 0 else -scores
+
+    with pytest.raises(DataDependentOutputException):
+        rounds_on_fake_cuda(monkeypatch, SAMPLINGS["greedy"], "slots", [Reads()])
