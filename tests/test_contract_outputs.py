@@ -77,7 +77,7 @@ def test_only_what_was_asked_for(flags):
     )
     assert type(out) is GenerateDecoderOnlyOutput
     for name in ("scores", "logits"):
-        assert (out[name] is not None) == (f"output_{name}" in flags)
+        assert (getattr(out, name) is not None) == (f"output_{name}" in flags)
 
 
 def test_flags_without_the_dictionary_are_ignored_as_in_plain():

@@ -66,9 +66,7 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, (
-                f"{named(path)}:{node.lineno}: write the whole name, not `from .`"
-            )
+            assert node.level == 0, f"{named(path)}:{node.lineno}: write the whole name, not `from .`"
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
@@ -121,9 +119,7 @@ def test_loop_knows_no_particular_proposer():
 )
 def test_import_is_cheap(statement, absent):
     code = f"import sys; {statement}; print([m for m in {absent} if m in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
@@ -135,9 +131,7 @@ def test_public_names_are_all_there():
 def test_all_is_what_the_package_offers():
     # Type checkers read the import statements, the interpreter reads __all__.
     offered = {
-        name.rpartition(".")[2]
-        for _, name in imported(SOURCE / "__init__.py")
-        if name.startswith("specdec.")
+        name.rpartition(".")[2] for _, name in imported(SOURCE / "__init__.py") if name.startswith("specdec.")
     }
     assert specdec.__all__ == sorted(offered)
 

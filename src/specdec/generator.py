@@ -35,7 +35,7 @@ from specdec.sampling import Coupled, Greedy, Rejection, Sampling
 from specdec.scorer import Scorer, warn_plain
 from specdec.state import State, to_host
 from specdec.stopping import Watcher
-from specdec.verify import row_keys
+from specdec.verify import Rule, row_keys
 
 
 class SpeculativeGenerator:
@@ -191,9 +191,11 @@ class SpeculativeGenerator:
             stats.seconds = perf_counter() - start
             return out
 
-        with with_stop_strings(
-            self.target, generation_config, stopping_criteria, tokenizer, kwargs
-        ) as (generation_config, stopping_criteria, options):
+        with with_stop_strings(self.target, generation_config, stopping_criteria, tokenizer, kwargs) as (
+            generation_config,
+            stopping_criteria,
+            options,
+        ):
             return self.target.generate(
                 inputs,
                 generation_config=generation_config,
@@ -308,7 +310,8 @@ class SpeculativeGenerator:
         if isinstance(seed, list):
             raise InvalidInput("one seed a row needs verification='coupled'; give a single seed")
         seed = draw_seed() if seed is None else seed
-        return Rejection(self.verification, seed, state.device)
+        rule: Rule = "token" if self.verification == "token" else "block"
+        return Rejection(rule, seed, state.device)
 
 
 def _rows(user: dict[str, Any], batch: int) -> int:

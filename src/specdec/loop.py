@@ -85,9 +85,7 @@ def _verify(
     scores = processing.target(logits, state.tokens, state.lengths)
     submitted = torch.from_numpy(np.where(state.live, proposal.lengths, 0)).to(state.device)
     positions = state.device_lengths - state.prompt_length
-    accepted, next_token = sampling.verify(
-        scores, proposal.tokens, submitted, proposal.logits, positions
-    )
+    accepted, next_token = sampling.verify(scores, proposal.tokens, submitted, proposal.logits, positions)
     return accepted, next_token, scores
 
 
@@ -102,7 +100,8 @@ def _limits(state: State, target: Scorer, most: int, in_lockstep: bool) -> np.nd
     limits = np.minimum(np.minimum(state.room(), target.reach(state.lengths, state.live)), most)
     if in_lockstep:
         limits = np.where(state.live, limits[state.live].min(), 0)
-    return limits
+    most_allowed: np.ndarray = limits
+    return most_allowed
 
 
 def _checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:

@@ -54,9 +54,7 @@ def check_constructor(target: Any, num_draft_tokens: Any, verification: Any, lay
             f"the target is a {type(target).__name__}; wanted is a Hugging Face model with generate()"
         )
     if not isinstance(num_draft_tokens, int) or isinstance(num_draft_tokens, bool) or num_draft_tokens < 0:
-        raise InvalidInput(
-            f"num_draft_tokens={num_draft_tokens!r}; give a whole number >= 0 (0 decodes plainly)"
-        )
+        raise InvalidInput(f"num_draft_tokens={num_draft_tokens!r}; give a whole number >= 0 (0 decodes plainly)")
     if verification not in VERIFICATIONS:
         raise InvalidInput(f"verification={verification!r} does not exist; use one of {VERIFICATIONS}")
     if layout not in LAYOUTS:
@@ -69,9 +67,7 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
         return Nothing()
     if isinstance(draft, str):
         if draft != "ngram":
-            raise InvalidInput(
-                f"draft={draft!r} is no known proposer; use 'ngram', a model, a Proposer or None"
-            )
+            raise InvalidInput(f"draft={draft!r} is no known proposer; use 'ngram', a model, a Proposer or None")
         return NGram()
     if hasattr(draft, "propose") or hasattr(draft, "begin"):
         return draft
@@ -154,7 +150,7 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
         eos = given.get("eos_token_id", getattr(config or target.generation_config, "eos_token_id", None))
         ends = eos if isinstance(eos, list) else [eos]
         known = isinstance(pad, int) and pad not in ends and ids.shape[0] > 1 and ids.shape[1] > 0
-        padded_right = known and bool((ids[:, -1] == pad).any())
+        padded_right = known and bool(ids[:, -1].eq(torch.tensor(pad)).any())
     if padded_right:
         raise InvalidInput(
             "the batch is padded on the right; a decoder-only model goes on from the last column. Set "

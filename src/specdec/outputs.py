@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
@@ -35,17 +36,14 @@ class Collector:
         if self._logits is not None and round_.logits is not None:
             self._place(self._logits, round_.logits.float(), round_)
 
-    def output(
-        self, model: Any, sequences: Tensor, model_kwargs: dict[str, Any], stats: Stats
-    ) -> Any:
+    def output(self, model: Any, sequences: Tensor, model_kwargs: dict[str, Any], stats: Stats) -> Any:
         """Ids (B, L), or the output class with ``speculation`` beside."""
         if not self._as_dict:
             return sequences
-        steps = sequences.shape[1] - self._prompt_length
         kept: dict[str, Any] = {
             "sequences": sequences,
-            "scores": _tuple(self.scores, steps),
-            "logits": _tuple(self._logits, steps),
+            "scores": _cut(self.scores, stats.row_emitted),
+            "logits": _cut(self._logits, stats.row_emitted),
         }
         out: Any
         if model.config.is_encoder_decoder:
@@ -65,5 +63,12 @@ class Collector:
                 steps[int(first[row]) + i][row] = rows[row, i]
 
 
-def _tuple(steps: list[Tensor] | None, length: int) -> tuple[Tensor, ...] | None:
-    return None if steps is None else tuple(steps[:length])
+def _cut(steps: list[Tensor] | None, emitted: np.ndarray) -> tuple[Tensor, ...] | None:
+    """The steps that came out, without what a row had written past an end that was found later."""
+    if steps is None:
+        return None
+    kept = steps[: int(emitted.max())]
+    for step, rows in enumerate(kept):
+        ended = torch.from_numpy(np.flatnonzero(emitted <= step))
+        rows[ended.to(rows.device)] = 0
+    return tuple(kept)

@@ -98,17 +98,17 @@ class Processing:
 
 def _by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray) -> Tensor:
     """One call for each distinct history length, with every row of the batch."""
-    batch, count, _ = scores.shape
+    count = scores.shape[1]
     columns = lengths[:, None] + np.arange(count)
     if (columns == columns[0]).all():
         rows = [processor(tokens[:, : columns[0, i]], scores[:, i]) for i in range(count)]
         return torch.stack(rows, dim=1)
     out = scores.clone()
     for length in np.unique(columns):
-        rows, at = (torch.from_numpy(i).to(scores.device) for i in np.nonzero(columns == length))
+        which, at = (torch.from_numpy(i).to(scores.device) for i in np.nonzero(columns == length))
         here = scores[:, 0].clone()
-        here[rows] = scores[rows, at]
-        out[rows, at] = processor(tokens[:, :length], here)[rows]
+        here[which] = scores[which, at]
+        out[which, at] = processor(tokens[:, :length], here)[which]
     return out
 
 

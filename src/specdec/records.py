@@ -106,18 +106,18 @@ class Stats:
 
     @property
     def acceptance_rate(self) -> float:
-        """accepted / drafted; 0.0 when nothing was drafted."""
+        """Accepted / drafted; 0.0 when nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def tokens_per_round(self) -> float:
-        """emitted / (rounds x rows): tokens a row got from a round, the extra token included."""
+        """Emitted / (rounds x rows): tokens a row got from a round, the extra token included."""
         rows = max(len(self.row_emitted), 1)
         return self.emitted / (self.rounds * rows) if self.rounds else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """emitted / seconds."""
+        """Emitted / seconds."""
         return self.emitted / self.seconds if self.seconds else 0.0
 
     @property
@@ -149,7 +149,7 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON; the derived rates included."""
-        names = [n for n in self.__slots__ if not n.startswith("row_")]  # type: ignore[attr-defined]
+        names = [n for n in self.__slots__ if not n.startswith("row_")]
         out: dict[str, Any] = {name: getattr(self, name) for name in names}
         out["acceptance_rate"] = self.acceptance_rate
         out["tokens_per_round"] = self.tokens_per_round

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.noise import Noise
-from specdec.verify import choose, keyed_gumbel, match, race, verify
+from specdec.verify import Rule, choose, keyed_gumbel, match, race, verify
 
 VERIFICATIONS = ("block", "token", "coupled")
 
@@ -63,7 +63,7 @@ class Rejection:
 
     keeps_logits = True
 
-    def __init__(self, rule: str, seed: int, device: torch.device) -> None:
+    def __init__(self, rule: Rule, seed: int, device: torch.device) -> None:
         """Use ``rule`` ("token" or "block"); the draft's noise is a stream of its own."""
         self._rule = rule
         self._noise = Noise(seed, device)

@@ -73,7 +73,9 @@ class Scorer:
         """
         scores = self._columns.prefill(prompt).clone()
         self.kept = np.full(prompt.shape[0], prompt.shape[1], dtype=np.int64)
-        candidates = self._candidates(int(prompt.shape[1])) if speculate else {"plain": _plain}
+        candidates: dict[str, Candidate] = {"plain": _plain}
+        if speculate:
+            candidates = self._candidates(int(prompt.shape[1]))
         self.layout = choose(self._columns, prompt, scores, candidates)
         return scores
 

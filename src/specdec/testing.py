@@ -142,17 +142,15 @@ def assert_lossless(
 
     for width in ((7,), (9, 6, 3)):
         target = tiny_llama(seed, vocabulary=24)
-        prompt = ragged_prompt(width, 24, seed)
+        prompt: dict[str, Any] = ragged_prompt(width, 24, seed)
         plain = target.generate(**prompt, max_new_tokens=24, do_sample=False)
         for tokens in (1, 4):
             gen = SpeculativeGenerator(target, fresh(), num_draft_tokens=tokens)
             ours = gen.generate(**prompt, max_new_tokens=24, do_sample=False)
             assert torch.equal(ours, plain), f"greedy text differs, batch {len(width)}, k = {tokens}"
-            options = {"do_sample": True, "temperature": 0.9, "max_new_tokens": 16, "seed": seed}
+            options: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "max_new_tokens": 16, "seed": seed}
             want = SpeculativeGenerator(target, None, verification="coupled").generate(**prompt, **options)
-            gen = SpeculativeGenerator(
-                target, fresh(), num_draft_tokens=tokens, verification="coupled"
-            )
+            gen = SpeculativeGenerator(target, fresh(), num_draft_tokens=tokens, verification="coupled")
             got = gen.generate(**prompt, **options)
             assert torch.equal(got, want), f"text with shared noise differs, batch {len(width)}, k = {tokens}"
     _assert_law(fresh, samples, seed)
@@ -169,9 +167,9 @@ def _assert_law(fresh: Callable[[], Any], samples: int, seed: int) -> None:
     for rule in ("token", "block"):
         gen = SpeculativeGenerator(target, fresh(), num_draft_tokens=3, verification=rule, seed=seed)
         ids = prompt.expand(samples, -1)
-        out = gen.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=True, top_k=0
-        )[:, -3:-1]
+        out = gen.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=True, top_k=0)[
+            :, -3:-1
+        ]
         counts = torch.bincount(out[:, 0] * vocabulary + out[:, 1], minlength=vocabulary**2)
         distance = 0.5 * float((counts / samples - exact).abs().sum())
         # McDiarmid: the distance exceeds its mean by t with probability at most exp(-2 n t^2)
@@ -190,4 +188,5 @@ def _law_of_pairs(target: Any, prompt: Tensor, vocabulary: int) -> Tensor:
     logits = target(torch.cat([prompt.expand(vocabulary, -1), every], dim=1)).logits.double()
     first = logits[0, -2].softmax(dim=-1)
     second = logits[:, -1].softmax(dim=-1)
-    return (first[:, None] * second).flatten()
+    law: Tensor = (first[:, None] * second).flatten()
+    return law

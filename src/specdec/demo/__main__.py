@@ -50,9 +50,7 @@ PROMPTS = {
     "Plain chat (little to copy)": CHAT,
 }
 
-HEAD = (
-    f"  {'':24}{'seconds':>8}{'tokens/s':>10}{'speed':>8}{'accepted':>10}{'per round':>11}   same"
-)
+HEAD = f"  {'':24}{'seconds':>8}{'tokens/s':>10}{'speed':>8}{'accepted':>10}{'per round':>11}   same"
 
 LEGEND = """
   speed      plain's seconds / these seconds
@@ -126,11 +124,7 @@ def compare(contest: Contest, inputs: Mapping[str, Tensor], **options: Any) -> t
     print(line("plain generate()", plain, plain, "-"), flush=True)
     try:
         assisted = contest.assisted(inputs, **options)
-        print(
-            line(
-                "transformers, assisted", assisted, plain, verdict(contest, assisted, plain, inputs)
-            )
-        )
+        print(line("transformers, assisted", assisted, plain, verdict(contest, assisted, plain, inputs)))
     except ValueError as error:
         batch = len(inputs["input_ids"]) > 1
         reason = "refuses batches" if batch else textwrap.shorten(str(error), 60)
@@ -214,9 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     same.append(compare(contest, encode(*PROMPTS.values()), **options)[1])
     print(LEGEND)
     if not all(same):
-        print(
-            "\nspecdec did not write the tokens of plain generate(). Half precision can do that to"
-        )
+        print("\nspecdec did not write the tokens of plain generate(). Half precision can do that to")
         print("a near-tie; in float32 it should not be: please report it.", flush=True)
     return 0 if all(same) else 1
 

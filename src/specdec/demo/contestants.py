@@ -64,9 +64,7 @@ class Contest:
         emitted = self._emitted(sequences, inputs)
         return Run(sequences, emitted, seconds, acceptance, stats.tokens_per_round)
 
-    def parting(
-        self, run: Run, plain: Run, inputs: Mapping[str, Tensor]
-    ) -> tuple[int, int, float] | None:
+    def parting(self, run: Run, plain: Run, inputs: Mapping[str, Tensor]) -> tuple[int, int, float] | None:
         """Where ``run`` first parts from ``plain``, and how near plain's best two scores are there.
 
         Returns:

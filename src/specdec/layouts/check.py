@@ -30,9 +30,7 @@ Candidate = Callable[[Columns], Layout]
 _VERDICTS: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
 
 
-def choose(
-    plain: Columns, prompt: Tensor, scores: Tensor, candidates: dict[str, Candidate]
-) -> Layout:
+def choose(plain: Columns, prompt: Tensor, scores: Tensor, candidates: dict[str, Candidate]) -> Layout:
     """The first of ``candidates`` that passes, ready to go on behind the prompt.
 
     Args:
@@ -50,9 +48,7 @@ def choose(
     return candidates[verdicts.get(key, last)](plain)
 
 
-def _first_that_passes(
-    plain: Columns, prompt: Tensor, scores: Tensor, candidates: dict[str, Candidate]
-) -> str:
+def _first_that_passes(plain: Columns, prompt: Tensor, scores: Tensor, candidates: dict[str, Candidate]) -> str:
     at_prompt = Snapshots(plain.cache)
     at_prompt.take()
     modules = _module_states(plain.model)

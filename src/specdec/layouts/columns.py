@@ -246,4 +246,3 @@ class Columns:
                 f"{type(self.model).__name__} returned {scores.shape[1]} scores for {columns} tokens"
             )
         return scores[:, -columns:]
-

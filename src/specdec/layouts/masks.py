@@ -80,9 +80,7 @@ def ragged_mask(
     query = torch.arange(queries, device=device) + offset[:, None]
     key = torch.arange(keys, device=device)
     if not by_vmap:
-        allowed = mask_function(
-            row[:, None, None, None], head[None, :, None, None], query[:, None, :, None], key
-        )
+        allowed = mask_function(row[:, None, None, None], head[None, :, None, None], query[:, None, :, None], key)
         return allowed.expand(batch, 1, queries, keys)
     # row and query together: every row has query columns of its own
     for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, 0, None)):

@@ -116,7 +116,8 @@ class Slots:
         """Positions of ``columns`` (B, W): those of the prompt go on; without any, columns are counted."""
         if self._last_position is None:
             return columns
-        return self._last_position + 1 + (columns - self._width)
+        positions: Tensor = self._last_position + 1 + (columns - self._width)
+        return positions
 
     def _grow(self, batch: int, columns: int) -> None:
         """Room for ``columns`` columns, in blocks: attention cost follows the room."""
@@ -132,7 +133,7 @@ class Slots:
             self._mask = torch.nn.functional.pad(prompt, (0, room - prompt.shape[1]), value=1)
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc]
     """A cache whose rows stand at columns of their own."""
 
     def __init__(self, layers: list[Any]) -> None:
@@ -161,7 +162,7 @@ class SlotCache(Cache):
         return self._offset
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values (B, heads, room, head size), written at given columns."""
 
     is_sliding = False
@@ -178,9 +179,7 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The prompt is there already."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write (B, heads, W, head size) at the round's columns; return the whole buffer."""
         width = key_states.shape[-2]
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):

@@ -71,10 +71,7 @@ def _held(layer: Any, attributes: dict[str, Any]) -> dict[str, Any]:
     """``attributes`` of a layer, copied where the layer writes into them."""
     if type(layer) in REPLACED_BY_UPDATE:
         return dict(attributes)
-    return {
-        name: value if name in ("keys", "values") else _copy(value)
-        for name, value in attributes.items()
-    }
+    return {name: value if name in ("keys", "values") else _copy(value) for name, value in attributes.items()}
 
 
 def _copy(value: Any) -> Any:

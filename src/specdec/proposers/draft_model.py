@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationMixin
 
 from specdec.errors import UnsupportedModel
 from specdec.proposers import Call, Nothing, Proposer
@@ -52,9 +52,7 @@ class _Run:
         self._prompt = prompt
         text = model.config.get_text_config(decoder=True)
         self._longest = getattr(text, "max_position_embeddings", None) or call.max_length
-        self._scorer = Scorer(
-            inner, kwargs, config, max_length=call.max_length, layout=layout, is_draft=True
-        )
+        self._scorer = Scorer(inner, kwargs, config, max_length=call.max_length, layout=layout, is_draft=True)
         self._ready = False
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._drafted: tuple[np.ndarray, Proposal] | None = None  # lengths before, guesses
@@ -89,17 +87,13 @@ class _Run:
         rows: list[Tensor] = []
         for step in range(most):
             scores = self._next_scores(state, step)
-            guess = self._call.sampling.guess(
-                scores, state.device_lengths - state.prompt_length + step
-            )
+            guess = self._call.sampling.guess(scores, state.device_lengths - state.prompt_length + step)
             guesses.append(guess)
             if self._call.sampling.keeps_logits:
                 rows.append(scores)
             if step + 1 < most:
                 self._write(state, guess, step)
-        proposal = Proposal(
-            torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None
-        )
+        proposal = Proposal(torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None)
         self._drafted = (state.lengths.copy(), proposal)
         self._observed = None
         return proposal
@@ -110,9 +104,7 @@ class _Run:
         if step:
             self._scorer.hold(state.live)
         logits = self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0].to(state.device)
-        return self._call.processing.draft(
-            logits, self._history(state, step), lengths, self._call.vocabulary
-        )
+        return self._call.processing.draft(logits, self._history(state, step), lengths, self._call.vocabulary)
 
     def _history(self, state: State, step: int) -> Tensor:
         """Committed tokens and the guesses so far, for processors that look at them."""
@@ -187,11 +179,7 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
     """The user's inputs that this draft can take: all of them for a twin, the text's for another kind."""
     twin = type(model) is type(call.target)
     known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
-    return {
-        name: value
-        for name, value in call.inputs.items()
-        if (twin or name in known) and value is not None
-    }
+    return {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
 
 
 __all__ = ["DraftModel", "Nothing"]

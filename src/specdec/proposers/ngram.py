@@ -21,9 +21,7 @@ class NGram:
     def __init__(self, longest: int = 4, shortest: int = 1) -> None:
         """Match the last ``longest`` tokens, then fewer, down to ``shortest`` >= 1."""
         if not 1 <= shortest <= longest:
-            raise InvalidInput(
-                f"NGram(longest={longest}, shortest={shortest}): needs 1 <= shortest <= longest"
-            )
+            raise InvalidInput(f"NGram(longest={longest}, shortest={shortest}): needs 1 <= shortest <= longest")
         self._sizes = range(longest, shortest - 1, -1)
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:

@@ -42,9 +42,7 @@ def _mixed(word: Tensor) -> Tensor:
     return _shifted(word, 31).bitwise_xor_(word)
 
 
-def keyed_gumbel(
-    keys: Tensor, positions: Tensor, vocabulary: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def keyed_gumbel(keys: Tensor, positions: Tensor, vocabulary: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard Gumbel noise that depends on (key, position, token id) and on nothing else.
 
     A larger vocabulary adds columns, more positions add rows, and neither changes what was there.

@@ -89,9 +89,7 @@ def _verify(
     uniforms: Tensor,
     exponentials: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return verify_reference(
-        target_logits, draft_tokens, draft_lengths, draft_logits, rule, uniforms, exponentials
-    )
+    return verify_reference(target_logits, draft_tokens, draft_lengths, draft_logits, rule, uniforms, exponentials)
 
 
 @_verify.register_kernel("cuda")

@@ -30,9 +30,7 @@ def verify_reference(
 
     # Strictly less: uniforms include 0, and a token that the target forbids has acceptance 0.
     if rule == "block" and draft_probs is not None:
-        acceptance, scales = block_acceptance(
-            target_probs, draft_tokens, draft_lengths, draft_probs
-        )
+        acceptance, scales = block_acceptance(target_probs, draft_tokens, draft_lengths, draft_probs)
         accepted = longest_success(uniforms < acceptance)
     else:
         acceptance = token_acceptance(*rows)

@@ -18,9 +18,7 @@ from torch import Tensor
 from specdec.verify.rows import drafted, of_tokens
 
 
-def likelihood_ratio(
-    target_probs: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None
-) -> Tensor:
+def likelihood_ratio(target_probs: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None) -> Tensor:
     """p(x) / q(x) of every guess x; a guess without probabilities was certain, q(x) = 1.
 
     Args:

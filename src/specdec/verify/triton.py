@@ -54,12 +54,8 @@ def verify_fused(
     target_peak, target_total, scales, masses = (
         torch.empty(batch, positions, dtype=dtype, device=device) for _ in range(4)
     )
-    draft_peak, draft_total, acceptance = (
-        torch.empty(batch, width, dtype=dtype, device=device) for _ in range(3)
-    )
-    usable, accepted, next_token = (
-        torch.empty(batch, dtype=torch.int64, device=device) for _ in range(3)
-    )
+    draft_peak, draft_total, acceptance = (torch.empty(batch, width, dtype=dtype, device=device) for _ in range(3))
+    usable, accepted, next_token = (torch.empty(batch, dtype=torch.int64, device=device) for _ in range(3))
 
     target_rows = target, target.stride(0), target.stride(1), target_peak, target_total
     draft_rows = draft, draft.stride(0), draft.stride(1), draft_peak, draft_total
@@ -82,9 +78,7 @@ def verify_fused(
         BY_BLOCK=by_block,
     )
     if by_block and width > 1:
-        _weigh[(batch, width - 1)](
-            *target_rows, *draft_rows, lengths, scales, masses, width, **shape
-        )
+        _weigh[(batch, width - 1)](*target_rows, *draft_rows, lengths, scales, masses, width, **shape)
     _draw[(batch,)](
         *target_rows,
         *draft_rows,
@@ -181,16 +175,12 @@ def _judge(
 
         at = row * (width + 1) + position
         total = tl.load(target_totals + at)
-        score = tl.load(
-            target + row * target_row_stride + position * target_position_stride + token
-        )
+        score = tl.load(target + row * target_row_stride + position * target_position_stride + token)
         ratio = tl.exp(score.to(WORK) - tl.load(target_peaks + at)) / total
         sound = sound & inside & (total > 0)
         if HAS_DRAFT:
             at = row * width + position
-            score = tl.load(
-                draft + row * draft_row_stride + position * draft_position_stride + token
-            )
+            score = tl.load(draft + row * draft_row_stride + position * draft_position_stride + token)
             chance = tl.exp(score.to(WORK) - tl.load(draft_peaks + at)) / tl.load(draft_totals + at)
             sound = sound & (chance > 0)
             ratio = tl.where(ratio > 0, ratio / tl.where(chance > 0, chance, 1.0), 0.0)
