@@ -26,14 +26,16 @@ LEVELS = [
     {"demo", "testing"},
     {"__init__"},
     {"generator"},
-    {"options", "outputs"},
+    {"call", "options"},
+    {"outputs"},
     {"loop"},
     {"lockstep"},
     {"proposers", "length"},
     {"processing", "stopping"},
     {"scorer"},
     {"layouts"},
-    {"state", "sampling"},
+    {"sampling"},
+    {"state"},
     {"records", "errors", "verify", "noise"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

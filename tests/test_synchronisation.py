@@ -156,13 +156,11 @@ def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4):
         )
         sampling = sampling_of(state)
         processing = Processing(processors)
-        call = Call(target, prompt, {}, VOCABULARY, PROMPT + NEW, processing, sampling)
+        call = Call(target, prompt, {}, PROMPT + NEW, processing, sampling)
         proposer = DraftModel(draft, layout=layout).begin(call)
         scorer = Scorer(target, kwargs, config, max_length=PROMPT + NEW, layout=layout)
         stats = Stats()
-        rounds = decode(
-            state, scorer, proposer, Fixed(GUESSES), processing, sampling, stats
-        )
+        rounds = decode(state, scorer, proposer, Fixed(GUESSES), processing, sampling, stats)
         with torch.no_grad():
             for _ in range(count):
                 next(rounds)

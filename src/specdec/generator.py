@@ -11,15 +11,11 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from specdec.errors import InvalidInput
+from specdec.call import Request, run_call
 from specdec.length.fixed import Fixed
-from specdec.loop import decode
-from specdec.noise import draw_seed
 from specdec.options import (
     build_proposer,
     check_constructor,
@@ -27,15 +23,9 @@ from specdec.options import (
     check_prompt,
     with_stop_strings,
 )
-from specdec.outputs import Collector
-from specdec.processing import Processing
-from specdec.proposers import Call, Nothing
 from specdec.records import Stats
-from specdec.sampling import Coupled, Greedy, Rejection, Sampling
-from specdec.scorer import Scorer, warn_plain
-from specdec.state import State, to_host
-from specdec.stopping import Watcher
-from specdec.verify import Rule, row_keys
+from specdec.sampling import Sampling, sampling_for
+from specdec.state import State
 
 
 class SpeculativeGenerator:
@@ -158,36 +148,22 @@ class SpeculativeGenerator:
         check_options(self.target, generation_config, {**given, **kwargs})
         check_prompt(self.target, generation_config, inputs, kwargs)
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
-        seed = self.seed if seed is None else seed
         stats = self.stats = Stats()
 
+        request = Request(
+            proposer=self._proposer,
+            length=Fixed(self.num_draft_tokens),
+            sampling=self._sampling,
+            layout=self.layout,
+            seed=self.seed if seed is None else seed,
+            streamer=streamer,
+            inputs=_model_inputs(self.target, inputs, kwargs),
+            stats=stats,
+        )
+
         @torch.no_grad()
-        def run(
-            model: Any,
-            input_ids: Tensor,
-            *,
-            logits_processor: Any,
-            stopping_criteria: Any,
-            generation_config: Any,
-            **model_kwargs: Any,
-        ) -> Any:
-            user = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k != "input_ids"}
-            if inputs is not None and self.target.config.is_encoder_decoder:
-                user[self.target.main_input_name] = inputs
-            elif self.target.config.is_encoder_decoder and "input_ids" in kwargs:
-                user["input_ids"] = kwargs["input_ids"]
-            out = self._decode(
-                model,
-                input_ids,
-                Processing(logits_processor),
-                stopping_criteria,
-                generation_config,
-                model_kwargs,
-                user,
-                streamer,
-                seed,
-                stats,
-            )
+        def run(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
+            out = run_call(request, model, input_ids, **prepared)
             stats.seconds = perf_counter() - start
             return out
 
@@ -208,116 +184,16 @@ class SpeculativeGenerator:
                 **options,
             )
 
-    def _decode(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        processing: Processing,
-        criteria: Any,
-        config: Any,
-        model_kwargs: dict[str, Any],
-        user: dict[str, Any],
-        streamer: Any,
-        seed: int | list[int] | None,
-        stats: Stats,
-    ) -> Any:
-        """Run the loop on what ``generate()`` prepared, and give back what it would return."""
-        model_kwargs.pop("logits_to_keep", None)
-        if model._supports_logits_to_keep():
-            model_kwargs["logits_to_keep"] = 1
-        prompt = input_ids.to(model.device)
-        batch, width = prompt.shape
-        if width == 0:
-            raise InvalidInput(
-                "the prompt is empty and the model has no bos token to begin with; give at least one token"
-            )
-        length = Fixed(self.num_draft_tokens)
-        speculates = not isinstance(self._proposer, Nothing) and length.most > 0
-        mask = model_kwargs.get("attention_mask")
-        starts = np.zeros(batch, dtype=np.int64)
-        if mask is not None and not model.config.is_encoder_decoder and mask.shape == prompt.shape:
-            starts = np.argmax(to_host(mask) != 0, axis=1).astype(np.int64)
-        eos = getattr(config, "_eos_token_tensor", None)
-        has_eos = any(hasattr(c, "eos_token_id") for c in criteria)
-        pad = config._pad_token_tensor
-        max_length = min([config.max_length, *(m for m in [criteria.max_length] if m is not None)])
-        state = State(
-            prompt,
-            max_length=max_length,
-            max_guesses=length.most if speculates else 0,
-            eos_ids=eos.to(model.device) if has_eos and eos is not None else None,
-            pad_id=int(pad) if pad is not None else 0,
-            starts=starts,
-        )
-        sampling = self._sampling(config.do_sample, seed, state)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        target = Scorer(model, model_kwargs, config, max_length=max_length, layout=self.layout)
-        proposer = self._proposer if speculates else Nothing()
-        if speculates and hasattr(proposer, "begin"):
-            rows = batch // max(_rows(user, batch), 1)
-            call = Call(
-                target=model,
-                prompt=prompt,
-                inputs={k: v.repeat_interleave(rows, dim=0) if rows > 1 else v for k, v in user.items()},
-                vocabulary=model.get_output_embeddings().weight.shape[0],
-                max_length=max_length,
-                processing=processing,
-                sampling=sampling,
-            )
-            proposer = proposer.begin(call)
-        collector = Collector(config, state)
-        watcher = Watcher(criteria, streamer, state)
-        rounds = decode(
-            state,
-            target,
-            proposer,
-            length if speculates else Fixed(0),
-            processing,
-            sampling,
-            stats,
-            keep_logits=collector.keeps_logits,
-        )
-        for round_ in rounds:
-            collector.add(round_)
-            watcher.follow(state, collector.scores)
-        if streamer is not None:
-            streamer.end()
-        stats.target_forwards, stats.layout = target.forwards, target.layout.name
-        stats.draft_forwards = getattr(proposer, "forwards", 0)
-        stats.draft_layout = getattr(proposer, "layout", "")
-        stats.host_copies = state.host_copies
-        stats.emitted = int((state.lengths - width).sum())
-        stats.row_emitted = state.lengths - width
-        if speculates and stats.layout == "plain" and self.layout == "auto":
-            warn_plain(model, "several tokens in one forward do not give the scores of one-token steps")
-        sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
-        return collector.output(model, sequences, model_kwargs, stats)
-
     def _sampling(self, do_sample: bool, seed: int | list[int] | None, state: State) -> Sampling:
-        """The way to draw: greedy draws no random number at all."""
-        if not do_sample:
-            return Greedy()
-        if self.verification == "coupled":
-            seed = draw_seed() if seed is None else seed
-            seeds = seed if isinstance(seed, list) else [seed] * state.batch
-            if len(seeds) != state.batch:
-                raise InvalidInput(f"{len(seeds)} seeds for {state.batch} rows; give one seed a row")
-            rows = zip(state.host_tokens, state.starts, strict=True)
-            prompts = [row[start : state.prompt_length].tolist() for row, start in rows]
-            keys = torch.tensor(row_keys(seeds, prompts), dtype=torch.int64, device=state.device)
-            return Coupled(keys)
-        if isinstance(seed, list):
-            raise InvalidInput("one seed a row needs verification='coupled'; give a single seed")
-        seed = draw_seed() if seed is None else seed
-        rule: Rule = "token" if self.verification == "token" else "block"
-        return Rejection(rule, seed, state.device)
+        """The way to draw in one call."""
+        return sampling_for(self.verification, do_sample, seed, state)
 
 
-def _rows(user: dict[str, Any], batch: int) -> int:
-    """Rows of the user's inputs, before ``num_return_sequences`` repeated them."""
-    sizes = [v.shape[0] for k, v in user.items() if k in ("attention_mask", "input_ids", "input_features")]
-    return sizes[0] if sizes and batch % sizes[0] == 0 else batch
-
-
-__all__ = ["GenerateDecoderOnlyOutput", "GenerateEncoderDecoderOutput", "SpeculativeGenerator"]
+def _model_inputs(target: Any, inputs: Tensor | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The user's model inputs beside the decoder's ids, for a draft that prepares its own."""
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    if not target.config.is_encoder_decoder:
+        tensors.pop("input_ids", None)
+    elif inputs is not None:
+        tensors[target.main_input_name] = inputs
+    return tensors

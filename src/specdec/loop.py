@@ -46,6 +46,7 @@ def decode(
     proposal = Proposal.empty(state.batch, state.device)
     start = clock()
     logits = target.prefill(state.tokens[:, : state.prompt_length], speculate=length.most > 0)
+    state.vocabulary = int(logits.shape[-1])
     stats.seconds_scoring += clock() - start
     while True:
         start = clock()

@@ -17,7 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
 from specdec.proposers import Nothing
-from specdec.proposers.draft_model import DraftModel
+from specdec.proposers.draft_model import DraftModel, embedded
 from specdec.proposers.ngram import NGram
 from specdec.sampling import VERIFICATIONS
 from specdec.scorer import LAYOUTS
@@ -101,7 +101,7 @@ def _check_vocabularies(target: Any, draft: Any, tokenizer: Any, draft_tokenizer
                 f"{len(ours)} are unknown to the draft; give a draft of the same family"
             )
         return
-    sizes = [model.get_input_embeddings().weight.shape[0] for model in (target, draft)]
+    sizes = [embedded(model) for model in (target, draft)]
     if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
         raise VocabularyMismatch(
             f"the target has {sizes[0]} token ids and the draft {sizes[1]}; they must share their ids. Give a "
@@ -122,7 +122,8 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
     for name, instead in REFUSED.items():
         if name in OUTPUTS and not value("return_dict_in_generate"):
             continue  # plain generate() ignores these flags without the dictionary
-        if value(name) not in (None, False):
+        found = value(name)
+        if isinstance(found, Tensor) or found not in (None, False):
             raise UnsupportedOption(name, instead)
     if (value("num_beams") or 1) > 1:
         raise UnsupportedOption("num_beams", "beam search is not speculative; " + PLAIN)
@@ -133,9 +134,14 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
     if target.config.is_encoder_decoder:
         return
     ids = inputs if inputs is not None else given.get("input_ids")
-    if not isinstance(ids, Tensor):
+    if ids is None:
         return
-    if ids.ndim != 2:
+    if not isinstance(ids, Tensor):
+        raise InvalidInput(
+            f"input_ids is a {type(ids).__name__}; wanted is a tensor: call the tokenizer with "
+            "return_tensors='pt', and generate(**its_output)"
+        )
+    if ids.ndim != 2 or ids.shape[0] == 0:
         raise InvalidInput(
             f"input_ids has shape {tuple(ids.shape)}; wanted is (batch, length), e.g. a tokenizer's output "
             "with return_tensors='pt'"
@@ -143,12 +149,17 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
     if ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInput(f"input_ids has dtype {ids.dtype}; wanted are token ids (torch.int64)")
     mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == ids.shape and mask.shape[1]:
-        padded_right = bool((mask[:, -1] == 0).any())
+    if isinstance(mask, Tensor):
+        if mask.shape != ids.shape:
+            raise InvalidInput(
+                f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; wanted is "
+                "one number for each token: pass both as the tokenizer returned them"
+            )
+        padded_right = bool((mask[:, -1:] == 0).any())
     else:
         pad = given.get("pad_token_id", getattr(config or target.generation_config, "pad_token_id", None))
         eos = given.get("eos_token_id", getattr(config or target.generation_config, "eos_token_id", None))
-        ends = eos if isinstance(eos, list) else [eos]
+        ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         known = isinstance(pad, int) and pad not in ends and ids.shape[0] > 1 and ids.shape[1] > 0
         padded_right = known and bool(ids[:, -1].eq(torch.tensor(pad)).any())
     if padded_right:

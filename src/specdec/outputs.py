@@ -36,7 +36,7 @@ class Collector:
         if self._logits is not None and round_.logits is not None:
             self._place(self._logits, round_.logits.float(), round_)
 
-    def output(self, model: Any, sequences: Tensor, model_kwargs: dict[str, Any], stats: Stats) -> Any:
+    def output(self, model: Any, sequences: Tensor, stats: Stats) -> Any:
         """Ids (B, L), or the output class with ``speculation`` beside."""
         if not self._as_dict:
             return sequences

@@ -12,8 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec.noise import Noise
-from specdec.verify import Rule, choose, keyed_gumbel, match, race, verify
+from specdec.errors import InvalidInput
+from specdec.noise import Noise, draw_seed
+from specdec.state import State
+from specdec.verify import Rule, choose, keyed_gumbel, match, race, row_keys, verify
 
 VERIFICATIONS = ("block", "token", "coupled")
 
@@ -112,3 +114,28 @@ class Coupled:
         noise = keyed_gumbel(self._keys, where, scores.shape[-1], torch.float64)
         # log p and the scores differ by a constant per row, which no argmax sees
         return match(choose(scores.double(), noise), tokens, lengths)
+
+
+def sampling_for(verification: str, do_sample: bool, seed: int | list[int] | None, state: State) -> Sampling:
+    """The way to draw in one call: greedy draws no random number; without a seed, one is drawn.
+
+    Args:
+        verification: one of ``VERIFICATIONS``.
+        do_sample: False is greedy, whatever the verification.
+        seed: one; with "coupled" also one a row.
+        state: the prompt's tokens are part of the keys of shared noise.
+    """
+    if not do_sample:
+        return Greedy()
+    if verification == "coupled":
+        seed = draw_seed() if seed is None else seed
+        seeds = seed if isinstance(seed, list) else [seed] * state.batch
+        if len(seeds) != state.batch:
+            raise InvalidInput(f"{len(seeds)} seeds for {state.batch} rows; give one seed a row")
+        rows = zip(state.host_tokens, state.starts, strict=True)
+        prompts = [row[start : state.prompt_length].tolist() for row, start in rows]
+        return Coupled(torch.tensor(row_keys(seeds, prompts), dtype=torch.int64, device=state.device))
+    if isinstance(seed, list):
+        raise InvalidInput("one seed a row needs verification='coupled'; give a single seed")
+    rule: Rule = "token" if verification == "token" else "block"
+    return Rejection(rule, draw_seed() if seed is None else seed, state.device)

@@ -25,6 +25,7 @@ class State:
         lengths: (B,) committed columns on the host; ``device_lengths`` is the same on the device.
         live: (B,) bool, rows that have not ended; ``device_live`` is the same on the device.
         prompt_length: columns of the prompt, padding included.
+        vocabulary: entries of the target's scores, once the prompt was fed.
         starts: (B,) the first column of a row's prompt that is no padding.
         max_length: columns at which every row ends.
         host_copies: copies from device to host made so far.
@@ -55,6 +56,7 @@ class State:
         self.live = np.ones(batch, dtype=bool)
         self.device_live = torch.ones(batch, dtype=torch.bool, device=prompt.device)
         self._eos_ids = eos_ids
+        self.vocabulary = 0
         self.host_copies = 0
 
     @property

@@ -101,9 +101,7 @@ class Scripted:
         else:
             accept = token_acceptance(target, tokens, lengths, draft)
             scales = torch.ones_like(target[..., 0])
-        uniforms = self.noise(
-            accept[0, : int(lengths[0])].clamp(0, 1), tokens.shape[1], longest=draft is not None
-        )
+        uniforms = self.noise(accept[0, : int(lengths[0])].clamp(0, 1), tokens.shape[1], longest=draft is not None)
         draft_logits = None if logits is None else logits.double()
         arguments = (scores.double(), tokens, lengths, draft_logits)
         calm = torch.ones_like(target[:, 0])
@@ -174,16 +172,12 @@ def law_error(rule: str, kind: str, guesses: int, seed: int = 0, eos: int | None
         "none": None,
         "own": Stubborn(lambda: current[-1], vocabulary),
     }
-    gen = SpeculativeGenerator(
-        target, drafts[kind], num_draft_tokens=guesses, verification=rule, layout="columns"
-    )
+    gen = SpeculativeGenerator(target, drafts[kind], num_draft_tokens=guesses, verification=rule, layout="columns")
 
     def run(script: Script) -> tuple[int, ...]:
         current.append(script)
         gen._sampling = lambda *_: Scripted(rule, script)
-        out = gen.generate(
-            PROMPT, max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=0
-        )
+        out = gen.generate(PROMPT, max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=0)
         text = out[0, PROMPT.shape[1] :].tolist()
         return tuple(text + [0] * (new - len(text)))
 
@@ -324,18 +318,12 @@ def test_coupled_equals_the_plain_loop_for_ten_thousand_noise_draws():
     from specdec.verify import keyed_gumbel
 
     scores = torch.randn(rows, guesses + 1, vocabulary, generator=generator, dtype=torch.float64)
-    draft = scores[:, :-1] + torch.randn(
-        rows, guesses, vocabulary, generator=generator, dtype=torch.float64
-    )
-    noise = keyed_gumbel(
-        torch.arange(rows), torch.arange(guesses + 1).expand(rows, -1), vocabulary, torch.float64
-    )
+    draft = scores[:, :-1] + torch.randn(rows, guesses, vocabulary, generator=generator, dtype=torch.float64)
+    noise = keyed_gumbel(torch.arange(rows), torch.arange(guesses + 1).expand(rows, -1), vocabulary, torch.float64)
     own = choose(scores, noise)
     tokens = choose(draft, noise[:, :-1])
     accepted, next_token = match(own, tokens, torch.full((rows,), guesses))
     assert 0.2 < float(accepted.float().mean()) / guesses < 0.9  # both outcomes are met
     for row in range(guesses + 1):
-        emitted = torch.where(
-            row < accepted, torch.nn.functional.pad(tokens, (0, 1))[:, row], next_token
-        )
+        emitted = torch.where(row < accepted, torch.nn.functional.pad(tokens, (0, 1))[:, row], next_token)
         assert torch.equal(emitted[row <= accepted], own[row <= accepted, row])

@@ -48,7 +48,6 @@ class Call:
         prompt: (B, P) ids, left padding included.
         inputs: the user's model inputs beside the ids (attention mask, pictures, audio), one row a
             row of ``prompt``.
-        vocabulary: entries of the target's scores.
         max_length: columns that a row may reach.
         processing: the call's logits processors.
         sampling: how tokens are drawn.
@@ -57,7 +56,6 @@ class Call:
     target: Any
     prompt: Tensor
     inputs: dict[str, Any]
-    vocabulary: int
     max_length: int
     processing: Processing
     sampling: Sampling

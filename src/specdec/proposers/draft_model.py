@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from specdec.errors import UnsupportedModel
-from specdec.proposers import Call, Nothing, Proposer
+from specdec.proposers import Call, Proposer
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
 from specdec.state import State, to_host
@@ -42,7 +42,7 @@ class _Run:
     def __init__(self, model: Any, call: Call, layout: str) -> None:
         self._call = call
         self._device = model.device
-        self._embeds = int(model.get_input_embeddings().weight.shape[0])
+        self._embeds = embedded(model)
         prompt, kwargs, config, inner = _prepare(model, call, self._embeds)
         if prompt.shape != call.prompt.shape:
             raise UnsupportedModel(
@@ -104,7 +104,7 @@ class _Run:
         if step:
             self._scorer.hold(state.live)
         logits = self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0].to(state.device)
-        return self._call.processing.draft(logits, self._history(state, step), lengths, self._call.vocabulary)
+        return self._call.processing.draft(logits, self._history(state, step), lengths, state.vocabulary)
 
     def _history(self, state: State, step: int) -> Tensor:
         """Committed tokens and the guesses so far, for processors that look at them."""
@@ -182,4 +182,7 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
     return {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
 
 
-__all__ = ["DraftModel", "Nothing"]
+def embedded(model: Any) -> int:
+    """How many token ids a model can embed."""
+    table = model.get_input_embeddings()
+    return int(getattr(table, "num_embeddings", 0) or table.weight.shape[0])

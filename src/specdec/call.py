@@ -1,0 +1,150 @@
+"""One call: from what the target's ``generate()`` prepared, through the rounds, to what it would return.
+
+Everything that a call needs (state, caches, noise, the draft's run) is made here and dies here, so that an
+exception in mid-round leaves nothing half-done behind. Knows no option by name. Read next: ``options.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from specdec.errors import InvalidInput
+from specdec.length import DraftLength
+from specdec.length.fixed import Fixed
+from specdec.loop import decode
+from specdec.outputs import Collector
+from specdec.processing import Processing
+from specdec.proposers import Call, Nothing
+from specdec.records import Stats
+from specdec.sampling import Sampling
+from specdec.scorer import Scorer, warn_plain
+from specdec.state import State, to_host
+from specdec.stopping import Watcher
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked of a call beside the options that ``generate()`` prepares.
+
+    Attributes:
+        proposer: what guesses.
+        length: how many guesses a round.
+        sampling: makes the way to draw from (do_sample, seed, state).
+        layout: "auto", or the one to use.
+        seed: None, one, or one a row.
+        streamer: told of every step, or None.
+        inputs: the user's model inputs beside the ids, for the draft.
+        stats: filled in as the call goes.
+    """
+
+    proposer: Any
+    length: DraftLength
+    sampling: Callable[[bool, Any, State], Sampling]
+    layout: str
+    seed: int | list[int] | None
+    streamer: Any
+    inputs: dict[str, Any]
+    stats: Stats
+
+
+def run_call(
+    request: Request,
+    model: Any,
+    input_ids: Tensor,
+    *,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Any:
+    """Decode what ``generate()`` prepared; the arguments are those of its ``custom_generate``.
+
+    Args:
+        request: what the user asked.
+        model: the model that ``generate()`` hands over (some wrappers hand over an inner one).
+        input_ids: (B, P) prompt, or the decoder's start.
+        logits_processor: as prepared.
+        stopping_criteria: as prepared.
+        generation_config: as prepared.
+        model_kwargs: model inputs beside the ids, as prepared.
+    """
+    stats, streamer = request.stats, request.streamer
+    speculates = not isinstance(request.proposer, Nothing) and request.length.most > 0
+    length = request.length if speculates else Fixed(0)
+    state = _state(model, input_ids, generation_config, stopping_criteria, model_kwargs, length.most)
+    sampling = request.sampling(generation_config.do_sample, request.seed, state)
+    processing = Processing(logits_processor)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    target = Scorer(model, model_kwargs, generation_config, max_length=state.max_length, layout=request.layout)
+    proposer = request.proposer if speculates else Nothing()
+    if speculates and hasattr(proposer, "begin"):
+        prompt = state.tokens[:, : state.prompt_length]
+        inputs = _repeated(request.inputs, state.batch)
+        proposer = proposer.begin(Call(model, prompt, inputs, state.max_length, processing, sampling))
+    collector = Collector(generation_config, state)
+    watcher = Watcher(stopping_criteria, streamer, state)
+    rounds = decode(
+        state, target, proposer, length, processing, sampling, stats, keep_logits=collector.keeps_logits
+    )
+    for round_ in rounds:
+        collector.add(round_)
+        watcher.follow(state, collector.scores)
+    if streamer is not None:
+        streamer.end()
+    _finish(stats, state, target, proposer)
+    if speculates and stats.layout == "plain" and request.layout == "auto":
+        warn_plain(model, "several tokens in one forward do not give the scores of one-token steps")
+    sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
+    return collector.output(model, sequences, stats)
+
+
+def _state(
+    model: Any, input_ids: Tensor, config: Any, criteria: Any, model_kwargs: dict[str, Any], guesses: int
+) -> State:
+    """The committed tokens at the start, and where rows end."""
+    prompt = input_ids.to(model.device)
+    if prompt.shape[1] == 0:
+        raise InvalidInput(
+            "the prompt is empty and the model has no bos token to begin with; give at least one token"
+        )
+    mask = model_kwargs.get("attention_mask")
+    starts = np.zeros(len(prompt), dtype=np.int64)
+    if mask is not None and not model.config.is_encoder_decoder and mask.shape == prompt.shape:
+        starts = np.argmax(to_host(mask) != 0, axis=1).astype(np.int64)
+    eos = getattr(config, "_eos_token_tensor", None)
+    if not any(hasattr(c, "eos_token_id") for c in criteria):
+        eos = None
+    pad = config._pad_token_tensor
+    return State(
+        prompt,
+        max_length=min(m for m in (config.max_length, criteria.max_length) if m is not None),
+        max_guesses=guesses,
+        eos_ids=None if eos is None else eos.to(model.device),
+        pad_id=int(pad) if pad is not None else 0,
+        starts=starts,
+    )
+
+
+def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The user's inputs with one row a row of the batch: ``num_return_sequences`` repeats rows."""
+    named = [inputs[n] for n in ("attention_mask", "input_ids", "input_features") if n in inputs]
+    rows = int(named[0].shape[0]) if named else batch
+    if rows == batch or batch % rows:
+        return inputs
+    return {name: value.repeat_interleave(batch // rows, dim=0) for name, value in inputs.items()}
+
+
+def _finish(stats: Stats, state: State, target: Scorer, proposer: Any) -> None:
+    """What is known only at the end; stop conditions may have taken tokens back."""
+    stats.target_forwards, stats.layout = target.forwards, target.layout.name
+    stats.draft_forwards = getattr(proposer, "forwards", 0)
+    stats.draft_layout = getattr(proposer, "layout", "")
+    stats.host_copies = state.host_copies
+    stats.row_emitted = state.lengths - state.prompt_length
+    stats.emitted = int(stats.row_emitted.sum())
