@@ -146,6 +146,8 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
             f"input_ids has shape {tuple(ids.shape)}; wanted is (batch, length), e.g. a tokenizer's output "
             "with return_tensors='pt'"
         )
+    if ids.shape[1] == 0:
+        raise InvalidInput("the prompt is empty; give at least one token, such as the model's bos token")
     if ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInput(f"input_ids has dtype {ids.dtype}; wanted are token ids (torch.int64)")
     mask = given.get("attention_mask")

@@ -49,8 +49,8 @@ def choose(plain: Columns, prompt: Tensor, scores: Tensor, candidates: dict[str,
 
 
 def _first_that_passes(plain: Columns, prompt: Tensor, scores: Tensor, candidates: dict[str, Candidate]) -> str:
-    at_prompt = Snapshots(plain.cache)
-    at_prompt.take()
+    at_prompt = Snapshots()
+    at_prompt.take(plain.cache)
     modules = _module_states(plain.model)
     batch, width = prompt.shape
     tokens = torch.nn.functional.pad(prompt, (0, 5))

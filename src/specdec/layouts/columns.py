@@ -94,7 +94,7 @@ class Columns:
             # only now: while it records, a sliding layer keeps every column, a whole prompt's too
             own_cache(cache).activate_past_recording()
         if forget == "snapshot":
-            self._snapshots = Snapshots(cache)
+            self._snapshots = Snapshots()
         return self
 
     @property
@@ -181,7 +181,7 @@ class Columns:
         """One forward pass over columns ``_fed``..``upto`` - 1; their scores."""
         width = upto - self._columns
         if self._snapshots is not None and not self._snapshots.taken:
-            self._snapshots.take()
+            self._snapshots.take(self.cache)
         kwargs = self._described(width)
         fresh = upto - self._fed
         # a model without a cache takes the whole text again; one-token steps leave that to the model

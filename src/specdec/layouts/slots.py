@@ -53,7 +53,11 @@ class Slots:
         own = native.self_attention_cache if isinstance(native, EncoderDecoderCache) else native
         if not isinstance(own, Cache) or not own.layers:
             raise ValueError("slots need a transformers cache of layers")
-        self._cache = SlotCache([_slot_layer(layer, self._width) for layer in own.layers])
+        layers = [_slot_layer(layer, self._width) for layer in own.layers]
+        self._cache = SlotCache(layers)
+        for layer in own.layers:
+            if not isinstance(layer, DummyLayer):
+                layer.keys = layer.values = None  # the prompt shall not be held twice
         self._handed: Any = self._cache
         if isinstance(native, EncoderDecoderCache):
             self._handed = EncoderDecoderCache(self._cache, native.cross_attention_cache)

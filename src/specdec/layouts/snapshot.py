@@ -27,44 +27,47 @@ REPLACED_BY_UPDATE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLay
 class Snapshots:
     """A copy of a cache at one column, and the way back to it."""
 
-    def __init__(self, cache: Any) -> None:
-        """Look at the layers of ``cache``: either all are known, or the whole of it will be copied."""
-        self.cache = cache
+    def __init__(self) -> None:
+        """Nothing is taken yet."""
         self.taken = False
+        self._cache: Any = None
+        self._layers: list[Any] = []
         self._states: list[dict[str, Any]] = []
-        self._whole: Any = None
-        # the cross-attention part of a cache is not always fixed (blt keeps its patches there)
-        parts = [cache]
-        if isinstance(cache, EncoderDecoderCache):
-            parts = [cache.self_attention_cache, cache.cross_attention_cache]
-        layers = [layer for part in parts if isinstance(part, Cache) for layer in part.layers]
-        known = [type(part) in (Cache, DynamicCache) for part in parts] + [
-            type(layer) in REPLACED_BY_UPDATE or isinstance(layer, LinearAttentionCacheLayerMixin)
-            for layer in layers
-        ]
-        self._layers = layers if all(known) else []
 
-    def take(self) -> None:
-        """Keep the states as they are now."""
-        if self._layers:
-            self._states = [_held(layer, vars(layer)) for layer in self._layers]
-        else:
-            self._whole = copy.deepcopy(self.cache)
+    def take(self, cache: Any) -> None:
+        """Keep the states of ``cache`` as they are now."""
+        self._layers = _known_layers(cache)
+        self._cache = cache if self._layers else copy.deepcopy(cache)
+        self._states = [_held(layer, vars(layer)) for layer in self._layers]
         self.taken = True
 
     def drop(self) -> None:
         """The states of now are the ones to go on with."""
-        self._states, self._whole, self.taken = [], None, False
+        self._cache, self._layers, self._states, self.taken = None, [], [], False
 
     def put_back(self) -> Any:
         """Go back to where the copy was taken, and keep it; returns the cache to go on with."""
         if not self._layers:
-            self.cache = copy.deepcopy(self._whole)
-            return self.cache
+            return copy.deepcopy(self._cache)
         for layer, states in zip(self._layers, self._states, strict=True):
             for name, value in _held(layer, states).items():
                 setattr(layer, name, value)
-        return self.cache
+        return self._cache
+
+
+def _known_layers(cache: Any) -> list[Any]:
+    """All layers of ``cache`` if we know how each of them is written; else none."""
+    # the cross-attention part of a cache is not always fixed (blt keeps its patches there)
+    parts = [cache]
+    if isinstance(cache, EncoderDecoderCache):
+        parts = [cache.self_attention_cache, cache.cross_attention_cache]
+    if not all(type(part) in (Cache, DynamicCache) for part in parts):
+        return []
+    layers = [layer for part in parts for layer in part.layers]
+    known = (
+        type(layer) in REPLACED_BY_UPDATE or isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers
+    )
+    return layers if all(known) else []
 
 
 def _held(layer: Any, attributes: dict[str, Any]) -> dict[str, Any]:
