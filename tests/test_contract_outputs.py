@@ -83,9 +83,7 @@ def test_only_what_was_asked_for(flags):
 def test_flags_without_the_dictionary_are_ignored_as_in_plain():
     options = {"output_scores": True, "output_logits": True}
     wanted = plain(llama(), prompts(3), **options)
-    got = speculative(llama(), "noisy").generate(
-        **prompts(3), max_new_tokens=NEW, do_sample=False, **options
-    )
+    got = speculative(llama(), "noisy").generate(**prompts(3), max_new_tokens=NEW, do_sample=False, **options)
     assert isinstance(got, torch.Tensor)
     assert got.dtype == wanted.dtype == torch.int64
     assert got.tolist() == wanted.tolist()
@@ -93,9 +91,7 @@ def test_flags_without_the_dictionary_are_ignored_as_in_plain():
 
 @pytest.mark.parametrize("flag", ["output_attentions", "output_hidden_states"])
 def test_refused_outputs_are_ignored_without_the_dictionary_as_in_plain(flag):
-    got = speculative(llama(), "noisy").generate(
-        **prompts(1), max_new_tokens=NEW, do_sample=False, **{flag: True}
-    )
+    got = speculative(llama(), "noisy").generate(**prompts(1), max_new_tokens=NEW, do_sample=False, **{flag: True})
     assert got.tolist() == plain(llama(), prompts(1)).tolist()
 
 
@@ -105,14 +101,8 @@ def test_compute_transition_scores(normalize):
     eos = int(plain(llama(), inputs)[1, START + 3])
     found, lengths = [], []
     for run in (llama().generate, speculative(llama(), "noisy").generate):
-        out = run(
-            **inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=eos, output_scores=True, **DICT
-        )
-        found.append(
-            llama().compute_transition_scores(
-                out.sequences, out.scores, normalize_logits=normalize
-            )
-        )
+        out = run(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=eos, output_scores=True, **DICT)
+        found.append(llama().compute_transition_scores(out.sequences, out.scores, normalize_logits=normalize))
         lengths = ends(out.sequences, START, eos)
     assert found[0].shape == found[1].shape
     for row, length in enumerate(lengths):
@@ -174,9 +164,7 @@ def test_several_samples_a_prompt(model, draft):
     options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 8, "top_k": 0}
     inputs = {k: v[:2] for k, v in prompts(3).items()}
     start = START if model is llama else 1
-    reference = speculative(model(), None, verification="coupled").generate(
-        **inputs, seed=4, **options
-    )
+    reference = speculative(model(), None, verification="coupled").generate(**inputs, seed=4, **options)
     got = speculative(model(), draft, verification="coupled").generate(**inputs, seed=4, **options)
     assert got.shape == (6, start + 8)
     assert got.tolist() == reference.tolist()
@@ -194,6 +182,15 @@ def test_several_samples_a_prompt_without_a_mask():
     gen = speculative(llama(), "noisy", verification="coupled", seed=1)
     options = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": 6, "pad_token_id": 0}
     assert gen.generate(ids, **options).shape == (4, START + 6)
+
+
+# fails for the tensor without a dimension: every tensor given is repeated as an input of the draft
+@pytest.mark.parametrize("eos", [torch.tensor(5), torch.tensor([5, 6])])
+def test_several_samples_and_a_tensor_that_is_no_input(eos):
+    options = {"do_sample": True, "num_return_sequences": 2, "top_k": 1, "eos_token_id": eos}
+    wanted = llama().generate(**prompts(3), max_new_tokens=NEW, **options)
+    got = speculative(llama(), "noisy").generate(**prompts(3), max_new_tokens=NEW, **options)
+    assert got.tolist() == wanted.tolist()
 
 
 def test_several_greedy_samples_are_refused_as_in_plain():

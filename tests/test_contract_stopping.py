@@ -161,6 +161,7 @@ def test_a_prompt_as_long_as_max_length(length):
         assert got.tolist() == wanted.tolist()
 
 
+# fails for the longer one: rows end at the config's length
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("length", [START + 4, START + 30])
 def test_a_length_criterion_of_the_user_takes_precedence(length, batch):
@@ -171,6 +172,7 @@ def test_a_length_criterion_of_the_user_takes_precedence(length, batch):
     assert text.shape[1] == length
 
 
+# fails: rows end at the config's ids, and the user's criterion is never asked
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("configured", [None, 1])
 def test_an_end_of_sequence_criterion_of_the_user_takes_precedence(configured, batch):
@@ -285,9 +287,7 @@ def rules(batch):
 RULES = list(rules(1))
 
 
-@pytest.mark.parametrize(
-    ("ended_by", "batch"), [("nothing", 1), ("nothing", 3), ("an end of sequence", 3)]
-)
+@pytest.mark.parametrize(("ended_by", "batch"), [("nothing", 1), ("nothing", 3), ("an end of sequence", 3)])
 @pytest.mark.parametrize("name", RULES)
 def test_criterion_of_the_user_sees_the_calls_of_plain(name, ended_by, batch):
     """Without an end-of-sequence token plain lets ended rows go on until all have ended."""
@@ -297,9 +297,7 @@ def test_criterion_of_the_user_sees_the_calls_of_plain(name, ended_by, batch):
     text = plain(llama(), prompts(batch), stopping_criteria=[wanted], **options)
     for draft in drafts(batch):
         got = Recorder(rules(batch)[name])
-        ours = speculative(llama(), draft).generate(
-            **prompts(batch), stopping_criteria=[got], **options
-        )
+        ours = speculative(llama(), draft).generate(**prompts(batch), stopping_criteria=[got], **options)
         assert ours.tolist() == text.tolist(), f"draft {draft}"
         seen = [ids.tolist() for ids, _ in got.calls]
         assert seen == [ids.tolist() for ids, _ in wanted.calls], f"draft {draft}"
@@ -316,9 +314,7 @@ def test_criterion_sees_the_scores_when_they_are_asked_for():
             calls.append([s.clone() for s in scores])
             return ids.shape[1] >= START + 5
 
-        run(
-            **prompts(3), max_new_tokens=NEW, do_sample=False, stopping_criteria=[criterion], **options
-        )
+        run(**prompts(3), max_new_tokens=NEW, do_sample=False, stopping_criteria=[criterion], **options)
         seen.append(calls)
     assert [len(c) for c in seen[0]] == [len(c) for c in seen[1]] == [1, 2, 3, 4, 5]
     torch.testing.assert_close(seen[1], seen[0], atol=1e-4, rtol=1e-4)
@@ -343,9 +339,7 @@ def test_max_time_that_is_over_at_once(batch):
 
 def test_max_time_ends_a_long_call():
     start = time.perf_counter()
-    out = speculative(llama(), "noisy").generate(
-        **prompts(3), max_new_tokens=480, max_time=0.2, do_sample=False
-    )
+    out = speculative(llama(), "noisy").generate(**prompts(3), max_new_tokens=480, max_time=0.2, do_sample=False)
     assert START < out.shape[1] < START + 480
     assert time.perf_counter() - start < 2.0
 
@@ -401,17 +395,13 @@ def test_text_streamer(skip_prompt, capsys):
 
 def test_text_streamer_refuses_a_batch_before_any_work():
     with Counted(llama()) as counted, pytest.raises(ValueError, match="batch size 1"):
-        speculative(llama(), "noisy").generate(
-            **prompts(3), streamer=TextStreamer(tokenizer()), max_new_tokens=3
-        )
+        speculative(llama(), "noisy").generate(**prompts(3), streamer=TextStreamer(tokenizer()), max_new_tokens=3)
     assert counted.calls == 0
 
 
 def test_text_iterator_streamer():
     streamer = TextIteratorStreamer(tokenizer(), skip_prompt=True, timeout=5)
-    speculative(llama(), "noisy").generate(
-        **prompts(1), streamer=streamer, max_new_tokens=NEW, do_sample=False
-    )
+    speculative(llama(), "noisy").generate(**prompts(1), streamer=streamer, max_new_tokens=NEW, do_sample=False)
     assert "".join(streamer) == text_of(free_text(1)[0, START:])
 
 

@@ -1,7 +1,7 @@
 """One call: from what the target's ``generate()`` prepared, through the rounds, to what it would return.
 
 Everything that a call needs (state, caches, noise, the draft's run) is made here and dies here, so that an
-exception in mid-round leaves nothing half-done behind. Knows no option by name. Read next: ``options.py``.
+exception in mid-round leaves nothing half-done behind. Knows no option by name. Read next: ``outputs.py``.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from specdec.options import (
     check_constructor,
     check_options,
     check_prompt,
+    check_seed,
     with_stop_strings,
 )
 from specdec.records import Stats
@@ -155,7 +156,7 @@ class SpeculativeGenerator:
             length=Fixed(self.num_draft_tokens),
             sampling=self._sampling,
             layout=self.layout,
-            seed=self.seed if seed is None else seed,
+            seed=check_seed(self.seed if seed is None else seed),
             streamer=streamer,
             inputs=_model_inputs(self.target, inputs, kwargs),
             stats=stats,

@@ -6,7 +6,7 @@ if the target had written every token itself. The cache forgets what was not kep
 
 The loop is a generator of ``Round``: streaming, statistics, early stop and tests are its consumers. Apart from
 the round's one copy (``State.commit``) nothing in it waits for the device.
-Knows no option of ``generate()``. Read next: ``verify/__init__.py``, then ``scorer.py``.
+Knows no option of ``generate()``. Read next: ``records.py``.
 """
 
 from __future__ import annotations
@@ -107,21 +107,27 @@ def _limits(state: State, target: Scorer, most: int, in_lockstep: bool) -> np.nd
 
 def _checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:
     """A foreign proposal, looked at from outside: shapes, lengths, dtypes; its values are the verifier's."""
+    if not isinstance(proposal, Proposal):
+        raise InvalidProposal(
+            f"a proposer returned a {type(proposal).__name__}; wanted is a specdec.Proposal, e.g. "
+            "Proposal.empty(state.batch, state.device) when there is nothing to guess"
+        )
     tokens, lengths, logits = proposal.tokens, np.asarray(proposal.lengths), proposal.logits
     if tokens.ndim != 2 or tokens.shape[0] != state.batch or tokens.dtype != torch.int64:
         raise InvalidProposal(
             f"a proposer returned tokens of shape {tuple(tokens.shape)} and {tokens.dtype}; "
             f"wanted is ({state.batch}, K) and torch.int64"
         )
-    if lengths.shape != (state.batch,) or (lengths < 0).any() or (lengths > tokens.shape[1]).any():
+    in_range = lengths.shape == (state.batch,) and ((lengths >= 0) & (lengths <= tokens.shape[1])).all()
+    if not in_range or not np.issubdtype(lengths.dtype, np.integer):
         raise InvalidProposal(
             f"a proposer returned lengths {lengths.tolist()} for tokens of shape {tuple(tokens.shape)}; "
-            f"wanted are {state.batch} numbers from 0 to {tokens.shape[1]}"
+            f"wanted are {state.batch} whole numbers from 0 to {tokens.shape[1]}"
         )
-    if logits is not None and logits.shape[:2] != tokens.shape:
+    if logits is not None and logits.shape != (*tokens.shape, state.vocabulary):
         raise InvalidProposal(
             f"a proposer returned logits of shape {tuple(logits.shape)} for tokens of shape "
-            f"{tuple(tokens.shape)}; wanted is one row of scores for each guess, or None"
+            f"{tuple(tokens.shape)}; wanted is None, or {state.vocabulary} scores for each guess"
         )
     if (lengths > limits).any():
         lengths = np.minimum(lengths, limits)

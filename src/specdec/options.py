@@ -1,7 +1,7 @@
 """Options: what is refused, by name, before any work is done; and what the door of ``generate()`` would drop.
 
 Every argument of ``generate()`` is either honoured (then it is not named here), or refused with what to do
-instead. Knows nothing of rounds. Read next: ``loop.py``.
+instead. Knows nothing of rounds. Read next: ``call.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
 from specdec.proposers import Nothing
@@ -34,7 +35,6 @@ REFUSED = {
     "synced_gpus": PLAIN,
     "past_key_values": "give the whole conversation as input_ids, or " + PLAIN,
     "inputs_embeds": "give input_ids, or " + PLAIN,
-    "cache_implementation": "the library keeps its own cache; leave it unset, or " + PLAIN,
     "token_healing": "heal the prompt before the call, or " + PLAIN,
     "output_attentions": PLAIN,
     "output_hidden_states": PLAIN,
@@ -45,6 +45,18 @@ REFUSED = {
     "compile_config": "leave it unset; the loop is not compiled yet",
 }
 OUTPUTS = ("output_attentions", "output_hidden_states")
+# knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
+ASSISTANCE = {
+    "num_assistant_tokens": "set num_draft_tokens of SpeculativeGenerator",
+    "num_assistant_tokens_schedule": "set num_draft_tokens of SpeculativeGenerator",
+    "assistant_confidence_threshold": OURS,
+    "assistant_ensemble_weight": "it changes the output distribution, which this library never does",
+    "max_matching_ngram_size": "give draft=NGram(longest=...) to SpeculativeGenerator",
+    "speculation_type": OURS,
+    "assistant_tokenizer": "give tokenizer and draft_tokenizer to SpeculativeGenerator",
+}
+# "hybrid" comes with old checkpoints, and generate() itself unsets it
+CACHES = (None, "dynamic", "dynamic_full", "hybrid")
 
 
 def check_constructor(target: Any, num_draft_tokens: Any, verification: Any, layout: Any) -> None:
@@ -69,6 +81,8 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
         if draft != "ngram":
             raise InvalidInput(f"draft={draft!r} is no known proposer; use 'ngram', a model, a Proposer or None")
         return NGram()
+    if isinstance(draft, type):
+        raise UnsupportedModel(f"the draft is the class {draft.__name__}; give an object: {draft.__name__}()")
     if hasattr(draft, "propose") or hasattr(draft, "begin"):
         return draft
     if not hasattr(draft, "generate") or not hasattr(draft, "config"):
@@ -125,8 +139,33 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
         found = value(name)
         if isinstance(found, Tensor) or found not in (None, False):
             raise UnsupportedOption(name, instead)
+    for name, instead in ASSISTANCE.items():
+        if given.get(name) is not None:
+            raise UnsupportedOption(name, instead)
+    if value("cache_implementation") not in CACHES:
+        raise UnsupportedOption(
+            "cache_implementation", "the library keeps its own cache; leave it unset, or " + PLAIN
+        )
+    if given.get("synced_gpus") is None and _is_sharded(target):
+        raise UnsupportedOption("synced_gpus", "the model is sharded by FSDP or ZeRO-3; " + PLAIN)
     if (value("num_beams") or 1) > 1:
         raise UnsupportedOption("num_beams", "beam search is not speculative; " + PLAIN)
+
+
+def _is_sharded(target: Any) -> bool:
+    """Plain ``generate()`` keeps such a model's processes in step by itself; this loop does not."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not several or torch.distributed.get_world_size() < 2:
+        return False
+    return bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(target))
+
+
+def check_seed(seed: Any) -> int | list[int] | None:
+    """A seed, one a row, or None."""
+    rows = seed if isinstance(seed, (list, tuple)) else [seed]
+    if seed is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in rows):
+        raise InvalidInput(f"seed={seed!r}; give a whole number, a list with one a row, or None")
+    return list(seed) if isinstance(seed, tuple) else seed
 
 
 def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -> None:

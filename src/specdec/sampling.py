@@ -2,7 +2,7 @@
 
 Each way answers two questions with the same noise: what does a draft guess from its scores, and what does
 the target accept. The mathematics is in ``verify/``; here it only meets its random numbers. Knows no model
-and no cache. Read next: ``verify/__init__.py``.
+and no cache. Read next: ``noise.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The target and a draft model are the same class here. The invariant: *the cache holds every committed token
 except the last one*, so the next ``score`` feeds that one first. ``kept`` says how many columns of each row
-are in the cache and still true. Knows nothing of rules or proposers. Read next: ``layouts/columns.py``.
+are in the cache and still true. Knows nothing of rules or proposers. Read next: ``layouts/__init__.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Row b's first ``lengths[b]`` columns are exactly the ``input_ids[b]`` that plain ``generate()`` would have at
 that step, left padding included. The tokens live twice: on the device, where the rounds happen, and on the
 host, where proposers without a model and stop conditions read them. The two are kept together by the one
-copy a round makes. Knows no model and no rule of verification. Read next: ``loop.py``.
+copy a round makes. Knows no model and no rule of verification. Read next: ``proposers/__init__.py``.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class State:
             columns = self.device_lengths[:, None] + torch.arange(width, device=self.device)
             submitted = torch.from_numpy(proposal.lengths).to(self.device, non_blocking=True)
             real = torch.arange(width, device=self.device) < submitted[:, None]
+            # an id that does not exist is the verifier's to judge; a model must not be fed it
+            real = real & (proposal.tokens >= 0) & (proposal.tokens < self.vocabulary)
             self.tokens.scatter_(1, columns, torch.where(real, proposal.tokens, self.pad_id))
 
     def commit(
@@ -128,10 +130,13 @@ class State:
         round_ = self._read(proposal, accepted, emitted, counts, scores, logits)
         bad = self.live & (round_.emitted == -1).any(axis=1)
         if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            column = int(self.lengths[row] + (round_.emitted[row] == -1).argmax())
             raise InvalidScores(
-                f"the target's scores of row {int(np.flatnonzero(bad)[0])} hold NaN or forbid every token "
-                f"at column {int(self.lengths[bad][0])}; look at the model's dtype, at the logits "
-                "processors given, or pass remove_invalid_values=True"
+                f"nothing can be drawn for row {row} at column {column}; the target's scores hold NaN or "
+                "forbid every token, or the proposer's guesses cannot have come from its own scores. Look at the model's dtype and at "
+                "the logits processors, or pass remove_invalid_values=True; of a proposer of your own, at "
+                "the ids and the logits it returns"
             )
         rows, steps = np.nonzero(np.arange(width) < round_.counts[:, None])
         self.host_tokens[rows, self.lengths[rows] + steps] = round_.emitted[rows, steps]

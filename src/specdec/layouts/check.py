@@ -4,7 +4,7 @@ Right after the prompt was fed, two tokens are fed one after the other, the mode
 under trial feeds the same tokens with wrong guesses behind them, rows of different lengths, forgets what is
 wrong and feeds again. Its scores must agree with those of the one-token steps. Four short forwards, once per
 model and kind of batch; the verdict is kept as long as the model lives. What a short check cannot see is in
-``facts.py``. Knows nothing of proposals. Read next: ``scorer.py``.
+``facts.py``. Knows nothing of proposals. Read next: ``facts.py``.
 """
 
 from __future__ import annotations

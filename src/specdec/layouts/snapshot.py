@@ -3,7 +3,7 @@
 ``crop`` of transformers leaves a recurrent state advanced, without an error (huggingface/transformers#49036),
 so we keep what a layer held before the guesses and put it back. Recurrent and convolution states are written
 in place and must be copied; keys and values are replaced by every update, so holding on to the old tensors is
-enough. A cache of a kind unknown to us is copied whole. Knows no model. Read next: ``check.py``.
+enough. A cache of a kind unknown to us is copied whole. Knows no model. Read next: ``slots.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Always the same number of guesses. Read next: ``../proposers/ngram.py``."""
+"""Always the same number of guesses. Read next: ``../processing.py``."""
 
 from __future__ import annotations
 

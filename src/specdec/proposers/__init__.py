@@ -7,7 +7,7 @@ of the running round. It may have two more, each asked for once when a call star
   lives as long as the call and nothing is left behind, exception or not;
 * ``observe(round)`` sees every finished round.
 
-Read next: ``ngram.py``, the shortest one.
+Read next: ``ngram.py``.
 """
 
 from __future__ import annotations

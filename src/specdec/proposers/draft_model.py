@@ -3,7 +3,7 @@
 The draft compares the committed tokens with what it has been fed, forgets from the first difference on and
 feeds the rest; so "all guesses kept" (it has not seen its own last guess) and "rejected at i" are not two
 cases. Its rows get the call's processors exactly once, and what is recorded as the guesses' distribution is
-exactly what they were drawn from. Knows nothing of verification. Read next: ``../scorer.py``.
+exactly what they were drawn from. Knows nothing of verification. Read next: ``../length/__init__.py``.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class _Run:
         for step in range(most):
             scores = self._next_scores(state, step)
             guess = self._call.sampling.guess(scores, state.device_lengths - state.prompt_length + step)
+            scores, guess = _sound(scores, guess)
             guesses.append(guess)
             if self._call.sampling.keeps_logits:
                 rows.append(scores)
@@ -180,6 +181,14 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
     twin = type(model) is type(call.target)
     known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
     return {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
+
+
+def _sound(scores: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a draft's scores are no distribution (NaN) it guesses token 0, and says that it was certain."""
+    bad = guess < 0
+    certain = torch.full_like(scores[:1], -torch.inf)
+    certain[:, 0] = 0
+    return torch.where(bad[:, None], certain, scores), guess.clamp(min=0)
 
 
 def embedded(model: Any) -> int:

@@ -1,0 +1,46 @@
+"""The examples run without arguments and without a network, and print what they promise."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+
+# what each must print, as a regular expression
+PROMISES = {
+    "quickstart": [r"^same as generate\(\): True$", r"^accepted [1-9]\d* of \d+ guesses"],
+    "batched": [
+        r"(?s)(same as generate\(\): True.*){3}",
+        r"^  row 3: \d+ tokens, [1-9]\d* of \d+ guesses kept$",
+    ],
+    "sampling_reproducible": [r"^different texts: 1$", r"^row 0 alone .*: True$"],
+    "streaming": [
+        r"^(w\d+ ){15}w\d+$",
+        r"^3 rows, 8 steps, ended: True$",
+        r"^steps are the columns of the output: True$",
+    ],
+    "own_proposer": [r"^same as generate\(\): True$", r"^40 tokens in (\d|1\d) rounds$"],
+}
+
+
+def test_every_example_makes_a_promise():
+    assert {path.stem for path in EXAMPLES} == PROMISES.keys()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    for promise in PROMISES[path.stem]:
+        assert re.search(promise, printed, re.MULTILINE), f"{promise!r} is not in:\n{printed}"
+    assert "False" not in printed
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_is_short(path):
+    assert len(path.read_text().splitlines()) < 60

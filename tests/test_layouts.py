@@ -1,0 +1,192 @@
+"""The invariant of every layout, looked at after every round: the cache holds the committed tokens, and is right.
+
+After a rollback, row b's cache must agree with a fresh forward pass over its committed tokens up to
+``kept[b]``, which is all of them but the last; rows keep different numbers of guesses. The self-check and what
+the configs say are tested on models made for it.
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+from specdec import SpeculativeGenerator
+from specdec.layouts import check, masks
+from specdec.layouts.facts import one_token_reason
+from specdec.layouts.forget import drop, trim
+from specdec.scorer import Scorer
+from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
+
+
+def fresh_cache(model, ids, mask):
+    """Keys and values of a forward pass over ``ids`` alone: a list of (keys, values) a layer."""
+    cache = DynamicCache()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def held_by(scorer):
+    """Keys and values that the layout holds, a layer."""
+    layout = scorer.layout
+    cache = layout._cache if layout.name == "slots" else layout.cache
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("lengths", [(7,), (9, 6, 3)])
+def test_after_every_round_the_cache_holds_all_committed_tokens_but_the_last(layout, lengths, monkeypatch):
+    target = tiny_llama(dtype=torch.float64)
+    prompt = ragged_prompt(lengths)
+    seen = []
+    right = Scorer.rollback
+
+    def watched(self, tokens, kept, live):
+        right(self, tokens, kept, live)
+        if self.model is not target:
+            return
+        assert self.kept[live].tolist() == kept[live].tolist()
+        for row in np.flatnonzero(live):
+            length = int(kept[row])
+            if layout == "columns":
+                length = int(kept[live].min())
+            ids = tokens[row : row + 1, :length]
+            mask = torch.nn.functional.pad(
+                prompt["attention_mask"][row : row + 1], (0, length - max(lengths)), value=1
+            )
+            start = int(mask.argmax())
+            pairs = zip(held_by(self), fresh_cache(target, ids, mask), strict=True)
+            for held, want in pairs:
+                for one, other in zip(held, want, strict=True):
+                    one, other = one[row, :, start:length], other[0, :, start:]
+                    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+        seen.append(kept - max(lengths))
+
+    monkeypatch.setattr(Scorer, "rollback", watched)
+    gen = SpeculativeGenerator(target, noisy_copy(target, 0.1), num_draft_tokens=4, layout=layout)
+    gen.generate(**prompt, max_new_tokens=24, do_sample=False)
+    assert gen.stats.layout == layout
+    assert 0 < gen.stats.acceptance_rate < 1
+    if len(lengths) > 1:
+        assert any(len(set(kept.tolist())) > 1 for kept in seen)  # rows did come apart
+
+
+def windowed(**config):
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6, "pad_token_id": 0,
+    }  # fmt: skip
+    return lively(MistralForCausalLM(MistralConfig(**{**sizes, **config})).eval())
+
+
+@torch.no_grad()
+def test_a_window_can_be_left_and_entered_again_before_it_is_trimmed():
+    model = windowed()
+    ids = ragged_prompt((14,))["input_ids"]
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :9], past_key_values=cache)
+    cache.activate_past_recording()
+    for stop in (11, 13):
+        model(ids[:, stop - 2 : stop], past_key_values=cache)
+    drop(cache, 1)
+    drop(cache, 3)  # back to column 9, over both forwards
+    trim(cache)
+    again = model(ids[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(again, model(ids).logits[:, 9:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns", "snapshot"])
+def test_a_window_is_crossed(layout):
+    model, prompt = windowed(), ragged_prompt((12, 9, 5))
+    want = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+    gen = SpeculativeGenerator(model, noisy_copy(model, 0.1), num_draft_tokens=3, layout=layout)
+    assert torch.equal(gen.generate(**prompt, max_new_tokens=20, do_sample=False), want)
+    assert gen.stats.rounds < 20
+
+
+def test_the_self_check_runs_once_for_a_model_and_kind_of_batch():
+    model = tiny_llama(3)
+    gen = SpeculativeGenerator(model, "ngram")
+    forwards = []
+    for _ in range(2):
+        gen.generate(**ragged_prompt((6,)), max_new_tokens=4, do_sample=False)
+        forwards.append(gen.stats.target_forwards - gen.stats.rounds)
+    assert forwards == [4, 0]
+
+
+class Forgetful(type(tiny_llama())):
+    """Several tokens in one cached forward come out differently, as in models with a scan of their own."""
+
+    def forward(self, input_ids=None, past_key_values=None, **kwargs):
+        cached = past_key_values is not None and past_key_values.get_seq_length() > 0
+        out = super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+        if cached and input_ids.shape[1] > 1:
+            out.logits = out.logits + 0.01
+        return out
+
+
+def test_a_model_that_fails_the_self_check_decodes_plainly_and_says_so():
+    model = Forgetful(tiny_llama().config).eval()
+    model.load_state_dict(tiny_llama().state_dict())
+    model.generation_config = tiny_llama().generation_config
+    prompt = ragged_prompt()
+    gen = SpeculativeGenerator(model, "ngram")
+    with pytest.warns(UserWarning, match="decodes Forgetful plainly"):
+        out = gen.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert torch.equal(out, tiny_llama().generate(**prompt, max_new_tokens=12, do_sample=False))
+    assert gen.stats.layout == "plain"
+    assert gen.stats.drafted == 0
+
+
+def test_the_check_sees_what_it_is_for():
+    truth = torch.randn(3, 50)
+    assert check._close(truth + 1e-5, truth)
+    assert not check._close(truth + 7e-4, truth)
+    assert not check._close(truth * torch.nan, truth)
+    half = truth.bfloat16()
+    assert check._close((truth * 1.01).bfloat16(), half)
+    assert not check._close((truth + 0.2 * torch.randn(3, 50)).bfloat16(), half)
+
+
+@pytest.mark.parametrize(
+    ("rope", "prompt", "longest", "plain"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 10, 60, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, 10, 65, True),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 10, 32, False),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 10, 33, True),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 33, 60, False),
+        ({"rope_type": "default"}, 10, 500, False),
+    ],
+)
+def test_frequencies_that_change_at_a_boundary(rope, prompt, longest, plain):
+    model = tiny_llama()
+    model.config.max_position_embeddings = 64
+    model.config.rope_parameters = {"rope_theta": 1e4, **rope}
+    assert bool(one_token_reason(model, prompt, longest)) == plain
+
+
+def test_masks_of_other_callers_are_left_alone():
+    masks.install()
+    first = masks.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    masks.install()
+    assert masks.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is first
+    arguments = {"batch_size": 1, "q_length": 2, "kv_length": 5, "q_offset": 3, "allow_is_causal_skip": False}
+    assert torch.equal(first(**arguments), first._specdec_original(**arguments))
+
+
+@pytest.mark.parametrize("by_vmap", [False, True])
+def test_every_row_has_its_own_query_offset(by_vmap):
+    offset = torch.tensor([2, 5])
+    padding = torch.ones(2, 8, dtype=torch.bool)
+    padding[0, 0] = False
+
+    def causal(row, head, query, key):
+        return key <= query
+
+    mask = masks.ragged_mask(3, 8, offset, causal, padding, by_vmap=by_vmap)
+    assert mask.shape == (2, 1, 3, 8)
+    for row in range(2):
+        for query in range(3):
+            want = [int(offset[row]) + query >= key and bool(padding[row, key]) for key in range(8)]
+            assert mask[row, 0, query].tolist() == want
