@@ -184,7 +184,6 @@ def test_several_samples_a_prompt_without_a_mask():
     assert gen.generate(ids, **options).shape == (4, START + 6)
 
 
-# fails for the tensor without a dimension: every tensor given is repeated as an input of the draft
 @pytest.mark.parametrize("eos", [torch.tensor(5), torch.tensor([5, 6])])
 def test_several_samples_and_a_tensor_that_is_no_input(eos):
     options = {"do_sample": True, "num_return_sequences": 2, "top_k": 1, "eos_token_id": eos}

@@ -245,7 +245,6 @@ def test_a_stateful_processor_sees_the_calls_of_plain_past_an_end_of_sequence(dr
     assert_same_calls(got, wanted, live)
 
 
-# fails: criteria are asked when the round is over, and its calls have been made by then
 def test_a_stateful_processor_beside_a_criterion_sees_the_calls_of_plain():
     inputs = prompts(1)
     stop = [lambda ids, scores: ids.shape[1] >= 15]

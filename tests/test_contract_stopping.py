@@ -161,7 +161,6 @@ def test_a_prompt_as_long_as_max_length(length):
         assert got.tolist() == wanted.tolist()
 
 
-# fails for the longer one: rows end at the config's length
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("length", [START + 4, START + 30])
 def test_a_length_criterion_of_the_user_takes_precedence(length, batch):
@@ -172,7 +171,6 @@ def test_a_length_criterion_of_the_user_takes_precedence(length, batch):
     assert text.shape[1] == length
 
 
-# fails: rows end at the config's ids, and the user's criterion is never asked
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("configured", [None, 1])
 def test_an_end_of_sequence_criterion_of_the_user_takes_precedence(configured, batch):

@@ -292,17 +292,15 @@ def test_scores_that_are_no_distribution(value, draft, rule, mode):
     assert got.tolist() == plain(table(), TABLE_PROMPT, max_new_tokens=12).tolist()
 
 
-# fails: the column named is where the round began, not the one whose scores are bad
 def test_the_column_of_bad_scores_is_named():
     token, row, column = bad_token()
     text = plain(table(), TABLE_PROMPT, max_new_tokens=12)
     for draft in (None, oracle(text)):
         gen = speculative(table(token), draft)
-        with pytest.raises(InvalidScores, match=rf"row {row} .*column {column};"):
+        with pytest.raises(InvalidScores, match=rf"row {row} .*column {column}\b"):
             gen.generate(**TABLE_PROMPT, max_new_tokens=12, do_sample=False)
 
 
-# fails: the draft's guess is then -1, and the target is fed with it (IndexError)
 @pytest.mark.parametrize("rule", ["block", "token", "coupled"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_draft_whose_scores_are_no_distribution(mode, rule):
@@ -339,7 +337,6 @@ class PurelyForbidsAll(ForbidsAll):
     specdec_pure = True
 
 
-# fails for the pure one: it forbids the draft everything too, whose guess is then -1 (IndexError)
 @pytest.mark.parametrize("kind", [ForbidsAll, PurelyForbidsAll])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_a_processor_that_forbids_everything(do_sample, kind):
@@ -388,7 +385,6 @@ def spoilt(spoil):
     return SimpleNamespace(propose=propose, made=made)
 
 
-# fails for lengths that are no whole numbers, logits of another vocabulary, and what is no proposal
 @pytest.mark.parametrize("mode", ["greedy", "sampled"])
 @pytest.mark.parametrize("name", NONSENSE)
 def test_a_proposal_of_the_wrong_form(name, mode):
@@ -404,7 +400,6 @@ def test_a_proposal_of_the_wrong_form(name, mode):
 WRONG_IDS = {"past the vocabulary": 64, "far past it": 10**6, "negative": -1}
 
 
-# fails: the target is fed with them (IndexError; on a GPU the device is lost)
 @pytest.mark.parametrize("name", WRONG_IDS)
 def test_ids_out_of_range_greedy(name):
     """They are no choice of the target: refused, or an error of ours; never an IndexError."""
@@ -416,7 +411,6 @@ def test_ids_out_of_range_greedy(name):
     assert got.tolist() == plain(llama(), prompts(3), max_new_tokens=12).tolist()
 
 
-# fails as the one above
 @pytest.mark.parametrize("rule", ["block", "token"])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("name", WRONG_IDS)

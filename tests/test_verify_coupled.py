@@ -41,9 +41,7 @@ def test_the_twin_mixes_as_published() -> None:
 def test_agrees_with_a_twin_without_tensors() -> None:
     keys = [0, 1, -1, 2**63 - 1, -(2**63), 123456789]
     positions = [0, 1, 2, 4095, 2**40]
-    noise = keyed_gumbel(
-        torch.tensor(keys), torch.tensor(positions).repeat(len(keys), 1), 50, torch.float64
-    )
+    noise = keyed_gumbel(torch.tensor(keys), torch.tensor(positions).repeat(len(keys), 1), 50, torch.float64)
     values = [[[twin(k, n, v) for v in range(50)] for n in positions] for k in keys]
     expected = torch.tensor(values, dtype=torch.float64)
     torch.testing.assert_close(noise, expected, rtol=0, atol=1e-12)
@@ -55,9 +53,7 @@ def test_depends_on_key_position_and_token_only(dtype: torch.dtype) -> None:
     whole = keyed_gumbel(keys, positions, 301, dtype)
     assert whole.dtype == dtype
     for vocabulary in (1, 2, 3, 5, 17, 64, 300):
-        assert torch.equal(
-            keyed_gumbel(keys, positions, vocabulary, dtype), whole[..., :vocabulary]
-        )
+        assert torch.equal(keyed_gumbel(keys, positions, vocabulary, dtype), whole[..., :vocabulary])
     for row in range(4):
         alone = keyed_gumbel(keys[row : row + 1], positions[row : row + 1], 301, dtype)
         assert torch.equal(alone[0], whole[row])
@@ -179,9 +175,7 @@ def speculated(model: Tensor, draft: Tensor, keys: Tensor, length: int, guesses:
         tokens = context[:, 1:]
         lengths = (row + lap) % (guesses + 1)
         accepted, next_token = match(choose(model[context], noise), tokens, lengths)
-        output = torch.cat([tokens, tokens[:, :1]], 1).scatter(
-            1, accepted[:, None], next_token[:, None]
-        )
+        output = torch.cat([tokens, tokens[:, :1]], 1).scatter(1, accepted[:, None], next_token[:, None])
         emits = (places <= accepted[:, None]) & (positions <= length)
         spots = torch.where(emits, positions, texts.shape[1] - 1)
         texts.scatter_(1, spots, output)

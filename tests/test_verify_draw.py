@@ -34,9 +34,7 @@ def test_leading_dimensions_are_free() -> None:
 @pytest.mark.parametrize("noise", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [torch.float32, torch.float64])
 @pytest.mark.parametrize("time", [0.0, 1e-45, 1e-300, 5e-324])
-def test_no_noise_brings_out_a_forbidden_token(
-    rows: torch.dtype, noise: torch.dtype, time: float
-) -> None:
+def test_no_noise_brings_out_a_forbidden_token(rows: torch.dtype, noise: torch.dtype, time: float) -> None:
     logits = torch.tensor([-INF, 0.0, -INF], dtype=rows)
     assert race(logits, torch.tensor([time, 100.0, time], dtype=noise)) == 1
     assert race(logits, torch.tensor([time, time, time], dtype=noise)) == 1

@@ -30,9 +30,7 @@ def case(
     """A random ragged batch: rows, guesses drawn from the draft's rows, lengths 0 .. K, noise."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(batch, guesses + 1, vocabulary, generator=generator, dtype=torch.float64)
-    draft = target[:, :guesses] + torch.randn(
-        batch, guesses, vocabulary, generator=generator, dtype=torch.float64
-    )
+    draft = target[:, :guesses] + torch.randn(batch, guesses, vocabulary, generator=generator, dtype=torch.float64)
     target[torch.rand(target.shape, generator=generator) < 0.2] = -math.inf
     target[..., 0] = target[..., 0].clamp(min=-3)
     target, draft = target.to(dtype), draft.to(dtype)
@@ -250,9 +248,7 @@ def test_half_precision_rows_are_judged_in_float32(rule: str, dtype: torch.dtype
 @pytest.mark.parametrize("noise", [torch.float32, torch.float64])
 def test_float64_rows_are_judged_in_float64(rule: str, noise: torch.dtype) -> None:
     """An acceptance of 1/2 - 1e-12 is told from 1/2, which float32 cannot."""
-    target = (
-        torch.tensor([[0.5 - 1e-12, 0.5 + 1e-12]], dtype=torch.float64).log().repeat(2, 1)[None]
-    )
+    target = torch.tensor([[0.5 - 1e-12, 0.5 + 1e-12]], dtype=torch.float64).log().repeat(2, 1)[None]
     for guess, kept in ((0, 0), (1, 1)):
         accepted, _ = verify(
             target,
@@ -293,9 +289,7 @@ def test_the_operator_keeps_its_promises_to_torch() -> None:
         torch.library.opcheck(torch.ops.specdec.verify.default, arguments)
 
 
-def everything(
-    target: Tensor, tokens: Tensor, lengths: Tensor, draft: Tensor, *noise: Tensor
-) -> list[Tensor]:
+def everything(target: Tensor, tokens: Tensor, lengths: Tensor, draft: Tensor, *noise: Tensor) -> list[Tensor]:
     """Every function of the room that runs on the device, in one graph."""
     uniforms, exponentials, keys = noise
     positions = torch.arange(target.shape[1], device=target.device) + lengths[:, None]

@@ -20,9 +20,7 @@ CRITICAL = 76.0
 def tables(seed: int) -> list[Tensor]:
     """Scores after every prefix of 0, 1 and 2 tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        1.2 * torch.randn(VOCABULARY**depth, VOCABULARY, generator=generator) for depth in range(3)
-    ]
+    return [1.2 * torch.randn(VOCABULARY**depth, VOCABULARY, generator=generator) for depth in range(3)]
 
 
 TARGET, DRAFT = tables(0), tables(1)
@@ -41,9 +39,7 @@ def g_statistic(outcomes: Tensor) -> float:
     return 2 * torch.where(counts > 0, counts * ratio.log(), 0).sum().item()
 
 
-def emitted(
-    rule: str, *, shown: bool, seed: int, bias: float = 0.0, flatter: float = 1.0
-) -> Tensor:
+def emitted(rule: str, *, shown: bool, seed: int, bias: float = 0.0, flatter: float = 1.0) -> Tensor:
     """Three tokens of each round, as one number; a bias on the noise or flatter draft rows make it
     wrong."""
     generator = torch.Generator().manual_seed(seed)

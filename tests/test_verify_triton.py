@@ -75,9 +75,7 @@ def compare() -> int:
     for rule, shown, (dtype, guesses) in product(("token", "block"), (True, False), shapes):
         batch, vocabulary = 10, 19
         target = torch.randn(batch, guesses + 1, vocabulary + 2, generator=generator)
-        draft = target[:, :guesses] + torch.randn(
-            batch, guesses, vocabulary + 2, generator=generator
-        )
+        draft = target[:, :guesses] + torch.randn(batch, guesses, vocabulary + 2, generator=generator)
         target[torch.rand(target.shape, generator=generator) < 0.3] = -torch.inf
         target[..., 1] = 0.0
         draft[1] = target[1, :guesses]  # equal rows: the residual is exactly empty

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from specdec.errors import InvalidInput
 from specdec.length import DraftLength
@@ -89,6 +90,9 @@ def run_call(
         proposer = proposer.begin(Call(model, prompt, inputs, state.max_length, processing, sampling))
     collector = Collector(generation_config, state)
     watcher = Watcher(stopping_criteria, streamer, state)
+    if processing.in_lockstep and watcher.watches:
+        # a processor with state must not be called for a step that a condition would have prevented
+        length = Fixed(0)
     rounds = decode(
         state, target, proposer, length, processing, sampling, stats, keep_logits=collector.keeps_logits
     )
@@ -98,7 +102,7 @@ def run_call(
     if streamer is not None:
         streamer.end()
     _finish(stats, state, target, proposer)
-    if speculates and stats.layout == "plain" and request.layout == "auto":
+    if length.most > 0 and stats.layout == "plain" and request.layout == "auto":
         warn_plain(model, "several tokens in one forward do not give the scores of one-token steps")
     sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
     return collector.output(model, sequences, stats)
@@ -117,13 +121,13 @@ def _state(
     starts = np.zeros(len(prompt), dtype=np.int64)
     if mask is not None and not model.config.is_encoder_decoder and mask.shape == prompt.shape:
         starts = np.argmax(to_host(mask) != 0, axis=1).astype(np.int64)
-    eos = getattr(config, "_eos_token_tensor", None)
-    if not any(hasattr(c, "eos_token_id") for c in criteria):
-        eos = None
+    # a criterion that the user gave has replaced the one of its type that generate() built
+    eos = next((c.eos_token_id for c in criteria if type(c) is EosTokenCriteria), None)
+    longest = config.max_length if criteria.max_length is None else criteria.max_length
     pad = config._pad_token_tensor
     return State(
         prompt,
-        max_length=min(m for m in (config.max_length, criteria.max_length) if m is not None),
+        max_length=longest,
         max_guesses=guesses,
         eos_ids=None if eos is None else eos.to(model.device),
         pad_id=int(pad) if pad is not None else 0,
@@ -137,7 +141,10 @@ def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
     rows = int(named[0].shape[0]) if named else batch
     if rows == batch or batch % rows:
         return inputs
-    return {name: value.repeat_interleave(batch // rows, dim=0) for name, value in inputs.items()}
+    return {
+        name: value.repeat_interleave(batch // rows, dim=0) if value.shape[:1] == (rows,) else value
+        for name, value in inputs.items()
+    }
 
 
 def _finish(stats: Stats, state: State, target: Scorer, proposer: Any) -> None:

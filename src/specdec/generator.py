@@ -174,7 +174,7 @@ class SpeculativeGenerator:
             options,
         ):
             return self.target.generate(
-                inputs,
+                *([] if inputs is None else [inputs]),
                 generation_config=generation_config,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
@@ -192,7 +192,8 @@ class SpeculativeGenerator:
 
 def _model_inputs(target: Any, inputs: Tensor | None, given: dict[str, Any]) -> dict[str, Any]:
     """The user's model inputs beside the decoder's ids, for a draft that prepares its own."""
-    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    fields = vars(target.generation_config)
+    tensors = {n: v for n, v in given.items() if isinstance(v, Tensor) and v.ndim and n not in fields}
     if not target.config.is_encoder_decoder:
         tensors.pop("input_ids", None)
     elif inputs is not None:

@@ -55,8 +55,8 @@ def verify_in_lockstep(
         goes_on = kept == 1
         if waiting:
             drawn = torch.where(goes_on & (drawn != -1), tokens[:, 0], drawn)
-            if state._eos_ids is not None:  # plain generate() shows padding behind an ended row
-                goes_on = goes_on & ~torch.isin(drawn, state._eos_ids)
+            if state.eos_ids is not None:  # plain generate() shows padding behind an ended row
+                goes_on = goes_on & ~torch.isin(drawn, state.eos_ids)
         if not waiting or not bool((goes_on | ~state.device_live).all()):
             return torch.full_like(state.device_lengths, step), drawn, scores
         step += 1

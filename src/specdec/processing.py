@@ -9,7 +9,7 @@ know row indices and prompts. Three kinds:
 * anything else (guidance, SynthID, a user's own): may hold state, so it must see exactly the calls of plain
   ``generate()``. Then ``in_lockstep`` is True and the loop verifies one position after the other.
 
-A processor of your own that is a pure function of its arguments may say so with a class attribute
+A processor of your own that is a pure function of each row's tokens and scores may say so with a class attribute
 ``specdec_pure = True``; it then belongs to the second kind and touches the draft's rows as well.
 Knows no model, cache or rule. Read next: ``lockstep.py``.
 """

@@ -23,6 +23,7 @@ class State:
         tokens: (B, capacity) int64 on the device; columns from a row's length on hold its guesses or pad.
         host_tokens: (B, capacity) the committed part of the same on the host.
         lengths: (B,) committed columns on the host; ``device_lengths`` is the same on the device.
+        eos_ids: (n,) ids that end a row, or None.
         live: (B,) bool, rows that have not ended; ``device_live`` is the same on the device.
         prompt_length: columns of the prompt, padding included.
         vocabulary: entries of the target's scores, once the prompt was fed.
@@ -55,7 +56,7 @@ class State:
         self.device_lengths = torch.full_like(prompt[:, 0], self.prompt_length, dtype=torch.int64)
         self.live = np.ones(batch, dtype=bool)
         self.device_live = torch.ones(batch, dtype=torch.bool, device=prompt.device)
-        self._eos_ids = eos_ids
+        self.eos_ids = eos_ids
         self.vocabulary = 0
         self.host_copies = 0
 
@@ -116,8 +117,8 @@ class State:
         emitted = torch.where(step < accepted[:, None], padded, next_token[:, None])
         counts = accepted + 1
         ended = torch.zeros_like(self.device_live)
-        if self._eos_ids is not None:
-            is_end = torch.isin(emitted, self._eos_ids) & (step < counts[:, None])
+        if self.eos_ids is not None:
+            is_end = torch.isin(emitted, self.eos_ids) & (step < counts[:, None])
             # the first end inside the block cuts there; a block without one is left whole
             first = torch.where(is_end, step, width).amin(dim=1)
             ended = first < width
@@ -134,9 +135,9 @@ class State:
             column = int(self.lengths[row] + (round_.emitted[row] == -1).argmax())
             raise InvalidScores(
                 f"nothing can be drawn for row {row} at column {column}; the target's scores hold NaN or "
-                "forbid every token, or the proposer's guesses cannot have come from its own scores. Look at the model's dtype and at "
-                "the logits processors, or pass remove_invalid_values=True; of a proposer of your own, at "
-                "the ids and the logits it returns"
+                "forbid every token, or a proposer's guesses cannot have come from its own scores. Look at "
+                "the model's dtype and at the logits processors, or pass remove_invalid_values=True; of a "
+                "proposer of your own, at the ids and the logits it returns"
             )
         rows, steps = np.nonzero(np.arange(width) < round_.counts[:, None])
         self.host_tokens[rows, self.lengths[rows] + steps] = round_.emitted[rows, steps]

@@ -39,6 +39,11 @@ class Watcher:
         self._flagged = np.zeros(state.batch, dtype=bool)
         self._front = state.prompt_length
 
+    @property
+    def watches(self) -> bool:
+        """There are conditions to judge."""
+        return bool(self._watched)
+
     def follow(self, state: State, scores: list[Tensor] | None) -> None:
         """Judge every step that has become common to all rows; end the rows that should have ended."""
         if not self._watched and self._streamer is None:

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from specdec.testing import lively
 
-from .corrections import CORRECTIONS, NOT_TEXT, Sub
+from .corrections import CORRECTIONS, NOT_TEXT
 
 VOCABULARY, PAD, BOS, EOS = 128, 0, 1, 2
 PROMPT_IDS = (3, 112)  # prompts stay below the ids that stand for images and sounds
@@ -71,8 +71,8 @@ TEXT = [
     # what looks back only so far
     (r"index_topk_blocks", 2),
     (r"(ssm_)?state_size|mamba_d_state|(mamba_)?chunk_size|block_size|index_topk|floor_scale", 8),
-    (r"sliding_window(_size)?|.*window_size|local_attention(_window_len)?|attention_window|.*attn_chunk_length", WINDOW),
-    (r"attention_chunk_size", WINDOW),
+    (r"sliding_window(_size)?|.*window_size|local_attention(_window_len)?|attention_window", WINDOW),
+    (r"attention_chunk_size|.*attn_chunk_length", WINDOW),
     (r"index_block_size|prompt_length|(prompt|segment)_types", 4),
     (r"rel_extent|num_mel_bins", 16),
     (r"max_source_positions", 32),
@@ -171,6 +171,7 @@ def untie(model: Any) -> None:
 
 
 def make_model(case: Case) -> Any:
+    """The model with transformers' own initialisation; towers of missing libraries are left out."""
     original = AutoModel.from_config
 
     def from_config(config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -187,9 +188,9 @@ def make_model(case: Case) -> Any:
 
 
 def make_config(case: Case) -> Any:
+    """The tiny config that the class of ``case`` takes."""
     cls = CONFIG_MAPPING[case.name]
-    changes = CORRECTIONS.get(str(case), CORRECTIONS.get(case.name, {}))
-    config = changes(shrink) if callable(changes) else shrink(cls, changes)
+    config = shrink(cls, CORRECTIONS.get(str(case), CORRECTIONS.get(case.name)))
     wanted = getattr(transformers, class_name(case)).config_class
     if wanted is not None and not isinstance(config, wanted):
         # the text model of a composite, registered under the composite's name
@@ -207,14 +208,13 @@ def shrink(given: Any, changes: dict[str, Any] | None = None, tower: bool = Fals
     depth = next((name for name in DEPTHS if values.get(name)), "")
     was, layers = _layers(values, depth, changes, tower)
     if "qk_nope_head_dim" in values:  # compressed keys and values: all heads have their own
-        changes = {"num_key_value_heads": 4, "head_dim": values.get("head_dim") and 8, **changes}
+        derived = {"num_key_value_heads": 4, "head_dim": values.get("head_dim") and 8}
+        changes = {**{name: n for name, n in derived.items() if name in values}, **changes}
     kwargs: dict[str, Any] = {}
     placeholders = 0
     for name, value in values.items():
-        sub = changes.get(name)
-        if isinstance(value, PreTrainedConfig) or isinstance(sub, Sub):
-            of, more = sub if isinstance(sub, Sub) else (value, sub)
-            kwargs[name] = shrink(of, more, tower or bool(re.search(TOWERS, name)))
+        if isinstance(value, PreTrainedConfig):
+            kwargs[name] = shrink(value, changes.get(name), tower or bool(re.search(TOWERS, name)))
         elif name in changes:
             kwargs[name] = changes[name]
         elif name in TOKEN_IDS:
@@ -262,6 +262,7 @@ def _get(config: Any, field: Any) -> Any:
 
 
 def _small(name: str, value: Any, tower: bool) -> Any:
+    """``value`` by the tables; words, switches, None and 0 stay."""
     if value is None and name in REQUIRED:
         value = 1
     numbers = [value] if not isinstance(value, (list, tuple)) else value

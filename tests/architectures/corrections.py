@@ -4,15 +4,10 @@ Keys of ``CORRECTIONS`` are a model type, or "group/model type" where groups dif
 nested for sub configs. Facts only; read next: ``build.py``.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-
-class Sub(NamedTuple):
-    """A sub config of another class than the default one."""
-
-    of: Any
-    changes: dict[str, Any]
-
+import torch
 
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
 
@@ -35,6 +30,9 @@ NOT_TEXT = {
     "pi0": "a robot's policy, without generate()",
     "qwen2_5_omni": "a text and a speech model in one generate() of its own; the text model is another entry",
     "qwen3_omni_moe": "a text and a speech model in one generate() of its own; the text model is another entry",
+    "blip-2": "the text goes through an inner model, by a generate() of its own that needs an image",
+    "instructblip": "the text goes through an inner model, by a generate() of its own that needs an image",
+    "instructblipvideo": "the text goes through an inner model, by a generate() of its own that needs a video",
     "voxtral_realtime": "needs audio at every step",
 }
 
@@ -88,6 +86,7 @@ CORRECTIONS: dict[str, Any] = {
     "dots3_note_text": DOTS3,
     "multimodal/emu3": VQ,
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [16, 16], "rope_parameters": rope(1, 1, 2)}},
+    "fast_vlm": {"vision_config": {"hidden_size": 32}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "glm46v": MROPE_WHOLE,
     "glm4v": MROPE_WHOLE,
@@ -117,6 +116,8 @@ CORRECTIONS: dict[str, Any] = {
     },
     "nemotron_h": {"layers_block_type": [LINEAR, FULL, LINEAR, "moe", LINEAR, "mlp"]},
     "paddleocr_vl": MROPE,
+    "perception_lm": {"vision_config": {"model_args": {"embed_dim": 32}}},
+    "pp_formulanet": {"vision_config": {"post_conv_in_channels": 32}},
     "qwen2_5_omni_thinker": {**MROPE, "vision_start_token_id": 120, "vision_end_token_id": 121},
     "qwen2_5_vl": MROPE,
     "qwen2_vl": MROPE,
@@ -127,6 +128,7 @@ CORRECTIONS: dict[str, Any] = {
         "attn_layers": ["local", "lsh", "local", "lsh"], "num_buckets": 2, "hash_seed": 0, "axial_pos_embds": False
     },
     "step3p7": {"text_config": {"sliding_window": 8}},
+    "vision-encoder-decoder": {"encoder": {"image_size": 28, "patch_size": 14}},
     "xlm": {"causal": True},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0, "v_dim_factor": 1.0, "num_blocks": 4},
     "xmod": {"default_language": "en_XX"},
@@ -136,4 +138,33 @@ CORRECTIONS: dict[str, Any] = {
     },
     "zamba2": {"layers_block_type": [LINEAR, "hybrid"] * 2, "num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+
+def _pixels(inputs: dict[str, Any], *shape: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {**inputs, "pixel_values": torch.randn(len(inputs["input_ids"]), *shape, generator=generator)}
+
+
+def _only_pixels(inputs: dict[str, Any], *shape: int) -> dict[str, Any]:
+    return {"pixel_values": _pixels(inputs, *shape)["pixel_values"]}
+
+
+# what a model needs beside the prompt, or instead of it
+INPUTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "multimodal/blip": lambda inputs: _pixels(inputs, 3, 28, 28),
+    "multimodal/idefics": lambda inputs: {
+        **_pixels(inputs, 1, 3, 28, 28), "image_attention_mask": inputs["attention_mask"][..., None]
+    },
+    "multimodal/kosmos-2": lambda inputs: {
+        **inputs,
+        "image_embeds": torch.zeros(len(inputs["input_ids"]), 0, 32),
+        "image_embeds_position_mask": torch.zeros_like(inputs["input_ids"]),
+    },
+    "multimodal/pix2struct": lambda inputs: {
+        "flattened_patches": _only_pixels(inputs, 6, 2 + 32)["pixel_values"].abs()
+    },
+    "multimodal/pp_formulanet": lambda inputs: _only_pixels(inputs, 3, 28, 28),
+    "multimodal/udop": lambda inputs: {**inputs, "bbox": torch.zeros(*inputs["input_ids"].shape, 4)},
+    "multimodal/vision-encoder-decoder": lambda inputs: _only_pixels(inputs, 3, 28, 28),
 }  # fmt: skip

@@ -46,9 +46,7 @@ class World:
 
     target: list[Tensor]  # k + 1 tables (V^i, V)
     draft: list[Tensor]  # k tables (V^i, V)
-    stops: list[
-        Tensor
-    ]  # k tables (V^i,): whether guessing stops here; it sees the prefix, not the next guess
+    stops: list[Tensor]  # k tables (V^i,): whether guessing stops here; it sees the prefix, not the next guess
 
     @property
     def guesses(self) -> int:
@@ -178,9 +176,7 @@ def blocks(world: World, kind: Kind) -> tuple[Rows, Tensor]:
 
 def repeat(rows: Rows, times: int) -> Rows:
     """Each row of the batch `times` times in succession."""
-    target, tokens, lengths, draft = (
-        None if part is None else part.repeat_interleave(times, 0) for part in rows
-    )
+    target, tokens, lengths, draft = (None if part is None else part.repeat_interleave(times, 0) for part in rows)
     assert target is not None
     assert tokens is not None
     assert lengths is not None
@@ -210,9 +206,7 @@ def examine(candidate: Candidate, world: World, kind: Kind) -> Findings:
     calm = torch.ones(len(chance), world.vocabulary, dtype=torch.float64)
     accepted, next_token = candidate.verify(many, uniforms, calm)
     weights = candidate.weights(many, accepted)
-    sane = bool(
-        (next_token >= 0).all() & (accepted <= many[2]).all() & torch.isfinite(weights).all()
-    )
+    sane = bool((next_token >= 0).all() & (accepted <= many[2]).all() & torch.isfinite(weights).all())
     if not sane:
         return Findings(torch.inf, 0, 0, 0.0)
 
@@ -240,9 +234,7 @@ def cells(thresholds: Tensor) -> tuple[Tensor, Tensor]:
     return middle[:, picks], width[:, picks].prod(-1)
 
 
-def _emitted(
-    world: World, tokens: Tensor, accepted: Tensor, weights: Tensor, chance: Tensor
-) -> Tensor:
+def _emitted(world: World, tokens: Tensor, accepted: Tensor, weights: Tensor, chance: Tensor) -> Tensor:
     """The law (V^(k + 1),) of the kept guesses, the next token, and the target's continuation."""
     vocabulary, guesses = world.vocabulary, world.guesses
     law = torch.zeros(vocabulary ** (guesses + 1), dtype=torch.float64)
@@ -269,9 +261,7 @@ def _conditional(world: World, given: int) -> Tensor:
     return chance
 
 
-def _lost_duels(
-    candidate: Candidate, rows: Rows, uniforms: Tensor, accepted: Tensor, weights: Tensor
-) -> int:
+def _lost_duels(candidate: Candidate, rows: Rows, uniforms: Tensor, accepted: Tensor, weights: Tensor) -> int:
     """How often two tokens, all others held back, do not win as their weights say they must."""
     pairs = torch.combinations(torch.arange(weights.shape[1]))
     late = torch.tensor([1 - 1e-9, 1 + 1e-9], dtype=torch.float64)
@@ -283,9 +273,7 @@ def _lost_duels(
     times = torch.full_like(shares, HUGE)
     times[bout, one] = shares[bout, one]
     times[bout, other] = shares[bout, other] * late
-    again, winner = candidate.verify(
-        repeat(rows, duels), uniforms.repeat_interleave(duels, 0), times
-    )
+    again, winner = candidate.verify(repeat(rows, duels), uniforms.repeat_interleave(duels, 0), times)
 
     one_can, other_can = shares[bout, one] > 0, shares[bout, other] > 0
     other_wins = ~one_can | (other_can & (late < 1))
@@ -307,9 +295,7 @@ def _forbidden(candidate: Candidate, rows: Rows) -> int:
         allowed = (target > -torch.inf).all(1)
         times = torch.where(allowed, 1.0, time).to(torch.float64)
         accepted, next_token = candidate.verify(many, uniforms, times)
-        output = torch.cat([tokens, tokens[:, :1]], 1).scatter(
-            1, accepted[:, None], next_token[:, None]
-        )
+        output = torch.cat([tokens, tokens[:, :1]], 1).scatter(1, accepted[:, None], next_token[:, None])
         score = target.gather(-1, output.clamp(0, target.shape[-1] - 1)[..., None]).squeeze(-1)
         emitted = torch.arange(guesses + 1) <= accepted[:, None]
         count += int((emitted & (score == -torch.inf)).any(1).sum())

@@ -67,9 +67,7 @@ class Parts:
     def assembled(self, rule: str) -> Candidate:
         def seen(rows: Rows) -> Seen:
             target, tokens, lengths, draft = rows
-            return self.look(
-                (target.softmax(-1), tokens, lengths, None if draft is None else draft.softmax(-1))
-            )
+            return self.look((target.softmax(-1), tokens, lengths, None if draft is None else draft.softmax(-1)))
 
         def verify(rows: Rows, uniforms: Tensor, exponentials: Tensor) -> tuple[Tensor, Tensor]:
             view = seen(rows)
@@ -157,9 +155,7 @@ def _acceptance_from(seen: Seen, scales: Tensor) -> tuple[Tensor, Tensor]:
     room = mass + 1 - scales[:, 1:-1]
     inner = torch.where(room > 0, mass / room, 1)
     place = torch.arange(draft.shape[1])
-    chance = torch.where(
-        place == lengths[:, None] - 1, scales[:, 1:], torch.cat([inner, scales[:, -1:]], 1)
-    )
+    chance = torch.where(place == lengths[:, None] - 1, scales[:, 1:], torch.cat([inner, scales[:, -1:]], 1))
     return torch.where(place < lengths[:, None], chance, 0), scales
 
 
@@ -319,9 +315,7 @@ SHIPPED = Parts()
 MUTANTS: dict[str, tuple[Parts, tuple[str, ...], str]] = {}
 
 
-def _mutant(
-    expose: str = "law", rules: tuple[str, ...] = ("token", "block"), **part: object
-) -> None:
+def _mutant(expose: str = "law", rules: tuple[str, ...] = ("token", "block"), **part: object) -> None:
     (function,) = part.values()
     name = getattr(function, "__name__", "")
     MUTANTS[name] = (replace(SHIPPED, **part), rules, expose)  # type: ignore[arg-type]

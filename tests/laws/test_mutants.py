@@ -40,6 +40,4 @@ def test_unchanged_parts_are_lossless(rule: str) -> None:
 def test_mutant_is_rejected(name: str, rule: str) -> None:
     parts, _, question = MUTANTS[name]
     candidate = parts.assembled(rule)
-    assert any(
-        exposed(examine(candidate, place, kind), question) for place in worlds() for kind in KINDS
-    )
+    assert any(exposed(examine(candidate, place, kind), question) for place in worlds() for kind in KINDS)

@@ -47,9 +47,7 @@ def worlds(seeds: int = 1) -> list[World]:
     sizes = ((4, 1), (4, 2), (3, 3))
     return [
         world(family, seed, vocabulary=vocabulary, guesses=guesses, ragged=ragged)
-        for family, (vocabulary, guesses), ragged, seed in product(
-            FAMILIES, sizes, (False, True), range(seeds)
-        )
+        for family, (vocabulary, guesses), ragged, seed in product(FAMILIES, sizes, (False, True), range(seeds))
     ]
 
 
@@ -94,9 +92,7 @@ def test_block_keeps_as_many_as_its_paper_says() -> None:
         rows, _ = blocks(place, "sampled")
         target, tokens, lengths, draft = rows
         assert draft is not None
-        acceptance, scales = block_acceptance(
-            target.softmax(-1), tokens, lengths, draft.softmax(-1)
-        )
+        acceptance, scales = block_acceptance(target.softmax(-1), tokens, lengths, draft.softmax(-1))
         # Averaged over what is guessed after X_1 .. X_i, so compare on whole prefixes.
         _, chance = blocks(place, "sampled")
         uniforms, volume = cells(acceptance)

@@ -9,6 +9,7 @@ exactly what they were drawn from. Knows nothing of verification. Read next: ``.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from specdec.errors import UnsupportedModel
-from specdec.proposers import Call, Proposer
+from specdec.errors import InvalidInput, UnsupportedModel
+from specdec.proposers import Call, Nothing, Proposer
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
 from specdec.state import State, to_host
@@ -26,21 +27,45 @@ from specdec.state import State, to_host
 class DraftModel:
     """Any Hugging Face causal LM (or encoder-decoder, for such a target) that shares the token ids."""
 
-    def __init__(self, model: Any, layout: str = "auto") -> None:
-        """Draft with ``model``; ``layout`` forces one for tests."""
+    def __init__(self, model: Any, *, confidence: float | None = None, layout: str = "auto") -> None:
+        """Draft with ``model``.
+
+        Args:
+            model: the draft.
+            confidence: a row stops after a guess whose own chance is below this, in [0, 1]; 0 never stops.
+                The guess is still submitted: whether a token is submitted is settled before it is drawn,
+                so the output's law is untouched. None is 0.4 (transformers' default) where reading a
+                number costs nothing, on the CPU, and 0 on a device that would have to be waited for.
+            layout: forces one, for tests.
+        """
+        if confidence is not None and not 0 <= confidence <= 1:
+            raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
         self.model = model
+        self._confidence = confidence
         self._layout = layout
 
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call: the draft's prompt is prepared by its own ``generate()``."""
-        return _Run(self.model, call, self._layout)
+        encodes = self.model.config.is_encoder_decoder
+        if encodes and self.model.main_input_name not in call.inputs:
+            warnings.warn(
+                f"specdec drafts nothing: the call gives no {self.model.main_input_name}, and "
+                f"{type(self.model).__name__} needs them for an encoder of its own",
+                stacklevel=2,
+            )
+            return Nothing()
+        confidence = self._confidence
+        if confidence is None:
+            confidence = 0.4 if self.model.device.type == "cpu" else 0.0
+        return _Run(self.model, call, self._layout, confidence)
 
 
 class _Run:
     """The draft's cache and tokens during one call."""
 
-    def __init__(self, model: Any, call: Call, layout: str) -> None:
+    def __init__(self, model: Any, call: Call, layout: str, confidence: float) -> None:
         self._call = call
+        self._confidence = confidence
         self._device = model.device
         self._embeds = embedded(model)
         prompt, kwargs, config, inner = _prepare(model, call, self._embeds)
@@ -92,8 +117,12 @@ class _Run:
             guesses.append(guess)
             if self._call.sampling.keeps_logits:
                 rows.append(scores)
-            if step + 1 < most:
-                self._write(state, guess, step)
+            if self._confidence > 0:
+                sure = (_chance(scores, guess) >= self._confidence).cpu().numpy()
+                limits = np.where(sure, limits, np.minimum(limits, step + 1))
+            if step + 1 >= int(limits.max()):
+                break
+            self._write(state, guess, step)
         proposal = Proposal(torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None)
         self._drafted = (state.lengths.copy(), proposal)
         self._observed = None
@@ -155,7 +184,8 @@ def _prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any
         caught.append((input_ids, kwargs, generation_config, inner))
         return input_ids
 
-    config = copy.deepcopy(model.generation_config)
+    own = model.generation_config
+    config = copy.deepcopy(own)
     config.update(**{**PLAIN, "max_length": call.max_length})
     prompt = call.prompt.clamp(max=embeds - 1)
     inputs = _inputs_for(model, call)
@@ -163,7 +193,12 @@ def _prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any
         inputs["decoder_input_ids"] = prompt
     else:
         inputs["input_ids"] = prompt
-    GenerationMixin.generate(model, generation_config=config, custom_generate=catch, **inputs)
+    # what is None in a given config is filled up from the model's own: lend it one without settings
+    model.generation_config = config
+    try:
+        GenerationMixin.generate(model, custom_generate=catch, **inputs)
+    finally:
+        model.generation_config = own
     return caught[0]  # type: ignore[no-any-return]
 
 
@@ -181,6 +216,11 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
     twin = type(model) is type(call.target)
     known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
     return {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
+
+
+def _chance(scores: Tensor, guess: Tensor) -> Tensor:
+    """(B,) the draft's own probability of its guesses (B,)."""
+    return (scores.gather(1, guess[:, None])[:, 0] - scores.logsumexp(dim=1)).exp()
 
 
 def _sound(scores: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
