@@ -87,7 +87,7 @@ def test_forwards_are_those_of_the_models(layout, make, batch):
             gen.generate(**prompts(batch), **GREEDY)
         assert gen.stats.target_forwards == ours.calls
         assert gen.stats.draft_forwards == theirs.calls
-        assert gen.stats.draft_forwards > gen.stats.rounds - 1
+        assert gen.stats.draft_forwards > 0
 
 
 def test_forwards_of_a_first_call():

@@ -75,9 +75,11 @@ def run_call(
         model_kwargs: model inputs beside the ids, as prepared.
     """
     stats, streamer = request.stats, request.streamer
-    speculates = not isinstance(request.proposer, Nothing) and request.length.most > 0
+    state = _state(model, input_ids, generation_config, stopping_criteria, model_kwargs, request.length.most)
+    # the prompt draws the first token, and a guess needs room for itself and one more
+    room = state.max_length - state.prompt_length > 2
+    speculates = room and not isinstance(request.proposer, Nothing) and request.length.most > 0
     length = request.length if speculates else Fixed(0)
-    state = _state(model, input_ids, generation_config, stopping_criteria, model_kwargs, length.most)
     sampling = request.sampling(generation_config.do_sample, request.seed, state)
     processing = Processing(logits_processor)
     if streamer is not None:

@@ -17,7 +17,7 @@ from specdec.errors import InvalidInput
 from specdec.layouts import Layout
 from specdec.layouts.check import Candidate, choose
 from specdec.layouts.columns import Columns
-from specdec.layouts.facts import one_token_reason
+from specdec.layouts.facts import counts_the_cache, one_token_reason
 from specdec.layouts.slots import Slots
 
 LAYOUTS = ("auto", "slots", "columns", "snapshot", "plain")
@@ -75,7 +75,7 @@ class Scorer:
         self.kept = np.full(prompt.shape[0], prompt.shape[1], dtype=np.int64)
         candidates: dict[str, Candidate] = {"plain": _plain}
         if speculate:
-            candidates = self._candidates(int(prompt.shape[1]))
+            candidates = self._candidates(int(prompt.shape[1]), int(prompt.shape[0]))
         self.layout = choose(self._columns, prompt, scores, candidates)
         return scores
 
@@ -101,9 +101,9 @@ class Scorer:
         """(B,) guesses that each row may have scored in the next forward."""
         return self.layout.reach(lengths, live)
 
-    def _candidates(self, prompt_length: int) -> dict[str, Candidate]:
+    def _candidates(self, prompt_length: int, batch: int) -> dict[str, Candidate]:
         """Layouts in the order of preference; the last is taken untried."""
-        reason = one_token_reason(self.model, prompt_length, self._max_length)
+        reason = one_token_reason(self.model, prompt_length, self._max_length, batch)
         if not reason and self._columns.is_foreign:
             reason = "its past is of a form of its own, which cannot be put back"
         if self._wanted != "auto":
@@ -114,6 +114,8 @@ class Scorer:
             return {self._wanted: MAKERS[self._wanted]}
         last = "one by one" if self._is_draft else "plain"
         names = [last] if reason else ["slots", "columns", "snapshot", last]
+        if counts_the_cache(self.model, self._max_length) and not reason:
+            names.remove("slots")
         if reason and not self._is_draft:
             warn_plain(self.model, reason)
         return {name: MAKERS[name] for name in names}

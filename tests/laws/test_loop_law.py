@@ -302,10 +302,9 @@ def test_a_wrong_loop_breaks_the_law(mutant, monkeypatch):
     mutant(monkeypatch)
     try:
         error = law_error("token", "model", 2)
-    except Exception as raised:
-        assert "bug in specdec" in str(raised) or isinstance(raised, RuntimeError), raised
-    else:
-        assert error > 1e-3
+    except (RuntimeError, IndexError):
+        return  # it breaks something sooner than the law
+    assert error > 1e-3
 
 
 # --- shared noise --------------------------------------------------------------------------------

@@ -21,22 +21,30 @@ ONE_TOKEN_ONLY = {
     "parakeet_tdt": "every step moves the encoder's frame pointer",
     "nemotron_asr_streaming": "every step moves the encoder's frame pointer",
 }
+# the same, for more than one row
+ONE_TOKEN_IN_BATCHES = {"unlimited_ocr": "its reference window counts the padding of a row"}
 # model_type -> its window is honoured by one-token steps only, because the mask is a full causal one
 UNMASKED_WINDOW = {"moshi", "moshi_depth"}
 
 
-def one_token_reason(model: Any, prompt_length: int, max_length: int) -> str:
+def one_token_reason(model: Any, prompt_length: int, max_length: int, batch: int = 1) -> str:
     """Why ``model`` may only take one-token steps on this call; "" when nothing speaks against more.
 
     Args:
         model: the model, its config is read.
         prompt_length: columns of the prompt.
         max_length: columns that a row may reach.
+        batch: rows.
     """
     for config in _configs(model.config):
         kind = getattr(config, "model_type", "")
         if kind in ONE_TOKEN_ONLY:
             return ONE_TOKEN_ONLY[kind]
+        if batch > 1 and kind in ONE_TOKEN_IN_BATCHES:
+            return ONE_TOKEN_IN_BATCHES[kind]
+        kept = getattr(config, "keep_window_size", None)
+        if kind == "doge" and kept is not None and max_length > kept:
+            return f"past {kept} tokens it picks keys by scores whose ties depend on the forward's shape"
         window = getattr(config, "sliding_window", None)
         if kind in UNMASKED_WINDOW and window is not None and max_length > window:
             return f"it masks no window in a forward of several tokens, and the text may pass {window}"
@@ -44,6 +52,17 @@ def one_token_reason(model: Any, prompt_length: int, max_length: int) -> str:
         if reason:
             return reason
     return ""
+
+
+def counts_the_cache(model: Any, max_length: int) -> bool:
+    """Whether scores depend on one length of the cache for all rows, so that slots would not do.
+
+    llama4 scales its attention by the cache's length from ``floor_scale`` columns on.
+    """
+    return any(
+        getattr(config, "attn_temperature_tuning", False) and max_length >= getattr(config, "floor_scale", 0)
+        for config in _configs(model.config)
+    )
 
 
 def _rope_reason(config: Any, prompt_length: int, max_length: int) -> str:

@@ -48,16 +48,19 @@ class DraftModel:
         """A drafting run for one call: the draft's prompt is prepared by its own ``generate()``."""
         encodes = self.model.config.is_encoder_decoder
         if encodes and self.model.main_input_name not in call.inputs:
-            warnings.warn(
-                f"specdec drafts nothing: the call gives no {self.model.main_input_name}, and "
-                f"{type(self.model).__name__} needs them for an encoder of its own",
-                stacklevel=2,
-            )
-            return Nothing()
+            return self._refuse(f"the call gives no {self.model.main_input_name} for its encoder")
         confidence = self._confidence
         if confidence is None:
             confidence = 0.4 if self.model.device.type == "cpu" else 0.0
-        return _Run(self.model, call, self._layout, confidence)
+        try:
+            return _Run(self.model, call, self._layout, confidence)
+        except (TypeError, ValueError) as error:
+            return self._refuse(str(error))
+
+    def _refuse(self, reason: str) -> Proposer:
+        """A draft that cannot take the call's inputs must not break the call."""
+        warnings.warn(f"specdec drafts nothing with {type(self.model).__name__}: {reason}", stacklevel=2)
+        return Nothing()
 
 
 class _Run:
@@ -74,11 +77,10 @@ class _Run:
                 f"{type(model).__name__} prepares a prompt of shape {tuple(prompt.shape)} where the target "
                 f"has {tuple(call.prompt.shape)}; give a draft with the same special tokens"
             )
-        self._prompt = prompt
         text = model.config.get_text_config(decoder=True)
         self._longest = getattr(text, "max_position_embeddings", None) or call.max_length
         self._scorer = Scorer(inner, kwargs, config, max_length=call.max_length, layout=layout, is_draft=True)
-        self._ready = False
+        self._scorer.prefill(prompt.to(self._device), speculate=True)
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._drafted: tuple[np.ndarray, Proposal] | None = None  # lengths before, guesses
         self._observed: np.ndarray | None = None
@@ -148,11 +150,6 @@ class _Run:
     def _sync(self, state: State) -> None:
         """Bring the draft's tokens to the committed ones; forget what it was fed and was not kept."""
         committed = state.tokens.clamp(0, self._embeds - 1).to(self._device)
-        if not self._ready:
-            self._scorer.prefill(self._prompt.to(self._device), speculate=True)
-            self._ready = True
-            self._tokens = committed.clone()
-            return
         self._tokens = committed.clone()
         kept = self._scorer.kept
         if self._drafted is not None:
@@ -196,7 +193,13 @@ def _prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any
     # what is None in a given config is filled up from the model's own: lend it one without settings
     model.generation_config = config
     try:
-        GenerationMixin.generate(model, custom_generate=catch, **inputs)
+        try:
+            GenerationMixin.generate(model, custom_generate=catch, **inputs)
+        except ValueError:
+            if type(model).generate is GenerationMixin.generate:
+                raise
+            # a wrapper whose own generate() builds what its inner model needs (kosmos-2)
+            model.generate(custom_generate=catch, **inputs)
     finally:
         model.generation_config = own
     return caught[0]  # type: ignore[no-any-return]
@@ -233,5 +236,8 @@ def _sound(scores: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
 
 def embedded(model: Any) -> int:
     """How many token ids a model can embed."""
-    table = model.get_input_embeddings()
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return int(model.config.get_text_config(decoder=True).vocab_size)
     return int(getattr(table, "num_embeddings", 0) or table.weight.shape[0])
