@@ -12,7 +12,7 @@ import torch
 from specdec import DraftModel, InvalidInput, SpeculativeGenerator
 from specdec.testing import ragged_prompt
 
-from .contract import llama, noisy, oracle, prompts, speculative
+from .contract import llama, noisy, oracle, prompts, speculative, t5
 
 WARM = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 10}
 LENGTHS = (9, 6, 3, 7)
@@ -205,3 +205,15 @@ def test_any_whole_number_is_a_seed(seed, rule):
 def test_what_is_no_seed_is_refused_by_name(seed):
     with pytest.raises(InvalidInput, match="seed"):
         speculative(llama(), "noisy", seed=seed).generate(**prompts(1), **WARM)
+
+
+def test_shared_noise_of_an_encoder_decoder_model_is_keyed_by_what_the_encoder_reads():
+    """A row alone and in company, in any place: the decoder's start is the same for all rows."""
+    inputs = prompts(3)
+    options = {"do_sample": True, "temperature": 0.8, "max_new_tokens": 12, "seed": 5}
+    gen = speculative(t5(), "ngram", verification="coupled")
+    together = gen.generate(**inputs, **options)
+    turned = gen.generate(**{name: value.flip(0) for name, value in inputs.items()}, **options)
+    assert together.tolist() == turned.flip(0).tolist()
+    alone = {name: value[:1] for name, value in inputs.items()}
+    assert gen.generate(**alone, **options)[0].tolist() == together[0].tolist()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
@@ -35,7 +37,7 @@ class Request:
     Attributes:
         proposer: what guesses.
         length: how many guesses a round.
-        sampling: makes the way to draw from (do_sample, seed, state).
+        sampling: makes the way to draw from (do_sample, seed, device, prompts).
         layout: "auto", or the one to use.
         seed: None, one, or one a row.
         streamer: told of every step, or None.
@@ -45,7 +47,7 @@ class Request:
 
     proposer: Any
     length: DraftLength
-    sampling: Callable[[bool, Any, State], Sampling]
+    sampling: Callable[[bool, Any, torch.device, Callable[[], list[list[int]]]], Sampling]
     layout: str
     seed: int | list[int] | None
     streamer: Any
@@ -80,7 +82,10 @@ def run_call(
     room = state.max_length - state.prompt_length > 2
     speculates = room and not isinstance(request.proposer, Nothing) and request.length.most > 0
     length = request.length if speculates else Fixed(0)
-    sampling = request.sampling(generation_config.do_sample, request.seed, state)
+    inputs = _repeated(request.inputs, state.batch)
+    sampling = request.sampling(
+        generation_config.do_sample, request.seed, state.device, lambda: _prompts(state, inputs)
+    )
     processing = Processing(logits_processor)
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -88,7 +93,6 @@ def run_call(
     proposer = request.proposer if speculates else Nothing()
     if speculates and hasattr(proposer, "begin"):
         prompt = state.tokens[:, : state.prompt_length]
-        inputs = _repeated(request.inputs, state.batch)
         proposer = proposer.begin(Call(model, prompt, inputs, state.max_length, processing, sampling))
     collector = Collector(generation_config, state)
     watcher = Watcher(stopping_criteria, streamer, state)
@@ -135,6 +139,27 @@ def _state(
         pad_id=int(pad) if pad is not None else 0,
         starts=starts,
     )
+
+
+def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
+    """What each row was asked, as numbers: its ids without padding, and a digest of anything beside them.
+
+    An encoder-decoder model is asked through its encoder, a multimodal one through pictures and sounds too.
+    """
+    rows = zip(state.host_tokens, state.starts, strict=True)
+    prompts = [row[start : state.prompt_length].tolist() for row, start in rows]
+    mask = inputs.get("attention_mask")
+    for name in sorted(inputs):
+        value = inputs[name]
+        if "mask" in name or "position" in name or value.shape[:1] != (state.batch,):
+            continue
+        for row, prompt in enumerate(prompts):
+            part = value[row]
+            if name == "input_ids" and mask is not None and mask.shape == value.shape:
+                part = part[mask[row].bool()]
+            content = to_host(part.contiguous().flatten().view(torch.uint8)).tobytes()
+            prompt.append(int.from_bytes(blake2b(content, digest_size=7).digest(), "big"))
+    return prompts
 
 
 def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:

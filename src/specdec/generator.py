@@ -8,6 +8,7 @@ that door would drop in silence is closed over here; what we do not honour is re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -26,7 +27,6 @@ from specdec.options import (
 )
 from specdec.records import Stats
 from specdec.sampling import Sampling, sampling_for
-from specdec.state import State
 
 
 class SpeculativeGenerator:
@@ -185,9 +185,15 @@ class SpeculativeGenerator:
                 **options,
             )
 
-    def _sampling(self, do_sample: bool, seed: int | list[int] | None, state: State) -> Sampling:
+    def _sampling(
+        self,
+        do_sample: bool,
+        seed: int | list[int] | None,
+        device: torch.device,
+        prompts: Callable[[], list[list[int]]],
+    ) -> Sampling:
         """The way to draw in one call."""
-        return sampling_for(self.verification, do_sample, seed, state)
+        return sampling_for(self.verification, do_sample, seed, device, prompts)
 
 
 def _model_inputs(target: Any, inputs: Tensor | None, given: dict[str, Any]) -> dict[str, Any]:

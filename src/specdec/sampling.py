@@ -7,6 +7,7 @@ and no cache. Read next: ``noise.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from specdec.errors import InvalidInput
 from specdec.noise import Noise, draw_seed
-from specdec.state import State
 from specdec.verify import Rule, choose, keyed_gumbel, match, race, row_keys, verify
 
 VERIFICATIONS = ("block", "token", "coupled")
@@ -116,26 +116,32 @@ class Coupled:
         return match(choose(scores.double(), noise), tokens, lengths)
 
 
-def sampling_for(verification: str, do_sample: bool, seed: int | list[int] | None, state: State) -> Sampling:
+def sampling_for(
+    verification: str,
+    do_sample: bool,
+    seed: int | list[int] | None,
+    device: torch.device,
+    prompts: Callable[[], list[list[int]]],
+) -> Sampling:
     """The way to draw in one call: greedy draws no random number; without a seed, one is drawn.
 
     Args:
         verification: one of ``VERIFICATIONS``.
         do_sample: False is greedy, whatever the verification.
         seed: one; with "coupled" also one a row.
-        state: the prompt's tokens are part of the keys of shared noise.
+        device: where the noise is made.
+        prompts: tells what each row was asked, as numbers, without padding: part of the keys of shared noise.
     """
     if not do_sample:
         return Greedy()
     if verification == "coupled":
         seed = draw_seed() if seed is None else seed
-        seeds = seed if isinstance(seed, list) else [seed] * state.batch
-        if len(seeds) != state.batch:
-            raise InvalidInput(f"{len(seeds)} seeds for {state.batch} rows; give one seed a row")
-        rows = zip(state.host_tokens, state.starts, strict=True)
-        prompts = [row[start : state.prompt_length].tolist() for row, start in rows]
-        return Coupled(torch.tensor(row_keys(seeds, prompts), dtype=torch.int64, device=state.device))
+        asked = prompts()
+        seeds = seed if isinstance(seed, list) else [seed] * len(asked)
+        if len(seeds) != len(asked):
+            raise InvalidInput(f"{len(seeds)} seeds for {len(asked)} rows; give one seed a row")
+        return Coupled(torch.tensor(row_keys(seeds, asked), dtype=torch.int64, device=device))
     if isinstance(seed, list):
         raise InvalidInput("one seed a row needs verification='coupled'; give a single seed")
     rule: Rule = "token" if verification == "token" else "block"
-    return Rejection(rule, draw_seed() if seed is None else seed, state.device)
+    return Rejection(rule, draw_seed() if seed is None else seed, device)
