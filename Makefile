@@ -22,7 +22,7 @@ demo: $(READY) ## generate with a real model: plain, assisted by transformers, a
 	@$(PYTHON) -m specdec.demo
 
 test: lint types ## lint, types and tests (what CI runs)
-	$(PYTHON) -m pytest -q -m "not slow"
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 slow: $(READY) ## the tests that `make test` leaves out
 	$(PYTHON) -m pytest -q -m slow
@@ -76,7 +76,7 @@ $(PIP) install -c constraints.txt $(TORCH) && $(PIP) install -q -c constraints.t
 endef
 
 define whole
-$(PYTHON) -c 'import accelerate, gguf, hypothesis, mypy.api, numpy, pytest, safetensors, torch, transformers' \
+$(PYTHON) -c 'import accelerate, gguf, hypothesis, mypy.api, numpy, pytest, safetensors, xdist, torch, transformers' \
     && $(PYTHON) -m ruff --version >/dev/null
 endef
 
