@@ -54,6 +54,8 @@ class DraftModel:
             confidence = 0.4 if self.model.device.type == "cpu" else 0.0
         try:
             return _Run(self.model, call, self._layout, confidence)
+        except UnsupportedModel:
+            raise
         except (TypeError, ValueError) as error:
             return self._refuse(str(error))
 
