@@ -141,7 +141,7 @@ def test_a_long_text_in_slots_that_grow():
 @pytest.mark.parametrize("tokens", [1, 3, 5, 13, 40])
 def test_everything_accepted(tokens, batch):
     text = plain(llama(), prompts(batch))
-    gen = speculative(llama(), oracle(text), tokens=tokens)
+    gen = speculative(llama(), oracle(text), tokens=tokens, layout="slots")  # named: no self-check
     assert gen.generate(**prompts(batch), **GREEDY).tolist() == text.tolist()
     stats = gen.stats
     # the prefill writes one token, a round up to tokens + 1; the last is as wide as there is room
@@ -155,7 +155,7 @@ def test_everything_accepted(tokens, batch):
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_nothing_accepted(tokens, batch):
     text = plain(llama(), prompts(batch))
-    gen = speculative(llama(), never(text), tokens=tokens)
+    gen = speculative(llama(), never(text), tokens=tokens, layout="slots")
     assert gen.generate(**prompts(batch), **GREEDY).tolist() == text.tolist()
     assert gen.stats.rounds == NEW
     assert gen.stats.accepted == 0

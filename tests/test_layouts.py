@@ -106,12 +106,24 @@ def test_a_window_is_crossed(layout):
 
 def test_the_self_check_runs_once_for_a_model_and_kind_of_batch():
     model = tiny_llama(3)
-    gen = SpeculativeGenerator(model, "ngram")
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+    prompt = ragged_prompt((6,))
+    wanted = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     forwards = []
     for _ in range(2):
-        gen.generate(**ragged_prompt((6,)), max_new_tokens=4, do_sample=False)
+        assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
         forwards.append(gen.stats.target_forwards - gen.stats.rounds)
-    assert forwards == [4, 0]
+        assert gen.stats.layout == "slots"
+    # the steps it is compared with are the call's own first two
+    assert forwards == [2, 0]
+
+
+def test_a_text_too_short_for_the_self_check_is_written_plainly_and_without_a_warning():
+    model = tiny_llama(4)
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+    gen.generate(**ragged_prompt((6,)), max_new_tokens=4, do_sample=False)
+    assert gen.stats.target_forwards == gen.stats.rounds == 4
+    assert gen.stats.layout == "plain"
 
 
 class Forgetful(type(tiny_llama())):

@@ -36,7 +36,7 @@ class Request:
 
     Attributes:
         proposer: what guesses.
-        length: how many guesses a round.
+        length: makes the rule of how many guesses a round from (batch, do_sample).
         sampling: makes the way to draw from (do_sample, seed, device, prompts).
         layout: "auto", or the one to use.
         seed: None, one, or one a row.
@@ -46,7 +46,7 @@ class Request:
     """
 
     proposer: Any
-    length: DraftLength
+    length: Callable[[int, bool], DraftLength]
     sampling: Callable[[bool, Any, torch.device, Callable[[], list[list[int]]]], Sampling]
     layout: str
     seed: int | list[int] | None
@@ -77,11 +77,12 @@ def run_call(
         model_kwargs: model inputs beside the ids, as prepared.
     """
     stats, streamer = request.stats, request.streamer
-    state = _state(model, input_ids, generation_config, stopping_criteria, model_kwargs, request.length.most)
+    length = request.length(len(input_ids), generation_config.do_sample)
+    state = _state(model, input_ids, generation_config, stopping_criteria, model_kwargs, length.most)
     # the prompt draws the first token, and a guess needs room for itself and one more
     room = state.max_length - state.prompt_length > 2
-    speculates = room and not isinstance(request.proposer, Nothing) and request.length.most > 0
-    length = request.length if speculates else Fixed(0)
+    speculates = room and not isinstance(request.proposer, Nothing) and length.most > 0
+    length = length if speculates else Fixed(0)
     inputs = _repeated(request.inputs, state.batch)
     sampling = request.sampling(
         generation_config.do_sample, request.seed, state.device, lambda: _prompts(state, inputs)
@@ -93,7 +94,9 @@ def run_call(
     proposer = request.proposer if speculates else Nothing()
     if speculates and hasattr(proposer, "begin"):
         prompt = state.tokens[:, : state.prompt_length]
-        proposer = proposer.begin(Call(model, prompt, inputs, state.max_length, processing, sampling))
+        proposer = proposer.begin(
+            Call(model, prompt, inputs, state.max_length, processing, sampling, length.goes_on)
+        )
     collector = Collector(generation_config, state)
     watcher = Watcher(stopping_criteria, streamer, state)
     if processing.in_lockstep and watcher.watches:
@@ -108,7 +111,7 @@ def run_call(
     if streamer is not None:
         streamer.end()
     _finish(stats, state, target, proposer)
-    if length.most > 0 and stats.layout == "plain" and request.layout == "auto":
+    if length.most > 0 and target.settled and stats.layout == "plain" and request.layout == "auto":
         warn_plain(model, "several tokens in one forward do not give the scores of one-token steps")
     sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
     return collector.output(model, sequences, stats)

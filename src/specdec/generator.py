@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from specdec.call import Request, run_call
+from specdec.length import DraftLength
+from specdec.length.adaptive import ASSUMED_COST, Adaptive, Memory
+from specdec.length.cost import Assumed
 from specdec.length.fixed import Fixed
 from specdec.options import (
     build_proposer,
@@ -36,7 +39,9 @@ class SpeculativeGenerator:
         target: a Hugging Face model with ``generate()``.
         draft: what guesses: a smaller model with the same token ids, a ``Proposer``, "ngram" (copies from
             the text so far), or None (plain decoding through the same loop).
-        num_draft_tokens: guesses a round and row, >= 0; 0 is plain decoding.
+        num_draft_tokens: guesses a round and row: "auto" (default) chooses for every round, 0 included, what is
+            fastest by what rounds have cost and how many guesses were kept; a whole number >= 0 is taken as it
+            is, and 0 is plain decoding.
         verification: "block" (default, keeps most), "token", or "coupled" (the text is a function of target,
             seed and prompt alone, whatever the draft, its length or the batch).
         seed: for sampling; None draws one from torch's global generator at every sampling call.
@@ -61,7 +66,7 @@ class SpeculativeGenerator:
         target: Any,
         draft: Any = None,
         *,
-        num_draft_tokens: int = 5,
+        num_draft_tokens: int | str = "auto",
         verification: str = "block",
         seed: int | None = None,
         layout: str = "auto",
@@ -78,6 +83,7 @@ class SpeculativeGenerator:
         self.tokenizer = tokenizer
         self.stats = Stats()
         self._proposer = build_proposer(target, draft, tokenizer, draft_tokenizer)
+        self._memory = Memory()
 
     @classmethod
     def from_pretrained(
@@ -151,12 +157,13 @@ class SpeculativeGenerator:
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
         stats = self.stats = Stats()
 
+        seed = check_seed(self.seed if seed is None else seed)
         request = Request(
             proposer=self._proposer,
-            length=Fixed(self.num_draft_tokens),
+            length=self._length(seed),
             sampling=self._sampling,
             layout=self.layout,
-            seed=check_seed(self.seed if seed is None else seed),
+            seed=seed,
             streamer=streamer,
             inputs=_model_inputs(self.target, inputs, kwargs),
             stats=stats,
@@ -184,6 +191,19 @@ class SpeculativeGenerator:
                 custom_generate=run,
                 **options,
             )
+
+    def _length(self, seed: Any) -> Callable[[int, bool], DraftLength]:
+        """The rule of draft lengths, from (batch, do_sample)."""
+        most = self.num_draft_tokens
+        if isinstance(most, int):
+            return lambda *_: Fixed(most)
+
+        def rule(batch: int, do_sample: bool) -> DraftLength:
+            # by rejection the text depends on the number of guesses, and a given seed promises one text
+            promised = do_sample and seed is not None and self.verification != "coupled"
+            return Adaptive(Assumed(ASSUMED_COST)) if promised else self._memory.recall(batch, do_sample)
+
+        return rule
 
     def _sampling(
         self,

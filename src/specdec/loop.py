@@ -48,21 +48,27 @@ def decode(
     logits = target.prefill(state.tokens[:, : state.prompt_length], speculate=length.most > 0)
     state.vocabulary = int(logits.shape[-1])
     stats.seconds_scoring += clock() - start
+    began = None  # the prompt's round says nothing about the rounds to come
     while True:
         start = clock()
         accepted, next_token, scores = _verify(logits, state, proposal, processing, sampling)
         round_ = state.commit(proposal, accepted, next_token, scores, logits if keep_logits else None)
         stats.count(round_)
-        length.observe(round_)
         if observe is not None:
             observe(round_)
+        if began is not None:
+            length.observe(round_, clock() - began)
         stats.seconds_verifying += clock() - start
         yield round_
         if state.done:
             return
         start = clock()
+        if state.room().any():
+            target.decide(state.tokens)
+        stats.seconds_scoring += clock() - start
+        began = start = clock()
         target.rollback(state.tokens, round_.before + _kept(round_), state.live)
-        limits = _limits(state, target, length.next(), processing.in_lockstep)
+        limits = _limits(state, target, length, processing.in_lockstep)
         scored = clock()
         proposal = _checked(proposer.propose(state, limits), state, limits)
         drafted = clock()
@@ -96,13 +102,13 @@ def _kept(round_: Round) -> np.ndarray:
     return kept
 
 
-def _limits(state: State, target: Scorer, most: int, in_lockstep: bool) -> np.ndarray:
+def _limits(state: State, target: Scorer, length: DraftLength, in_lockstep: bool) -> np.ndarray:
     """(B,) guesses that each row may submit: the draft length, cut to the room left and the layout's reach."""
-    limits = np.minimum(np.minimum(state.room(), target.reach(state.lengths, state.live)), most)
+    limits: np.ndarray = np.minimum(state.room(), target.reach(state.lengths, state.live))
     if in_lockstep:
         limits = np.where(state.live, limits[state.live].min(), 0)
-    most_allowed: np.ndarray = limits
-    return most_allowed
+    limits = np.minimum(limits, length.next(int(limits.max())))
+    return limits
 
 
 def _checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:

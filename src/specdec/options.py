@@ -65,8 +65,11 @@ def check_constructor(target: Any, num_draft_tokens: Any, verification: Any, lay
         raise UnsupportedModel(
             f"the target is a {type(target).__name__}; wanted is a Hugging Face model with generate()"
         )
-    if not isinstance(num_draft_tokens, int) or isinstance(num_draft_tokens, bool) or num_draft_tokens < 0:
-        raise InvalidInput(f"num_draft_tokens={num_draft_tokens!r}; give a whole number >= 0 (0 decodes plainly)")
+    whole = isinstance(num_draft_tokens, int) and not isinstance(num_draft_tokens, bool)
+    if num_draft_tokens != "auto" and not (whole and num_draft_tokens >= 0):
+        raise InvalidInput(
+            f"num_draft_tokens={num_draft_tokens!r}; give 'auto', or a whole number >= 0 (0 decodes plainly)"
+        )
     if verification not in VERIFICATIONS:
         raise InvalidInput(f"verification={verification!r} does not exist; use one of {VERIFICATIONS}")
     if layout not in LAYOUTS:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.errors import InvalidInput
 from specdec.layouts import Layout
-from specdec.layouts.check import Candidate, choose
+from specdec.layouts.check import Candidate, Trial
 from specdec.layouts.columns import Columns
 from specdec.layouts.facts import counts_the_cache, one_token_reason
 from specdec.layouts.slots import Slots
@@ -58,14 +58,23 @@ class Scorer:
         self._max_length = max_length
         self._wanted = layout
         self._is_draft = is_draft
+        self._trial: Trial | None = None  # until the layout is settled: one-token steps, which it watches
+        self._ready = False
 
     @property
     def forwards(self) -> int:
         """Forward passes so far, prefill and self-check included."""
         return self.layout.forwards
 
+    @property
+    def settled(self) -> bool:
+        """The layout is the one to stay."""
+        return self._trial is None
+
     def prefill(self, prompt: Tensor, *, speculate: bool) -> Tensor:
-        """Feed the whole prompt (B, P) alone and settle the layout; scores of its last column, (B, 1, V).
+        """Feed the whole prompt (B, P) alone; scores of its last column, (B, 1, V).
+
+        The first call with a model and kind of batch settles the layout two steps later (``decide``).
 
         Args:
             prompt: the prompt, left padding included.
@@ -76,14 +85,27 @@ class Scorer:
         candidates: dict[str, Candidate] = {"plain": _plain}
         if speculate:
             candidates = self._candidates(int(prompt.shape[1]), int(prompt.shape[0]))
-        self.layout = choose(self._columns, prompt, scores, candidates)
+        trial = Trial(self._columns, prompt, candidates)
+        known = trial.known()
+        if known is None and self._is_draft:
+            known = trial.decide_at_once(scores)
+        if known is None:
+            self._trial = trial
+        self.layout = known or self._columns
         return scores
 
     def score(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """Scores of ``count`` columns from ``first`` (B,) on, rows being fed up to ``lengths`` (B,)."""
         scores = self.layout.forward(tokens, lengths, first, count)
         self.kept = lengths.copy()
+        if self._trial is not None:
+            self._ready = self._trial.see(scores)
         return scores
+
+    def decide(self, tokens: Tensor) -> None:
+        """Settle the layout once the first steps were seen; to be called before ``rollback``."""
+        if self._ready and self._trial is not None:
+            self.layout, self._trial = self._trial.decide(tokens), None
 
     def rollback(self, tokens: Tensor, kept: np.ndarray, live: np.ndarray) -> None:
         """Forget every column from ``kept`` (B,) on; after this the cache agrees with the committed tokens."""

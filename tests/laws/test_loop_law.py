@@ -15,6 +15,8 @@ import torch
 
 import specdec.scorer
 from specdec import NGram, Proposal, SpeculativeGenerator
+from specdec.length.adaptive import Adaptive
+from specdec.length.cost import Assumed
 from specdec.proposers import draft_model
 from specdec.testing import TableModel
 from specdec.verify import (
@@ -160,7 +162,9 @@ class Stubborn:
         return Proposal(torch.tensor([tokens]), lengths, torch.stack(rows)[None])
 
 
-def law_error(rule: str, kind: str, guesses: int, seed: int = 0, eos: int | None = None) -> float:
+def law_error(
+    rule: str, kind: str, guesses: int, seed: int = 0, eos: int | None = None, *, controlled: bool = False
+) -> float:
     """Largest difference, over all texts, between the walked law and the exact one."""
     vocabulary, new = SIZES[guesses]
     target, draft = tables(seed, vocabulary)
@@ -173,6 +177,9 @@ def law_error(rule: str, kind: str, guesses: int, seed: int = 0, eos: int | None
         "own": Stubborn(lambda: current[-1], vocabulary),
     }
     gen = SpeculativeGenerator(target, drafts[kind], num_draft_tokens=guesses, verification=rule, layout="columns")
+
+    if controlled:  # with assumed costs, so that every walk meets the same decisions
+        gen._length = lambda _: lambda *_: Adaptive(Assumed(0.15))
 
     def run(script: Script) -> tuple[int, ...]:
         current.append(script)
@@ -202,6 +209,12 @@ def test_law_of_whole_texts(rule, kind, guesses):
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_law_when_a_text_may_end_inside_a_block(rule):
     assert law_error(rule, "model", 2, seed=3, eos=2) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("kind", ["model", "ngram", "own"])
+def test_law_with_the_controller(rule, kind):
+    assert law_error(rule, kind, 3, controlled=True) < TOLERANCE
 
 
 # --- mutants: wrong loops that the walk must reject ---------------------------------------------
@@ -268,6 +281,26 @@ def unsure_guess_dropped(monkeypatch):
     monkeypatch.setattr(draft_model._Run, "propose", dropped)
 
 
+def stops_before_the_guess_it_looked_at(monkeypatch):
+    """The anticipating controller: the guess whose chance ended the drafting is not submitted."""
+    right = draft_model._Run.propose
+    stopped = []
+    goes_on = Adaptive.goes_on
+
+    def noted(self, chances):
+        stopped[:] = [not goes_on(self, chances) or float(chances[0]) < 0.5]
+        return not stopped[0]
+
+    def dropped(self, state, limits):
+        stopped[:] = [False]
+        proposal = right(self, state, limits)
+        lengths = proposal.lengths - (stopped[0] and proposal.lengths > 0)
+        return Proposal(proposal.tokens, lengths, proposal.logits)
+
+    monkeypatch.setattr(Adaptive, "goes_on", noted)
+    monkeypatch.setattr(draft_model._Run, "propose", dropped)
+
+
 def argmax_with_softmax_rows(monkeypatch):
     right = Scripted.guess
     monkeypatch.setattr(Scripted, "guess", lambda self, scores, _: scores.argmax(-1))
@@ -295,6 +328,11 @@ LOOP_MUTANTS = [
     argmax_with_softmax_rows,
     bonus_from_the_row_before,
 ]
+
+
+def test_a_controller_that_anticipates_breaks_the_law(monkeypatch):
+    stops_before_the_guess_it_looked_at(monkeypatch)
+    assert law_error("token", "model", 3, controlled=True) > 1e-3
 
 
 @pytest.mark.parametrize("mutant", LOOP_MUTANTS, ids=lambda mutant: mutant.__name__)

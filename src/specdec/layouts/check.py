@@ -1,9 +1,10 @@
 """The self-check: does a layout give the scores of one-token steps, on this model and this batch?
 
-Right after the prompt was fed, two tokens are fed one after the other, the model's own way; then the layout
-under trial feeds the same tokens with wrong guesses behind them, rows of different lengths, forgets what is
-wrong and feeds again. Its scores must agree with those of the one-token steps. Four short forwards, once per
-model and kind of batch; the verdict is kept as long as the model lives. What a short check cannot see is in
+Behind the prompt two tokens are fed one after the other, the model's own way: the first two rounds of a call, which
+so cost nothing. Then the layout under trial goes back to the prompt and feeds the same tokens with wrong guesses
+behind them, rows of different lengths, forgets what is wrong and feeds again. Its scores must agree with those of
+the one-token steps. Two short forwards, once per model and kind of batch; the verdict is kept as long as the model
+lives. A draft makes its steps up, two forwards more. What a short check cannot see is in
 ``facts.py``. Knows nothing of proposals. Read next: ``facts.py``.
 """
 
@@ -28,62 +29,106 @@ HALF_TOLERANCE = 0.06
 
 Candidate = Callable[[Columns], Layout]
 _VERDICTS: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
+STEPS = 2  # one-token steps that a layout is compared with
 
 
-def choose(plain: Columns, prompt: Tensor, scores: Tensor, candidates: dict[str, Candidate]) -> Layout:
-    """The first of ``candidates`` that passes, ready to go on behind the prompt.
+class Trial:
+    """Which of several layouts goes on behind a prompt; told of one-token steps until it has seen enough."""
 
-    Args:
-        plain: the layout that has just fed the prompt.
-        prompt: (B, P) ids.
-        scores: (B, 1, V) of the prompt's last column.
-        candidates: name -> maker of the layout from ``plain``; the last one is taken untried.
-    """
-    model = plain.model
-    last = list(candidates)[-1]
-    verdicts = _VERDICTS.setdefault(model, {})
-    key = _key(model, prompt, plain.describes, tuple(candidates))
-    if key not in verdicts and len(candidates) > 1:
-        verdicts[key] = _first_that_passes(plain, prompt, scores, candidates)
-    return candidates[verdicts.get(key, last)](plain)
+    def __init__(self, plain: Columns, prompt: Tensor, candidates: dict[str, Candidate]) -> None:
+        """Stand behind ``prompt`` (B, P), which ``plain`` has just fed.
 
+        Args:
+            plain: the layout that takes one-token steps.
+            prompt: (B, P) ids.
+            candidates: name -> maker of the layout from ``plain``, in order of preference; the last one is taken
+                untried.
+        """
+        self._plain, self._prompt, self._candidates = plain, prompt, candidates
+        self._verdicts = _VERDICTS.setdefault(plain.model, {})
+        self._key = _key(plain.model, prompt, plain.describes, tuple(candidates))
+        self._last = list(candidates)[-1]
+        self._truth: list[Tensor] = []
+        self._at_prompt: _Mark | None = None
 
-def _first_that_passes(plain: Columns, prompt: Tensor, scores: Tensor, candidates: dict[str, Candidate]) -> str:
-    at_prompt = Snapshots()
-    at_prompt.take(plain.cache)
-    modules = _module_states(plain.model)
-    batch, width = prompt.shape
-    tokens = torch.nn.functional.pad(prompt, (0, 5))
-    try:
-        truth = []
-        following = scores[:, -1].argmax(dim=-1)
-        for column in (width, width + 1):
-            tokens[:, column] = following
-            lengths = np.full(batch, column + 1, dtype=np.int64)
-            rows = plain.forward(tokens, lengths, lengths - 1, 1)
-            plain.settle(column + 1)
-            truth.append(rows[:, 0].clone())
-            following = rows[:, 0].argmax(dim=-1)
-        for name, make in list(candidates.items())[:-1]:
-            _restore(plain, at_prompt, modules, width)
-            layout: Layout = plain
+    def known(self) -> Layout | None:
+        """The layout, where nothing has to be tried; else None, and the steps that follow must be seen."""
+        if len(self._candidates) == 1 or self._key in self._verdicts:
+            return self._candidates[self._verdicts.get(self._key, self._last)](self._plain)
+        self._at_prompt = _Mark(self._plain)
+        return None
+
+    def see(self, scores: Tensor) -> bool:
+        """Scores (B, 1, V) of the next one-token step; True once they are enough."""
+        if len(self._truth) < STEPS:
+            self._truth.append(scores[:, 0].clone())
+        return len(self._truth) == STEPS
+
+    def decide(self, tokens: Tensor) -> Layout:
+        """The first layout that agrees with the steps seen; its cache may hold wrong columns behind them.
+
+        Args:
+            tokens: (B, capacity) the rows; what the steps fed stands behind the prompt.
+        """
+        assert self._at_prompt is not None
+        now = _Mark(self._plain)
+        tokens = tokens[:, : self._prompt.shape[1] + STEPS].clone()
+        for name, make in list(self._candidates.items())[:-1]:
+            self._at_prompt.put_back()
+            layout: Layout = self._plain
             try:
-                layout = make(plain)
-                passed = _agrees(layout, tokens, width, truth)
+                layout = make(self._plain)
+                passed = _agrees(layout, tokens, self._prompt.shape[1], self._truth)
             except Exception:
                 # whatever a model does with inputs that it was not made for, it has failed the trial
                 passed = False
-            plain.forwards = max(plain.forwards, layout.forwards)
+            self._plain.forwards = max(self._plain.forwards, layout.forwards)
             if passed:
-                return name
-        return list(candidates)[-1]
-    finally:
-        _restore(plain, at_prompt, modules, width)
+                self._verdicts[self._key] = name
+                return layout
+        self._verdicts[self._key] = self._last
+        now.put_back()
+        return self._candidates[self._last](self._plain)
+
+    def decide_at_once(self, scores: Tensor) -> Layout:
+        """The layout, ready to go on behind the prompt: the steps are made up and forgotten.
+
+        Args:
+            scores: (B, 1, V) of the prompt's last column.
+        """
+        at_prompt = _Mark(self._plain)
+        tokens = torch.nn.functional.pad(self._prompt, (0, STEPS))
+        for column in range(self._prompt.shape[1], tokens.shape[1]):
+            tokens[:, column] = scores[:, -1].argmax(dim=-1)
+            lengths = np.full(len(tokens), column + 1, dtype=np.int64)
+            scores = self._plain.forward(tokens, lengths, lengths - 1, 1)
+            self._plain.settle(column + 1)
+            self.see(scores)
+        self.decide(tokens)
+        at_prompt.put_back()
+        return self._candidates[self._verdicts[self._key]](self._plain)
+
+
+class _Mark:
+    """A model's past as it is now, and the way back to it."""
+
+    def __init__(self, plain: Columns) -> None:
+        self._plain = plain
+        self._states = Snapshots()
+        self._states.take(plain.cache)
+        self._described = plain.mark()
+        self._modules = _module_states(plain.model)
+
+    def put_back(self) -> None:
+        self._plain.go_back(self._described, self._states.put_back())
+        for module, name, value in self._modules:
+            setattr(module, name, value.clone())
 
 
 def _agrees(layout: Layout, tokens: Tensor, width: int, truth: list[Tensor]) -> bool:
     """Two ragged forwards with wrong guesses, and the way back between them."""
     batch = tokens.shape[0]
+    tokens = torch.nn.functional.pad(tokens, (0, 3 - STEPS))
     live = np.ones(batch, dtype=bool)
     odd = np.arange(batch) % 2  # odd rows are one token ahead
     odd_rows = torch.from_numpy(odd.astype(bool)).to(tokens.device)
@@ -118,12 +163,6 @@ def _close(scores: Tensor, truth: Tensor) -> bool:
         return bool(difference.square().mean().sqrt() <= HALF_TOLERANCE * spread)
     scale = max(1.0, float(truth.abs().max()) / 8)
     return bool(difference.abs().max() <= FLOAT32_TOLERANCE * scale)
-
-
-def _restore(plain: Columns, at_prompt: Snapshots, modules: list[Any], width: int) -> None:
-    plain.go_back(at_prompt.put_back(), width)
-    for module, name, value in modules:
-        setattr(module, name, value.clone())
 
 
 def _module_states(model: Any) -> list[tuple[Any, str, Tensor]]:

@@ -59,8 +59,7 @@ class Columns:
         self._columns = 0  # columns that ``_kwargs`` describes; the cache may hold more until a rewind
         self._fed = 0  # columns in the cache
         self._outputs: Any = None
-        self._fed_kwargs = self._prompt_kwargs = self._kwargs
-        self._prompt_outputs: Any = None
+        self._fed_kwargs = self._kwargs
         self.become("nothing")
 
     def prefill(self, prompt: Tensor) -> Tensor:
@@ -69,15 +68,17 @@ class Columns:
         self.forwards += 1
         self._columns = self._fed = int(prompt.shape[1])
         self._take_cache()
-        self._prompt_kwargs, self._prompt_outputs = self._kwargs, self._outputs
         return self._scores(1)
 
-    def go_back(self, cache: Any, columns: int) -> None:
-        """Stand behind the prompt again, one-token steps only, with ``cache`` as it was there."""
+    def mark(self) -> tuple[Any, ...]:
+        """Where the model stands, for ``go_back``; the cache is kept by others."""
+        return dict(self._kwargs), self._outputs, self._columns, self._fed
+
+    def go_back(self, mark: tuple[Any, ...], cache: Any) -> None:
+        """Stand at ``mark`` again, one-token steps only, with ``cache`` as it was there."""
         self.become("nothing")
-        self._kwargs = dict(self._prompt_kwargs)
-        self._outputs = self._prompt_outputs
-        self._fed = self._columns = columns
+        kwargs, self._outputs, self._columns, self._fed = mark
+        self._kwargs = dict(kwargs)
         self._put_cache(cache)
 
     def become(self, forget: str, wide: bool = True) -> Columns:

@@ -97,12 +97,13 @@ class Slots:
             **kwargs,
             **{self._position_key: positions},
         )
+        skipped = int((first - starts).min())  # nobody wants their scores
         if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = width
-        scores: Tensor = self._model(**inputs, return_dict=True).logits
+            inputs["logits_to_keep"] = width - skipped
+        scores: Tensor = self._model(**inputs, return_dict=True).logits[:, skipped - width :]
         self.forwards += 1
         self._starts = lengths.copy()
-        return _rows(scores, first - starts, count)
+        return _rows(scores, first - starts - skipped, count)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``: what is forgotten will be overwritten."""

@@ -1,13 +1,15 @@
-"""How many tokens to draft next. One rule a file; a rule sees past rounds only.
+"""How many tokens to draft next. One rule a file.
 
 The non-anticipating rule: whether a token is submitted must be settled before its own value is looked at, and
 never by the target's outcome in the same round (2211.17192 leaves this implicit; a rule that breaks it biases
-the output). Read next: ``fixed.py``.
+the output). Past rounds, and guesses that are submitted in any case, may be looked at. Read next: ``fixed.py``.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
+
+import numpy as np
 
 from specdec.records import Round
 
@@ -17,10 +19,19 @@ class DraftLength(Protocol):
 
     most: int
 
-    def next(self) -> int:
-        """Guesses a row in the next round; 0 decodes one step plainly."""
+    def next(self, room: int) -> int:
+        """Guesses a row in the next round, at most ``room``; 0 decodes one step plainly."""
         ...
 
-    def observe(self, round_: Round) -> None:
-        """See what a round did."""
+    def goes_on(self, chances: np.ndarray) -> bool:
+        """Whether one more guess pays in the running round, asked by proposers that can tell for free.
+
+        Args:
+            chances: (B,) the draft's own chance of the guess that each row has just made; it is submitted
+                whatever the answer.
+        """
+        ...
+
+    def observe(self, round_: Round, seconds: float) -> None:
+        """See what a round did, and how long it took from its first guess to its commit."""
         ...

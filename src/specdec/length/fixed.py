@@ -1,6 +1,8 @@
-"""Always the same number of guesses. Read next: ``../processing.py``."""
+"""Always the same number of guesses. Read next: ``cost.py``."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from specdec.records import Round
 
@@ -12,9 +14,13 @@ class Fixed:
         """Draft ``most`` >= 0 tokens a round."""
         self.most = most
 
-    def next(self) -> int:
+    def next(self, room: int) -> int:
         """See ``DraftLength.next``."""
-        return self.most
+        return min(self.most, room)
 
-    def observe(self, round_: Round) -> None:
+    def goes_on(self, chances: np.ndarray) -> bool:
+        """See ``DraftLength.goes_on``."""
+        return True
+
+    def observe(self, round_: Round, seconds: float) -> None:
         """Nothing to learn."""

@@ -12,6 +12,7 @@ Read next: ``ngram.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,6 +52,8 @@ class Call:
         max_length: columns that a row may reach.
         processing: the call's logits processors.
         sampling: how tokens are drawn.
+        goes_on: told the draft's own chance (B,) of each guess (0 for rows that made none), says whether one more
+            pays; for proposers that can tell without waiting for the device. The guess is submitted anyway.
     """
 
     target: Any
@@ -59,6 +62,7 @@ class Call:
     max_length: int
     processing: Processing
     sampling: Sampling
+    goes_on: Callable[[np.ndarray], bool] | None = None
 
 
 class Nothing:

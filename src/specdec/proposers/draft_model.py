@@ -34,8 +34,8 @@ class DraftModel:
             model: the draft.
             confidence: a row stops after a guess whose own chance is below this, in [0, 1]; 0 never stops.
                 The guess is still submitted: whether a token is submitted is settled before it is drawn,
-                so the output's law is untouched. None is 0.4 (transformers' default) where reading a
-                number costs nothing, on the CPU, and 0 on a device that would have to be waited for.
+                so the output's law is untouched. None leaves it to the call's draft length, which is told the
+                chances where reading a number costs nothing, on the CPU.
             layout: forces one, for tests.
         """
         if confidence is not None and not 0 <= confidence <= 1:
@@ -49,11 +49,8 @@ class DraftModel:
         encodes = self.model.config.is_encoder_decoder
         if encodes and self.model.main_input_name not in call.inputs:
             return self._refuse(f"the call gives no {self.model.main_input_name} for its encoder")
-        confidence = self._confidence
-        if confidence is None:
-            confidence = 0.4 if self.model.device.type == "cpu" else 0.0
         try:
-            return _Run(self.model, call, self._layout, confidence)
+            return _Run(self.model, call, self._layout, self._confidence)
         except UnsupportedModel:
             raise
         except (TypeError, ValueError) as error:
@@ -68,10 +65,12 @@ class DraftModel:
 class _Run:
     """The draft's cache and tokens during one call."""
 
-    def __init__(self, model: Any, call: Call, layout: str, confidence: float) -> None:
+    def __init__(self, model: Any, call: Call, layout: str, confidence: float | None) -> None:
         self._call = call
         self._confidence = confidence
         self._device = model.device
+        on_cpu = self._device.type == "cpu"
+        self._goes_on = call.goes_on if confidence is None and on_cpu else None
         self._embeds = embedded(model)
         prompt, kwargs, config, inner = _prepare(model, call, self._embeds)
         if prompt.shape != call.prompt.shape:
@@ -82,7 +81,8 @@ class _Run:
         text = model.config.get_text_config(decoder=True)
         self._longest = getattr(text, "max_position_embeddings", None) or call.max_length
         self._scorer = Scorer(inner, kwargs, config, max_length=call.max_length, layout=layout, is_draft=True)
-        self._scorer.prefill(prompt.to(self._device), speculate=True)
+        # fed with the first guess that is asked for: a draft that does not pay must not even cost that
+        self._prompt: Tensor | None = prompt.to(self._device)
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._drafted: tuple[np.ndarray, Proposal] | None = None  # lengths before, guesses
         self._observed: np.ndarray | None = None
@@ -111,6 +111,9 @@ class _Run:
         most = int(limits.max(initial=0))
         if most == 0:
             return Proposal.empty(state.batch, state.device)
+        if self._prompt is not None:
+            self._scorer.prefill(self._prompt, speculate=True)
+            self._prompt = None
         self._sync(state)
         guesses: list[Tensor] = []
         rows: list[Tensor] = []
@@ -121,9 +124,13 @@ class _Run:
             guesses.append(guess)
             if self._call.sampling.keeps_logits:
                 rows.append(scores)
-            if self._confidence > 0:
+            if self._confidence:
                 sure = (_chance(scores, guess) >= self._confidence).cpu().numpy()
                 limits = np.where(sure, limits, np.minimum(limits, step + 1))
+            elif self._goes_on is not None:
+                chance = _chance(scores, guess).double().numpy()
+                if not self._goes_on(np.where(limits > step, chance, 0.0)):
+                    limits = np.minimum(limits, step + 1)
             if step + 1 >= int(limits.max()):
                 break
             self._write(state, guess, step)

@@ -1,0 +1,93 @@
+"""How likely guesses are kept: counts of past rounds, by position and by the draft's own chance.
+
+Old rounds fade, so that a draft that turns good or bad is noticed; where there is little evidence, a position
+borrows from its neighbours and all from a prior. Knows no clock. Read next: ``adaptive.py``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+FADE = 0.93  # what a round is worth after the next one: a memory of about fourteen rounds
+PRIOR, PRIOR_WEIGHT = 0.7, 1.5  # before anything is known, in rounds
+ROUND_WEIGHT = 4  # rows of a batch are alike: together they count no more than this many rounds of one row
+DOUBT = 2.0  # rounds that are still believed once drafting has been switched off
+BINS, BIN_WEIGHT = 8, 4.0
+
+
+class Acceptance:
+    """Fading counts over positions 0 .. ``most`` - 1 of a round."""
+
+    def __init__(self, most: int) -> None:
+        """Know nothing yet of up to ``most`` guesses a round."""
+        self._tried = np.zeros(most)  # asked for, all guesses before it kept
+        self._kept = np.zeros(most)  # of these: submitted and kept
+        self._asked = np.zeros(most)  # rounds that asked for it
+        self._wide = np.zeros(most)  # of these: some row submitted it
+        self._judged = np.zeros(2)  # guesses submitted, all before them kept; of these: kept
+        self._sure = np.zeros(BINS)  # guesses by their own chance, all guesses before them kept
+        self._right = np.zeros(BINS)  # of these: kept
+
+    def add(self, asked: int, lengths: np.ndarray, accepted: np.ndarray, chances: list[np.ndarray]) -> None:
+        """One round.
+
+        Args:
+            asked: guesses a row that were asked for.
+            lengths: (R,) submitted by each row that was live.
+            accepted: (R,) kept of them.
+            chances: one (R,) for each guess whose own chance the proposer told.
+        """
+        rows = len(lengths)
+        if not asked or not rows:
+            return
+        for counts in (*self._beliefs, self._asked, self._wide):
+            counts *= FADE
+        weight = min(rows, ROUND_WEIGHT) / rows
+        for place in range(asked):
+            tried, kept = accepted >= place, accepted > place
+            self._tried[place] += weight * np.count_nonzero(tried)
+            self._kept[place] += weight * np.count_nonzero(kept)
+            self._judged += weight * np.array([np.count_nonzero(tried & (lengths > place)), np.count_nonzero(kept)])
+        self._asked[:asked] += 1
+        self._wide[: min(asked, int(lengths.max()))] += 1
+        for place, chance in enumerate(chances):
+            judged = (lengths > place) & (accepted >= place)
+            bins = _bins(chance[judged])
+            np.add.at(self._sure, bins, weight)
+            np.add.at(self._right, bins, weight * (accepted[judged] > place))
+
+    def doubt(self) -> None:
+        """Drafting was switched off: believe little of the past, so that a few good probes are enough."""
+        share = min(1.0, DOUBT / max(float(self._tried[0]), 1e-9))
+        for counts in self._beliefs:
+            counts *= share
+
+    @property
+    def _beliefs(self) -> tuple[np.ndarray, ...]:
+        return self._tried, self._kept, self._judged, self._sure, self._right
+
+    @property
+    def overall(self) -> float:
+        """Chance that a submitted guess is kept when all before it were, whatever its position."""
+        judged, kept = self._judged
+        return float((kept + PRIOR_WEIGHT * PRIOR) / (judged + PRIOR_WEIGHT))
+
+    def survival(self) -> np.ndarray:
+        """(most,) chance that the guess at each position is submitted and kept, if it is asked for."""
+        usual = (self._kept.sum() + PRIOR_WEIGHT * PRIOR) / (self._tried.sum() + PRIOR_WEIGHT)
+        chances = (self._kept + PRIOR_WEIGHT * usual) / (self._tried + PRIOR_WEIGHT)
+        return np.cumprod(chances)
+
+    def widths(self) -> np.ndarray:
+        """(most,) chance that some row submits a guess at each position, if it is asked for."""
+        return (self._wide + 1) / (self._asked + 1)
+
+    def of_chance(self, chance: np.ndarray) -> np.ndarray:
+        """Chance (R,) that guesses are kept to which the draft itself gave ``chance`` (R,)."""
+        bins = _bins(chance)
+        kept: np.ndarray = (self._right[bins] + BIN_WEIGHT * chance) / (self._sure[bins] + BIN_WEIGHT)
+        return kept
+
+
+def _bins(chance: np.ndarray) -> np.ndarray:
+    return np.clip((chance * BINS).astype(np.int64), 0, BINS - 1)

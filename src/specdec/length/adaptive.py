@@ -1,0 +1,121 @@
+"""The controller: as many guesses as pay, measured during the call, none where none pays.
+
+Every round it compares draft lengths by tokens a second (``cost.py``), from the seconds that rounds of each width
+took on this machine for this batch, and from how many guesses were kept at each position (``acceptance.py``).
+Where a draft tells its own chance of each guess, one more is drafted only while the gain that is left (the chance
+that it and all before it are kept) outweighs its price at the present rate: SpecDec++'s threshold (2405.19715)
+with measured costs. When nothing pays it drafts nothing, and probes with one guess now and then, so seldom that
+probes cost about a hundredth of plain decoding, and often enough to find a draft again that has become good.
+
+Non-anticipating (see ``__init__.py``): ``next`` looks at past rounds, ``goes_on`` at guesses that are submitted
+whatever it says. Knows no model. Read next: ``../processing.py``.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import numpy as np
+
+from specdec.length.acceptance import Acceptance
+from specdec.length.cost import Assumed, Timings, best_length, tokens_per_round
+from specdec.records import Round
+
+ASSUMED_COST = 0.2  # of a guess, in plain rounds, where no clock may be asked (``Assumed``)
+MOST = 16  # guesses a round: wider passes are no longer nearly free on any machine measured
+PROBES = 0.01  # of plain decoding's time, spent on probes while nothing pays
+FIRST_WAIT, LONGEST_WAIT = 12, 48  # rounds without a probe: doubled by each that fails
+LAG = 4  # rounds after which a draft has so much to catch up on that the seconds of the next say nothing
+
+
+class Memory:
+    """What a generator has learnt, by kind of call; the constructor measures nothing."""
+
+    def __init__(self) -> None:
+        """Nothing is learnt yet."""
+        self._known: dict[tuple[int, bool], tuple[Timings, Acceptance]] = {}
+
+    def recall(self, batch: int, do_sample: bool) -> Adaptive:
+        """A controller for a call with ``batch`` rows that goes on from earlier calls of the kind."""
+        timings, acceptance = self._known.setdefault((batch, do_sample), (Timings(), Acceptance(MOST)))
+        acceptance.doubt()
+        return Adaptive(timings, acceptance)
+
+
+class Adaptive:
+    """A ``DraftLength`` for one call."""
+
+    most = MOST
+
+    def __init__(self, timings: Timings | Assumed, acceptance: Acceptance | None = None) -> None:
+        """Decide by ``timings``, and by what ``acceptance`` knows of earlier rounds (None: nothing)."""
+        self._timings = timings
+        self._acceptance = Acceptance(MOST) if acceptance is None else acceptance
+        self._table = np.zeros(0)  # seconds of a round by width
+        self._rate = 0.0  # tokens a row and second at the present draft length
+        self._rows = 1  # rows that had not ended in the last round
+        self._asked = 0  # guesses a row in the running round
+        self._since = LAG + 1  # rounds since guesses were last asked for
+        self._probing = self._promising = False  # the running round is a probe; the last probe was kept
+        self._failed = 0  # probes in a row
+        self._tells = False  # the proposer tells the chances of its guesses
+        self._chances: list[np.ndarray] = []  # of the running round's guesses
+        self._alive: np.ndarray | float = 1.0  # chance that all of them are kept, a row
+
+    def next(self, room: int) -> int:
+        """See ``DraftLength.next``."""
+        self._chances, self._alive = [], 1.0
+        table = self._timings.table(self.most)
+        if table is None or not room:  # the first plain round will tell
+            self._asked, self._probing = 0, False
+            return 0
+        tokens = tokens_per_round(self._acceptance.survival())
+        seconds = table[0] + np.concatenate(([0.0], np.cumsum(self._acceptance.widths() * np.diff(table))))
+        best = best_length(tokens, seconds)
+        self._table, self._rate = table, float(tokens[best] / seconds[best])
+        self._probing = best == 0 and self._due()
+        if self._probing:
+            self._asked = 1
+        else:
+            # a draft that tells its chances is stopped in time, so it is asked for as many as there may be
+            self._asked = min(self.most if best and self._tells else best, room)
+        return self._asked
+
+    def _due(self) -> bool:
+        """A probe is affordable, or the price is not known yet, or the last probe was kept and wants confirming."""
+        if self._promising or not self._timings.priced:
+            return True
+        affordable = ceil((float(self._table[1] / self._table[0]) - 1) / PROBES)
+        return self._since >= min(affordable, FIRST_WAIT << min(self._failed, 8), LONGEST_WAIT)
+
+    def goes_on(self, chances: np.ndarray) -> bool:
+        """See ``DraftLength.goes_on``."""
+        self._tells = True
+        self._chances.append(chances)
+        drafted = len(self._chances)
+        if drafted >= self._asked:
+            return False
+        self._alive = self._alive * self._acceptance.of_chance(chances)
+        gain = float(np.sum(self._alive)) / self._rows * self._acceptance.overall
+        price = float(self._table[drafted + 1] - self._table[drafted])
+        return gain > self._rate * price
+
+    def observe(self, round_: Round, seconds: float) -> None:
+        """See ``DraftLength.observe``."""
+        live = round_.counts > 0
+        self._rows = max(int(live.sum()), 1)
+        lengths, accepted = round_.lengths[live], round_.accepted[live]
+        width = int(lengths.max(initial=0))
+        if not width or self._since <= LAG:
+            self._timings.add(width, seconds)
+        if not self._asked:
+            self._since += 1
+            return
+        self._since = 0
+        self._acceptance.add(self._asked, lengths, accepted, [chance[live] for chance in self._chances])
+        self._promising = self._probing and bool(accepted.any())
+        if self._probing and not self._promising:
+            self._acceptance.doubt()
+            self._failed += 1
+        elif not self._probing:
+            self._failed = 0

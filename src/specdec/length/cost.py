@@ -1,0 +1,112 @@
+"""What a round brings and what it costs: the formulas, for the run-time controller and for advice to users.
+
+With survival s_i the chance that guess i of a round is submitted and kept, and T(w) the seconds of a round whose
+widest row guessed w tokens, a draft length of k brings 1 + s_1 + ... + s_k tokens a row for T(k) seconds, and the
+best k brings most tokens a second. k = 0 is plain decoding. With constant acceptance and cost ratio this is
+Leviathan et al. 2023 (2211.17192), theorem 3.8. Knows no model and no clock. Read next: ``acceptance.py``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+# Before the first round with guesses was timed, a guess is taken to cost half a plain round: careful, so that the
+# first try is a short one.
+UNTIMED_GUESS = 0.5
+REMEMBERED = 5  # timings a width: few, so that a growing context or a busier machine is noticed
+
+
+def tokens_per_round(survival: Sequence[float] | np.ndarray) -> np.ndarray:
+    """(K + 1,) expected tokens of a row in a round with 0 .. K guesses, from their survival (K,)."""
+    return 1 + np.concatenate(([0.0], np.cumsum(np.asarray(survival, dtype=np.float64))))
+
+
+def speed(acceptance: float, cost: float, guesses: int, *, verify: float = 1.0, overhead: float = 0.0) -> float:
+    """Expected speed against plain decoding, every guess being kept with the same chance.
+
+    Args:
+        acceptance: in [0, 1], chance that a guess is kept when all before it were.
+        cost: seconds of a draft step over seconds of a one-token pass of the target.
+        guesses: k >= 0.
+        verify: seconds of a (k + 1)-token pass of the target over those of a one-token pass.
+        overhead: seconds of the rest of a round, in the same unit.
+    """
+    tokens = float(tokens_per_round(acceptance ** np.arange(1, guesses + 1))[-1])
+    return tokens / (guesses * cost + verify + overhead)
+
+
+def best_length(tokens: np.ndarray, seconds: np.ndarray) -> int:
+    """The number of guesses with most tokens (K + 1,) a second (K + 1,); the shortest of equals."""
+    return int(np.argmax(tokens / seconds))
+
+
+def ceiling(acceptance: float, cost: float) -> float:
+    """Speed against plain decoding of a controller that foresaw every rejection: none can do better."""
+    return 1 / (1 - acceptance + acceptance * cost)
+
+
+class Timings:
+    """Measured seconds of rounds by width, and what they say of widths that were not measured."""
+
+    def __init__(self) -> None:
+        """Nothing is measured yet."""
+        self._seen: dict[int, deque[float]] = {}
+
+    def add(self, width: int, seconds: float) -> None:
+        """A round whose widest row guessed ``width`` tokens took ``seconds``."""
+        self._seen.setdefault(width, deque(maxlen=REMEMBERED)).append(seconds)
+
+    @property
+    def priced(self) -> bool:
+        """Some round with guesses was timed."""
+        return any(width > 0 for width in self._seen)
+
+    def table(self, most: int) -> np.ndarray | None:
+        """(most + 1,) seconds of a round by width, never falling; None until a plain round was timed.
+
+        Between measured widths the line between them holds, beyond the widest the line from the plain round
+        through it.
+        """
+        if 0 not in self._seen:
+            return None
+        widths = sorted(self._seen)
+        # the lower median: one slow round is a neighbour's doing, not the width's
+        medians = [sorted(self._seen[width])[(len(self._seen[width]) - 1) // 2] for width in widths]
+        seconds = rising(medians, [len(self._seen[width]) for width in widths])
+        plain, widest = seconds[0], widths[-1]
+        slope = (seconds[-1] - plain) / widest if widest else UNTIMED_GUESS * plain
+        asked = np.arange(most + 1)
+        table: np.ndarray = np.interp(asked, widths, seconds) + np.maximum(asked - widest, 0) * slope
+        return table
+
+
+class Assumed:
+    """Seconds that are not measured, so that a seed alone decides the text (``Timings`` answers differently)."""
+
+    priced = True
+
+    def __init__(self, cost: float) -> None:
+        """A guess costs ``cost`` plain rounds."""
+        self._cost = cost
+
+    def add(self, width: int, seconds: float) -> None:
+        """What the clock says is not listened to."""
+
+    def table(self, most: int) -> np.ndarray:
+        """See ``Timings.table``."""
+        return 1 + self._cost * np.arange(most + 1)
+
+
+def rising(values: Sequence[float], weights: Sequence[int]) -> np.ndarray:
+    """The never-falling sequence nearest to ``values`` in weighted squares: neighbours out of order are pooled."""
+    pools: list[tuple[float, int, int]] = []  # mean, weight, members
+    for value, weight in zip(values, weights, strict=True):
+        pools.append((value, weight, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (low, light, few), (mean, heavy, many) = pools.pop(), pools.pop()
+            total = light + heavy
+            pools.append(((low * light + mean * heavy) / total, total, few + many))
+    return np.repeat([mean for mean, _, _ in pools], [members for _, _, members in pools])

@@ -1,0 +1,222 @@
+"""Draft lengths: the formulas against published tables, and the controller on made-up drafts and clocks.
+
+No model here: a round's outcome is drawn from a given acceptance, its seconds come from given costs.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from specdec.length.acceptance import Acceptance
+from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
+from specdec.length.cost import Assumed, Timings, best_length, ceiling, rising, speed, tokens_per_round
+from specdec.records import Proposal, Round
+
+# --- formulas -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "guesses", "published"),
+    [(0.6, 2, 1.96), (0.7, 3, 2.53), (0.8, 2, 2.44), (0.8, 5, 3.69), (0.9, 2, 2.71), (0.9, 10, 6.86)],
+)
+def test_speed_without_draft_cost_is_table_1_of_leviathan_et_al(acceptance, guesses, published):
+    assert round(speed(acceptance, 0.0, guesses), 2) == published
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "cost", "guesses", "published"),
+    [(0.75, 0.02, 7, 3.2), (0.65, 0.02, 5, 2.4), (0.71, 0.11, 3, 2.0), (0.82, 0.11, 7, 2.5), (0.53, 0.02, 5, 1.9)],
+)
+def test_speed_is_table_4_within_its_rounding(acceptance, cost, guesses, published):
+    assert speed(acceptance, cost, guesses) == pytest.approx(published, abs=0.1)
+
+
+def test_limits_of_the_formulas():
+    assert speed(1.0, 0.0, 4) == 5
+    assert speed(0.0, 0.0, 4) == 1
+    assert tokens_per_round([]).tolist() == [1.0]
+    for acceptance, cost in ((0.3, 0.4), (0.4, 0.4)):  # a draft no better than it is dear
+        seconds = 1 + cost * np.arange(17)
+        assert best_length(tokens_per_round(acceptance ** np.arange(1, 17)), seconds) == 0
+
+
+def test_the_best_length_is_the_best_of_all_and_below_the_ceiling():
+    for acceptance in (0.3, 0.6, 0.8, 0.95):
+        for cost in (0.02, 0.1, 0.3):
+            speeds = [speed(acceptance, cost, k) for k in range(33)]
+            seconds = 1 + cost * np.arange(33)
+            assert best_length(tokens_per_round(acceptance ** np.arange(1, 33)), seconds) == int(np.argmax(speeds))
+            assert max(speeds) < ceiling(acceptance, cost)
+
+
+def test_rising_pools_neighbours_out_of_order():
+    assert rising([1, 3, 2, 4], [1, 1, 1, 1]).tolist() == [1, 2.5, 2.5, 4]
+    assert rising([4, 1], [1, 3]).tolist() == [1.75, 1.75]
+    assert rising([5], [1]).tolist() == [5]
+
+
+def test_timings_interpolate_and_extrapolate():
+    timings = Timings()
+    assert timings.table(4) is None
+    timings.add(0, 1.0)
+    assert timings.table(2).tolist() == [1.0, 1.5, 2.0]  # assumed
+    for seconds in (1.4, 9.0, 1.4):  # one of them disturbed
+        timings.add(2, seconds)
+    assert timings.table(4) == pytest.approx([1.0, 1.2, 1.4, 1.6, 1.8])
+
+
+# --- the controller -------------------------------------------------------------------------------
+
+
+class Rig:
+    """Rounds with drawn outcomes and counted seconds, as the loop would report them."""
+
+    def __init__(self, cost: float, wider: float = 0.0, rows: int = 1, tells: bool = False, seed: int = 0):
+        self.cost, self.wider, self.rows, self.tells = cost, wider, rows, tells
+        self.random = np.random.default_rng(seed)
+        self.seconds = 0.0
+        self.tokens = 0
+        self.rounds: list[tuple[int, float]] = []  # guesses, tokens a row
+
+    def round(self, rule: Adaptive, acceptance: float) -> None:
+        asked = rule.next(16)
+        drafted = 0
+        while drafted < asked:
+            drafted += 1
+            # a draft that knows: half of its guesses are sure, the others take the rest of the blame
+            if self.tells and not rule.goes_on(np.full(self.rows, acceptance)):
+                break
+        trials = self.random.random((self.rows, max(drafted, 1))) < acceptance
+        accepted = trials[:, :drafted].cumprod(axis=1).sum(axis=1)
+        seconds = 1 + drafted * (self.cost + self.wider)
+        self.seconds += seconds
+        self.tokens += float(accepted.mean()) + 1
+        self.rounds.append((drafted, float(accepted.mean()) + 1))
+        rule.observe(outcome(drafted, accepted), seconds)
+
+    def run(self, rule: Adaptive, acceptance: float, tokens: float) -> float:
+        """Speed against plain decoding over ``tokens`` more tokens a row."""
+        start, since = self.tokens, self.seconds
+        while self.tokens - start < tokens:
+            self.round(rule, acceptance)
+        return (self.tokens - start) / (self.seconds - since)
+
+
+def outcome(drafted: int, accepted: np.ndarray) -> Round:
+    rows = len(accepted)
+    zeros = np.zeros((rows, drafted), dtype=np.int64)
+    return Round(
+        proposal=Proposal.empty(rows, torch.device("cpu")),
+        drafted=zeros,
+        lengths=np.full(rows, drafted),
+        accepted=accepted,
+        emitted=np.zeros((rows, drafted + 1), dtype=np.int64),
+        counts=accepted + 1,
+        before=np.zeros(rows, dtype=np.int64),
+        scores=torch.zeros(0),
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("tells", [False, True])
+@pytest.mark.parametrize("cost", [0.05, 0.4, 0.8])
+def test_a_useless_draft_costs_a_few_percent(cost, rows, tells):
+    for seed in range(5):
+        rig = Rig(cost, wider=0.05, rows=rows, tells=tells, seed=seed)
+        speed_up = rig.run(Adaptive(Timings()), 0.0, 256)
+        assert speed_up > 0.975
+    assert sum(guesses > 0 for guesses, _ in rig.rounds) >= 4  # it does look again
+
+
+@pytest.mark.parametrize("cost", [0.05, 0.4])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_draft_that_becomes_good_is_found_within_64_tokens(cost, rows):
+    for seed in range(8):
+        rig = Rig(cost, rows=rows, seed=seed)
+        rule = Adaptive(Timings())
+        rig.run(rule, 0.0, 256)
+        rig.rounds.clear()
+        rig.run(rule, 0.97, 64 + 16)
+        guesses = [drafted for drafted, _ in rig.rounds]
+        plain = sum(drafted == 0 for drafted in guesses)
+        assert plain <= 64
+        assert guesses[-1] >= 2
+
+
+@pytest.mark.parametrize("acceptance", [0.5, 0.7, 0.85, 0.95])
+@pytest.mark.parametrize(("cost", "wider"), [(0.02, 0.0), (0.1, 0.02), (0.3, 0.0), (0.05, 0.3)])
+def test_nearly_as_fast_as_the_best_fixed_length(acceptance, cost, wider):
+    best = max(speed(acceptance, cost + wider, guesses) for guesses in range(17))
+    reached = [Rig(cost, wider, seed=seed).run(Adaptive(Timings()), acceptance, 400) for seed in range(6)]
+    assert np.mean(reached) > 0.9 * best
+    assert np.mean(reached) < ceiling(acceptance, cost + wider) * 1.05
+
+
+def test_a_draft_that_knows_its_chances_beats_every_fixed_length():
+    """Guesses are sure or hopeless, and the draft knows which: it must stop behind the first hopeless one."""
+    cost, random = 0.3, np.random.default_rng(1)
+    rule, seconds, tokens = Adaptive(Timings()), 0.0, 0.0
+    for _ in range(400):
+        asked, chances = rule.next(16), []
+        while len(chances) < asked:
+            chances.append(0.97 if random.random() < 0.7 else 0.05)
+            if not rule.goes_on(np.array([chances[-1]])):
+                break
+        kept = (random.random(len(chances)) < np.array(chances)).cumprod().sum()
+        spent = 1 + cost * len(chances)
+        rule.observe(outcome(len(chances), np.array([kept])), spent)
+        seconds, tokens = seconds + spent, tokens + kept + 1
+    alike = 0.7 * 0.97 + 0.3 * 0.05
+    assert tokens / seconds > 1.08 * max(speed(alike, cost, guesses) for guesses in range(17))
+
+
+def test_what_was_learnt_serves_the_next_call():
+    memory = Memory()
+    rig = Rig(0.05)
+    rig.run(memory.recall(1, False), 0.9, 100)
+    assert memory.recall(1, False).next(16) > 2
+    assert memory.recall(2, False).next(16) == 0  # another kind of call: a plain round comes first
+    assert memory.recall(1, True).next(16) == 0
+
+
+def test_assumed_costs_do_not_listen_to_the_clock():
+    lengths = []
+    for slow in (1.0, 50.0):
+        rule, rig = Adaptive(Assumed(0.2)), Rig(0.2, seed=3)
+        for _ in range(60):
+            asked = rule.next(16)
+            accepted = (rig.random.random((1, 16)) < 0.7).cumprod(axis=1).sum(axis=1).clip(max=asked)
+            rule.observe(outcome(asked, accepted), slow)
+            lengths.append(asked)
+    assert lengths[:60] == lengths[60:]
+    assert max(lengths) > 0
+
+
+def test_never_more_than_there_is_room_for():
+    rule, rig = Adaptive(Timings()), Rig(0.01)
+    rig.run(rule, 0.95, 60)
+    assert rule.next(3) == 3
+    assert rule.next(0) == 0
+
+
+def test_a_round_without_guesses_is_no_evidence_of_cost_for_a_draft_that_copies():
+    """Nothing found, nothing guessed: the round was a plain one, and drafting stays on."""
+    rule = Adaptive(Timings())
+    found = [False] * 20 + [True] * 6
+    for hit in found:
+        asked = rule.next(16)
+        drafted = asked if hit else 0
+        rule.observe(outcome(drafted, np.array([drafted])), 1 + 0.01 * drafted)
+    assert rule.next(16) >= 2
+
+
+def test_survival_falls_and_borrows():
+    acceptance = Acceptance(6)
+    for _ in range(10):
+        acceptance.add(3, np.array([3, 3]), np.array([3, 2]), [])
+    survival = acceptance.survival()
+    assert (np.diff(survival) <= 0).all()
+    assert survival[0] > 0.95
+    assert 0.4 < survival[2] < 0.65
+    assert 0 < survival[5] < survival[2]  # never asked for: from its neighbours
+    assert LONGEST_WAIT < 64
