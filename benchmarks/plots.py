@@ -39,7 +39,7 @@ def speeds(document: dict[str, Any], path: Path) -> Path:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(summary)), list(summary), rotation=20)
     axes.set_ylabel("speed, plain generate() = 1")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path

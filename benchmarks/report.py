@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDE = 150  # columns where the output is no terminal
+WIDE = 160  # columns at least: a terminal that is narrower folds the lines
 
 
 def number(value: float | None, form: str = ".2f", scale: float = 1.0) -> str:
@@ -18,8 +18,8 @@ def number(value: float | None, form: str = ".2f", scale: float = 1.0) -> str:
 
 
 def spread(figures: dict[str, Any]) -> str:
-    """Lowest and highest ratio."""
-    return f"{figures['ratio']['low']:.2f}–{figures['ratio']['high']:.2f}"
+    """Lowest and highest ratio, where there are several."""
+    return "" if figures["batches"] == 1 else f"{figures['ratio']['low']:.2f}–{figures['ratio']['high']:.2f}"
 
 
 def milliseconds(values: dict[str, float] | None, *names: str) -> str:
@@ -40,9 +40,11 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "first ms": lambda f: milliseconds(f["first_token_seconds"], "p50"),
     "gap ms 50/90/99": lambda f: milliseconds(f["gap_seconds"], "p50", "p90", "p99"),
     "GB/s": lambda f: number(f["bytes_per_second"], ".1f", 1e-9),
-    "Gop/token": lambda f: number(f["operations_per_token"], ".1f", 1e-9),
-    "GB/token": lambda f: number(f["bytes_per_token"], ".2f", 1e-9),
-    "MB more": lambda f: number(f["peak_memory_bytes"], ".0f", 1e-6),
+    "Gop": lambda f: number(f["operations_per_token"], ".1f", 1e-9),
+    "GB": lambda f: number(f["bytes_per_token"], ".2f", 1e-9),
+    "MB": lambda f: number(f["peak_memory_bytes"], ".0f", 1e-6),
+    "repeats": lambda f: number(f["repeated_8grams"]),
+    "copies": lambda f: number(f["copied_8grams"]),
     "J/token": lambda f: number(f["joules_per_token"]),
 }
 
@@ -50,14 +52,15 @@ LEGEND = """\
 x plain: plain's seconds a token / these, median over batches, with spread and geometric mean. bound: the ratio
 if all but the two models' forwards were free; reached: how much of it. accepted: guesses kept / guesses made.
 a round: new tokens a row from one pass of the target. gap: between tokens; those of one round come together, 0 ms
-apart. GB/s, Gop, GB: of weights, counted from forwards. MB more: peak above what was in use. repeats: share of
-the output's 8-grams that stood in the output before; copies: that stand in the prompt."""
+apart. GB/s: of weights, inside the forwards. Gop, GB: operations, and weights read, a new token. MB: peak above
+what was in use. repeats: share of the text's 8-grams that stood in it before; copies: that stand in the prompt."""
 
 
 def show(document: dict[str, Any], file: Any = None) -> None:
     """Print the summary of ``document`` as a table, and what is to be said beside it."""
     file = file or sys.stdout
-    console = Console(file=file, width=None if file.isatty() else WIDE, highlight=False)
+    console = Console(file=file, highlight=False)
+    console.width = max(console.width, WIDE)
     summary = document["summary"]
     shown = [name for name, cell in COLUMNS.items() if any(cell(f) for k in summary.values() for f in k.values())]
     table = Table(box=None, pad_edge=False, collapse_padding=True)
@@ -65,9 +68,7 @@ def show(document: dict[str, Any], file: Any = None) -> None:
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
     for kind, contestants in summary.items():
-        plain = contestants["plain"]
-        about = f"{plain['batches']} batches, repeats {plain['repeated_8grams']:.2f}"
-        table.add_row(f"[bold]{kind}[/bold] ({about}, copies {plain['copied_8grams']:.2f})")
+        table.add_row(f"[bold]{kind}[/bold] ({contestants['plain']['batches']} batches)")
         for name, figures in contestants.items():
             table.add_row(f"  {name}", *(COLUMNS[column](figures) for column in shown))
         table.add_section()

@@ -106,6 +106,7 @@ def test_the_whole_contest(saved, capsys, tmp_path):
     names = {"plain", "assisted", "assisted, k=3", "assisted, k=2", "prompt lookup, k=3", "prompt lookup, k=2"}
     names |= {f"specdec {draft}, k={k}" for draft in ("model", "ngram") for k in (2, 3)} | {"specdec none"}
     assert document["skipped"] == {}
+    assert not document["arguments"]["sample"]
     for kind in ("chat", "code_editing", "all"):
         summary = document["summary"][kind]
         assert set(summary) == names
@@ -134,6 +135,7 @@ def test_a_batch_of_samples(saved, capsys):
     assert run.main([*command, "--new", "6", "--batch", "3", "--sample", "--repeats", "2", *rest]) == 0
     document = last_line(capsys)
     skipped, summary = document["skipped"], document["summary"]["structured"]
+    assert document["arguments"]["sample"]
     assert "batch" in skipped["assisted"]
     assert "prediction" in skipped["specdec model+prediction"]
     assert set(summary) == {"plain", "specdec ngram", "specdec none"}
