@@ -72,11 +72,11 @@ endef
 
 # torch on its own first: pip then takes a build that is at hand (CPU only, say) before it weighs the rest.
 define install
-$(PIP) install -c constraints.txt $(TORCH) && $(PIP) install -q -c constraints.txt -e '.[test,demo,dev]'
+$(PIP) install -c constraints.txt $(TORCH) && $(PIP) install -q -c constraints.txt -e '.[test,demo,bench,dev]'
 endef
 
 define whole
-$(PYTHON) -c 'import accelerate, gguf, hypothesis, mypy.api, numpy, pytest, safetensors, xdist, torch, transformers' \
+$(PYTHON) -c 'import accelerate, gguf, hypothesis, matplotlib, mypy.api, numpy, pytest, rich, safetensors, xdist, torch, transformers' \
     && $(PYTHON) -m ruff --version >/dev/null
 endef
 

@@ -1,0 +1,251 @@
+"""The benchmarks run from end to end, on tiny models: what they print is complete and adds up."""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from specdec.testing import noisy_copy, tiny_llama
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+PROMPTS = sorted((FOLDER / "prompts").glob("*.toml"))
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The scripts import one another as they do when run."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if (FOLDER / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of a tiny target and of its draft, with a tokenizer trained on the prompts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<pad>", "<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train([str(path) for path in PROMPTS], trainer)
+    target = tiny_llama(vocabulary=512, max_position_embeddings=2048)
+    folders = []
+    for name, model in {"target": target, "draft": noisy_copy(target, 0.05)}.items():
+        folders.append(tmp_path_factory.mktemp(name))
+        model.save_pretrained(folders[-1])
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folders[-1])
+    return [str(folder) for folder in folders]
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# --- the prompts ---
+
+
+@pytest.mark.parametrize("path", PROMPTS, ids=lambda path: path.stem)
+def test_prompts_are_well_formed(path):
+    import workload
+
+    content = tomllib.loads(path.read_text())
+    assert content["about"]
+    prompts = workload.prompts_of(path.stem)
+    assert 4 <= len(prompts) <= 6
+    assert len({prompt.text for prompt in prompts}) == len(prompts)
+    for entry, prompt in zip(content["prompt"], prompts, strict=True):
+        assert entry.keys() in ({"text"}, {"instruction", "passage"}, {"instruction", "language", "file"})
+        assert (prompt.prediction is not None) == ("file" in entry)
+        if prompt.prediction is not None:
+            assert prompt.prediction in prompt.text
+            assert 25 <= len(entry["file"].strip().splitlines()) <= 40
+        if path.stem == "summarising":
+            assert 200 <= len(entry["passage"].split()) <= 350
+
+
+def test_the_classes_are_those_of_the_readme():
+    import workload
+
+    readme = (FOLDER / "README.md").read_text()
+    assert len(workload.classes()) == 7
+    assert not [name for name in workload.classes() if f"`{name}`" not in readme]
+
+
+def test_batches_are_full():
+    import workload
+
+    assert workload.batches("abcde", 2) == [["a", "b"], ["c", "d"], ["e", "a"]]
+    assert workload.batches("ab", 3) == [["a", "b", "a"]]
+
+
+# --- run.py ---
+
+
+def test_the_whole_contest(saved, capsys, tmp_path):
+    import run
+
+    command = [*saved, "--drafts", "model,ngram", "--k", "3", "--k", "2", "--classes", "chat,code_editing"]
+    command += ["--prompts", "1", "--new", "12", "--dtype", "float32", "--noise"]
+    assert run.main([*command, "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "plots")]) == 0
+    printed = capsys.readouterr()
+    document = json.loads(printed.out.splitlines()[-1])
+    assert document == json.loads((tmp_path / "out.json").read_text())
+    assert "x plain" in printed.out
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"speed.png", "cost.png"}
+    assert document["provenance"]["versions"]["torch"] == torch.__version__
+    assert set(document["cost_curve"]["target"]) == {str(width) for width in range(1, 17)}
+    names = {"plain", "assisted", "assisted, k=3", "assisted, k=2", "prompt lookup, k=3", "prompt lookup, k=2"}
+    names |= {f"specdec {draft}, k={k}" for draft in ("model", "ngram") for k in (2, 3)} | {"specdec none"}
+    assert document["skipped"] == {}
+    assert not document["arguments"]["sample"]
+    for kind in ("chat", "code_editing", "all"):
+        summary = document["summary"][kind]
+        assert set(summary) == names
+        for name, figures in summary.items():
+            assert figures["divergences"] == [], name  # float32: the same text
+            assert figures["tokens"] == (24 if kind == "all" else 12)
+            assert 0 < figures["of_model_bound"] < 1
+            assert figures["ratio"]["low"] <= figures["ratio"]["median"] <= figures["ratio"]["high"]
+            assert figures["gap_seconds"]["p50"] <= figures["gap_seconds"]["p99"]
+        plain, model = summary["plain"], summary["specdec model, k=3"]
+        assert plain["ratio"]["each"] == [1.0] * plain["batches"]
+        assert plain["target_forwards_per_token"] == 1
+        assert plain["acceptance_rate"] is None
+        assert model["acceptance_rate"] > 0
+        assert model["target_forwards_per_token"] < 1 < model["tokens_per_round"]
+        assert model["draft_forwards_per_token"] > 0
+        assert model["operations_per_token"] > plain["operations_per_token"]
+        assert summary["assisted, k=3"]["acceptance_rate"] > 0
+
+
+def test_a_batch_of_samples(saved, capsys):
+    import run
+
+    command = [*saved, "--drafts", "ngram,model+prediction", "--classes", "structured", "--prompts", "2"]
+    rest = ["--useless-draft", "--no-stream"]
+    assert run.main([*command, "--new", "6", "--batch", "3", "--sample", "--repeats", "2", *rest]) == 0
+    document = last_line(capsys)
+    skipped, summary = document["skipped"], document["summary"]["structured"]
+    assert document["arguments"]["sample"]
+    assert "batch" in skipped["assisted"]
+    assert "prediction" in skipped["specdec model+prediction"]
+    assert set(summary) == {"plain", "specdec ngram", "specdec none"}
+    assert summary["specdec ngram"]["tokens"] == 36  # three rows of six, twice
+    assert summary["specdec ngram"]["first_token_seconds"] is None
+
+
+def test_an_unknown_word_is_the_librarys_error(saved, capsys):
+    import run
+
+    assert run.main([saved[0], "--drafts", "nonsense"]) == 2
+    assert "draft='nonsense'" in capsys.readouterr().err
+    assert run.main([saved[0], "--drafts", "model"]) == 2
+    assert "DRAFT" in capsys.readouterr().err
+    assert run.main([saved[0], "--classes", "nonsense"]) == 2
+    assert "chat" in capsys.readouterr().err
+
+
+# --- the parts that no run would show to be wrong ---
+
+
+def test_tokens_that_came_together_are_no_time_apart():
+    from measure import Run
+
+    steps = [(1.0, 1), (3.0, 3), (4.0, 1)]
+    run = Run(torch.zeros(1, 5), 0, [[7] * 5], 4.0, steps, [], [], None, None, None)
+    assert run.first_token == 1.0
+    assert run.gaps == [2.0, 0.0, 0.0, 1.0]
+
+
+def test_new_tokens_end_at_the_end():
+    from measure import new_tokens
+
+    rows = torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [9, 5, 5, 5]])
+    assert new_tokens(rows, [2, 9]) == [[5, 2], [5, 6, 7, 8], [9]]
+    assert new_tokens(rows, None) == rows.tolist()
+
+
+def test_time_outside_the_models():
+    from costs import outside_per_round
+    from measure import Forward
+
+    target = [Forward(1, 9, 0.0, 1.0), Forward(1, 3, 2.0, 3.0), Forward(1, 3, 5.0, 5.5)]
+    draft = [Forward(1, 9, -1.0, 0.0), Forward(1, 1, 1.25, 1.75), Forward(1, 1, 3.0, 4.5)]
+    assert outside_per_round(target, draft) == [0.5, 0.5]
+
+
+def test_noise_is_half_a_step():
+    from models import GROUP, add_noise
+
+    layer = torch.nn.Sequential(torch.nn.Linear(2 * GROUP + 5, 40))
+    layer.requires_grad_(False)
+    before = layer[0].weight.clone()
+    add_noise(layer)
+    noise = (layer[0].weight - before).abs()
+    group = before[:, GROUP : 2 * GROUP]
+    half = (group.amax(1) - group.amin(1))[:, None] / 30
+    inside = noise[:, GROUP : 2 * GROUP]
+    assert (inside <= half * 1.001).all()
+    assert float((inside / half).mean()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_shares_of_8grams():
+    from summary import copied, percentiles, repeated
+
+    assert repeated([*range(8), *range(8)]) == pytest.approx(1 / 9)
+    assert repeated([1] * 16) == pytest.approx(8 / 9)
+    assert copied(range(10), range(5, 30)) == 0
+    assert copied(range(10), range(1, 9)) == pytest.approx(1 / 3)
+    assert percentiles(range(1, 101)) == {"p50": 50, "p90": 90, "p99": 99}
+
+
+# --- the two smaller scripts ---
+
+
+def test_overhead(saved, capsys):
+    import overhead
+
+    command = [*saved, "--new", "16", "--repeats", "1", "--dtype", "float32", "--vocabulary", "300", "--batch", "2"]
+    assert overhead.main(command) == 0
+    document = last_line(capsys)
+    assert set(document["round"]) == {"specdec", "assisted"}
+    for figures in document["round"].values():
+        assert 0 < figures["outside_ms"] <= figures["p90_ms"]
+        assert figures["guesses"] > 1
+    assert {f["against"] for f in document["verification"].values()} == {"softmax", "argmax"}
+
+
+def test_useless(saved, capsys):
+    import useless
+
+    command = [*saved, "--k", "3", "--new", "24", "--repeats", "2", "--batch", "2", "--dtype", "float32"]
+    assert useless.main(command) == 0
+    document = last_line(capsys)
+    found = document["useless"]
+    assert found["same_text"]
+    assert found["plain_forwards"] == 24
+    # with a fixed number of guesses it must show the loss: nearly every round drafts in vain
+    assert found["counted_cost"] > 1.5
+    assert found["lowest"] <= found["ratio"] <= found["highest"]
+    # and a draft that is never given up is used again at once
+    assert document["switching"]["switched_at"] == 12
+    assert 0 <= document["switching"]["used_again_after"] <= 4
+    assert document["switching"]["rounds_with_guesses_before"] == document["switching"]["rounds_before"]
+
+
+def test_first_use():
+    from useless import first_use
+
+    tokens = [0, 1, 2, 3, 4, 6, 8, 10, 12]
+    drafted = [True, True, True, False, True, True, True, True, True]
+    assert first_use(tokens, drafted, 2) == 4
+    assert first_use(tokens, drafted, 7) is None
