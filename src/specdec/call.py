@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from specdec.errors import InvalidInput
+from specdec.layouts.handover import is_callers
 from specdec.length import DraftLength
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
@@ -90,7 +91,14 @@ def run_call(
     processing = Processing(logits_processor)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    target = Scorer(model, model_kwargs, generation_config, max_length=state.max_length, layout=request.layout)
+    target = Scorer(
+        model,
+        model_kwargs,
+        generation_config,
+        max_length=state.max_length,
+        layout=request.layout,
+        returns_cache=_cache_is_seen(generation_config, model_kwargs),
+    )
     proposer = request.proposer if speculates else Nothing()
     if speculates and hasattr(proposer, "begin"):
         prompt = state.tokens[:, : state.prompt_length]
@@ -114,7 +122,15 @@ def run_call(
     if length.most > 0 and target.settled and stats.layout == "plain" and request.layout == "auto":
         warn_plain(model, "several tokens in one forward do not give the scores of one-token steps")
     sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
-    return collector.output(model, sequences, stats)
+    cache = None
+    if _cache_is_seen(generation_config, model_kwargs):
+        cache = target.finish(state.tokens, int(state.lengths.max()) - 1)
+    return collector.output(model, sequences, stats, cache)
+
+
+def _cache_is_seen(config: Any, model_kwargs: dict[str, Any]) -> bool:
+    """The caller will go on with the cache: it is returned, or the caller's own."""
+    return bool(config.return_dict_in_generate) or is_callers(model_kwargs.get("past_key_values"))
 
 
 def _state(
@@ -122,7 +138,7 @@ def _state(
 ) -> State:
     """The committed tokens at the start, and where rows end."""
     prompt = input_ids.to(model.device)
-    if prompt.shape[1] == 0:
+    if prompt.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
         raise InvalidInput(
             "the prompt is empty and the model has no bos token to begin with; give at least one token"
         )
@@ -167,7 +183,7 @@ def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
 
 def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
     """The user's inputs with one row a row of the batch: ``num_return_sequences`` repeats rows."""
-    named = [inputs[n] for n in ("attention_mask", "input_ids", "input_features") if n in inputs]
+    named = [inputs[n] for n in ("attention_mask", "input_ids", "input_features", "inputs_embeds") if n in inputs]
     rows = int(named[0].shape[0]) if named else batch
     if rows == batch or batch % rows:
         return inputs

@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
+from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
 from specdec.proposers.draft_model import DraftModel, embedded
 from specdec.proposers.ngram import NGram
@@ -33,8 +34,7 @@ REFUSED = {
     "use_mtp": OURS,
     "custom_generate": "SpeculativeGenerator is one itself; " + PLAIN,
     "synced_gpus": PLAIN,
-    "past_key_values": "give the whole conversation as input_ids, or " + PLAIN,
-    "inputs_embeds": "give input_ids, or " + PLAIN,
+    "cache_params": "give the whole conversation as input_ids, or " + PLAIN,
     "token_healing": "heal the prompt before the call, or " + PLAIN,
     "output_attentions": PLAIN,
     "output_hidden_states": PLAIN,
@@ -188,13 +188,21 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
             f"input_ids has shape {tuple(ids.shape)}; wanted is (batch, length), e.g. a tokenizer's output "
             "with return_tensors='pt'"
         )
-    if ids.shape[1] == 0:
+    embeds = given.get("inputs_embeds") is not None
+    if ids.shape[1] == 0 and not embeds:
         raise InvalidInput("the prompt is empty; give at least one token, such as the model's bos token")
     if ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInput(f"input_ids has dtype {ids.dtype}; wanted are token ids (torch.int64)")
     mask = given.get("attention_mask")
+    past = cached_columns(given.get("past_key_values"))
+    whole = not isinstance(mask, Tensor) or mask.shape == ids.shape
+    if past and whole and not embeds and ids.shape[1] <= past:
+        raise InvalidInput(
+            f"past_key_values holds {past} columns and input_ids {ids.shape[1]}; give the whole conversation "
+            "as input_ids, or only what is new with an attention_mask over all of it"
+        )
     if isinstance(mask, Tensor):
-        if mask.shape != ids.shape:
+        if mask.shape != ids.shape and mask.shape != (ids.shape[0], past + ids.shape[1]) and not embeds:
             raise InvalidInput(
                 f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; wanted is "
                 "one number for each token: pass both as the tokenizer returned them"

@@ -36,7 +36,7 @@ class Collector:
         if self._logits is not None and round_.logits is not None:
             self._place(self._logits, round_.logits.float(), round_)
 
-    def output(self, model: Any, sequences: Tensor, stats: Stats) -> Any:
+    def output(self, model: Any, sequences: Tensor, stats: Stats, cache: Any) -> Any:
         """Ids (B, L), or the output class with ``speculation`` beside."""
         if not self._as_dict:
             return sequences
@@ -44,6 +44,7 @@ class Collector:
             "sequences": sequences,
             "scores": _cut(self.scores, stats.row_emitted),
             "logits": _cut(self._logits, stats.row_emitted),
+            "past_key_values": cache,
         }
         out: Any
         if model.config.is_encoder_decoder:

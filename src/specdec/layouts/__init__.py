@@ -7,7 +7,7 @@ Knows nothing of proposals or verification. Read next: ``columns.py``.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -43,6 +43,10 @@ class Layout(Protocol):
 
     def settle(self, columns: int) -> None:
         """Columns below this one are final: no later ``rewind`` goes behind them."""
+        ...
+
+    def hand_over(self, columns: int) -> Any:
+        """The cache as transformers keeps it; it holds the first ``columns`` of every row, nothing else."""
         ...
 
     def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin
 
 from specdec.layouts.forget import drop, own_cache, trim
+from specdec.layouts.handover import cached_columns, end_recording, write_into
 from specdec.layouts.snapshot import Snapshots
 
 # a row further ahead of the slowest one than this guesses nothing until that one has caught up
@@ -60,6 +61,8 @@ class Columns:
         self._fed = 0  # columns in the cache
         self._outputs: Any = None
         self._fed_kwargs = self._kwargs
+        self._given = self.cache
+        self.hidden = 0
         self.become("nothing")
 
     def prefill(self, prompt: Tensor) -> Tensor:
@@ -68,6 +71,9 @@ class Columns:
         self.forwards += 1
         self._columns = self._fed = int(prompt.shape[1])
         self._take_cache()
+        # a past that the caller gave, or embeddings in the place of ids, lies before the first column
+        held = cached_columns(self.cache)
+        self.hidden = held - self._fed if held else 0
         return self._scores(1)
 
     def mark(self) -> tuple[Any, ...]:
@@ -105,7 +111,7 @@ class Columns:
 
     @property
     def fed(self) -> int:
-        """Columns in the cache."""
+        """Columns in the cache; those that no id stands for (``hidden``) are not counted."""
         return self._fed
 
     @property
@@ -168,6 +174,14 @@ class Columns:
             self._kwargs, self._columns = self._fed_kwargs, self._fed
             if self._snapshots is not None:
                 self._snapshots.drop()
+
+    def hand_over(self, columns: int) -> Any:
+        """See ``Layout.hand_over``."""
+        cache = self.cache
+        if self._forget == "crop":
+            trim(cache)
+            end_recording(cache)
+        return write_into(self._given, cache)
 
     def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
         """See ``Layout.reach``."""

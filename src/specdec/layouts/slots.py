@@ -27,6 +27,7 @@ from transformers.cache_utils import (
 
 from specdec.layouts import masks
 from specdec.layouts.columns import Columns
+from specdec.layouts.handover import cached_columns, give_back, is_callers
 
 BLOCK = 64
 
@@ -53,10 +54,12 @@ class Slots:
         own = native.self_attention_cache if isinstance(native, EncoderDecoderCache) else native
         if not isinstance(own, Cache) or not own.layers:
             raise ValueError("slots need a transformers cache of layers")
-        layers = [_slot_layer(layer, self._width) for layer in own.layers]
+        held = cached_columns(native)
+        self._hidden = held - self._width
+        layers = [_slot_layer(layer, held) for layer in own.layers]
         self._cache = SlotCache(layers)
         for layer in own.layers:
-            if not isinstance(layer, DummyLayer):
+            if not isinstance(layer, DummyLayer) and not is_callers(native):
                 layer.keys = layer.values = None  # the prompt shall not be held twice
         self._handed: Any = self._cache
         if isinstance(native, EncoderDecoderCache):
@@ -81,11 +84,11 @@ class Slots:
             self._starts = np.full_like(lengths, self._width)
         starts = np.minimum(self._starts, lengths - 1)
         width = int((lengths - starts).max())
-        self._grow(tokens.shape[0], int(starts.max()) + width)
+        self._grow(tokens.shape[0], int(starts.max()) + width + self._hidden)
         device = tokens.device
         offset = torch.from_numpy(starts).to(device, non_blocking=True)
         columns = offset[:, None] + torch.arange(width, device=device)
-        self._cache.place(columns, starts)
+        self._cache.place(columns + self._hidden, starts + self._hidden)
         kwargs = self._plain.describe_more(width)
         kwargs["past_key_values"] = self._handed
         kwargs[self._mask_key] = self._mask
@@ -113,6 +116,15 @@ class Slots:
     def settle(self, columns: int) -> None:
         """Nothing moves here, so nothing has to be settled."""
 
+    def hand_over(self, columns: int) -> Any:
+        """See ``Layout.hand_over``."""
+        native = self._plain.cache
+        own = native.self_attention_cache if isinstance(native, EncoderDecoderCache) else native
+        for layer, slots in zip(own.layers, self._cache.layers, strict=True):
+            if isinstance(slots, SlotLayer):
+                give_back(layer, slots.keys, slots.values, columns + self._hidden)
+        return native
+
     def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
         """See ``Layout.reach``: rows never wait for one another."""
         return np.full_like(lengths, np.iinfo(np.int64).max)
@@ -120,7 +132,7 @@ class Slots:
     def _positions(self, columns: Tensor) -> Tensor:
         """Positions of ``columns`` (B, W): those of the prompt go on; without any, columns are counted."""
         if self._last_position is None:
-            return columns
+            return columns + self._hidden
         positions: Tensor = self._last_position + 1 + (columns - self._width)
         return positions
 

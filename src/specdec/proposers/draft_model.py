@@ -113,6 +113,7 @@ class _Run:
             return Proposal.empty(state.batch, state.device)
         if self._prompt is not None:
             self._scorer.prefill(self._prompt, speculate=True)
+            self._longest -= self._scorer.hidden
             self._prompt = None
         self._sync(state)
         guesses: list[Tensor] = []
@@ -227,7 +228,22 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
     """The user's inputs that this draft can take: all of them for a twin, the text's for another kind."""
     twin = type(model) is type(call.target)
     known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
-    return {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
+    inputs = {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
+    embeds = call.inputs.get("inputs_embeds")
+    if model.config.is_encoder_decoder or embeds is None:
+        # where the target goes on from a cache, masks and positions reach back further than the ids
+        return {name: _newest(name, value, call.prompt.shape[1]) for name, value in inputs.items()}
+    inputs.pop("inputs_embeds", None)
+    if call.prompt.shape[1]:
+        return {}  # the text alone
+    if model.get_input_embeddings().weight.shape[1] != embeds.shape[-1]:
+        raise ValueError("the call gives embeddings of another size and no input_ids")
+    return {**inputs, "inputs_embeds": embeds}
+
+
+def _newest(name: str, value: Tensor, columns: int) -> Tensor:
+    along = ("attention_mask", "position_ids", "token_type_ids")
+    return value[..., -columns:] if name in along and value.shape[-1] > columns else value
 
 
 def _chance(scores: Tensor, guess: Tensor) -> Tensor:
