@@ -123,8 +123,7 @@ REFUSED = {
 }
 ARGUMENTS = {
     "assistant_model": lambda: noisy(llama()),
-    "past_key_values": DynamicCache,
-    "inputs_embeds": lambda: torch.zeros(1, 3, 32),
+    "cache_params": DynamicCache,
     "custom_generate": lambda: print,
     "synced_gpus": lambda: True,
     "use_mtp": lambda: True,
