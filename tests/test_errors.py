@@ -162,12 +162,6 @@ def test_refused_argument(name):
     assert error.option == name
 
 
-@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
-def test_refused_output(name):
-    options = {name: True, "return_dict_in_generate": True}
-    assert_refused(llama(), UnsupportedOption, f"`{name}` is not supported", IDS, **options)
-
-
 @pytest.mark.parametrize("name", [*REFUSED, *ARGUMENTS])
 def test_a_refused_option_that_holds_nothing_is_fine(name):
     value = 1 if name == "num_beams" else None

@@ -82,7 +82,9 @@ def run_call(
     state = _state(model, input_ids, generation_config, stopping_criteria, model_kwargs, length.most)
     # the prompt draws the first token, and a guess needs room for itself and one more
     room = state.max_length - state.prompt_length > 2
+    collector = Collector(generation_config, state, model, model_kwargs)
     speculates = room and not isinstance(request.proposer, Nothing) and length.most > 0
+    speculates = speculates and not collector.keeps_attentions
     length = length if speculates else Fixed(0)
     inputs = _repeated(request.inputs, state.batch)
     sampling = request.sampling(
@@ -105,13 +107,20 @@ def run_call(
         proposer = proposer.begin(
             Call(model, prompt, inputs, state.max_length, processing, sampling, length.goes_on)
         )
-    collector = Collector(generation_config, state)
     watcher = Watcher(stopping_criteria, streamer, state)
     if processing.in_lockstep and watcher.watches:
         # a processor with state must not be called for a step that a condition would have prevented
         length = Fixed(0)
     rounds = decode(
-        state, target, proposer, length, processing, sampling, stats, keep_logits=collector.keeps_logits
+        state,
+        target,
+        proposer,
+        length,
+        processing,
+        sampling,
+        stats,
+        keep_logits=collector.keeps_logits,
+        keep_states=collector.keeps_states,
     )
     for round_ in rounds:
         collector.add(round_)
@@ -125,7 +134,7 @@ def run_call(
     cache = None
     if _cache_is_seen(generation_config, model_kwargs):
         cache = target.finish(state.tokens, int(state.lengths.max()) - 1)
-    return collector.output(model, sequences, stats, cache)
+    return collector.output(sequences, stats, cache)
 
 
 def _cache_is_seen(config: Any, model_kwargs: dict[str, Any]) -> bool:

@@ -39,6 +39,7 @@ def decode(
     stats: Stats,
     *,
     keep_logits: bool = False,
+    keep_states: tuple[str, ...] = (),
 ) -> Iterator[Round]:
     """Yield rounds until every row has ended. Rows may also be ended from outside, between rounds."""
     observe: Callable[[Round], None] | None = getattr(proposer, "observe", None)
@@ -52,7 +53,9 @@ def decode(
     while True:
         start = clock()
         accepted, next_token, scores = _verify(logits, state, proposal, processing, sampling)
-        round_ = state.commit(proposal, accepted, next_token, scores, logits if keep_logits else None)
+        round_ = state.commit(
+            proposal, accepted, next_token, scores, logits if keep_logits else None, target.states(keep_states)
+        )
         stats.count(round_)
         if observe is not None:
             observe(round_)

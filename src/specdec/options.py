@@ -36,15 +36,12 @@ REFUSED = {
     "synced_gpus": PLAIN,
     "cache_params": "give the whole conversation as input_ids, or " + PLAIN,
     "token_healing": "heal the prompt before the call, or " + PLAIN,
-    "output_attentions": PLAIN,
-    "output_hidden_states": PLAIN,
     "constraints": PLAIN,
     "force_words_ids": PLAIN,
     "penalty_alpha": PLAIN,
     "dola_layers": PLAIN,
     "compile_config": "leave it unset; the loop is not compiled yet",
 }
-OUTPUTS = ("output_attentions", "output_hidden_states")
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
 ASSISTANCE = {
     "num_assistant_tokens": "set num_draft_tokens of SpeculativeGenerator",
@@ -137,8 +134,6 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
         return None
 
     for name, instead in REFUSED.items():
-        if name in OUTPUTS and not value("return_dict_in_generate"):
-            continue  # plain generate() ignores these flags without the dictionary
         found = value(name)
         if isinstance(found, Tensor) or found not in (None, False):
             raise UnsupportedOption(name, instead)

@@ -19,6 +19,7 @@ from specdec.layouts.check import Candidate, Trial
 from specdec.layouts.columns import Columns
 from specdec.layouts.facts import counts_the_cache, one_token_reason
 from specdec.layouts.slots import Slots
+from specdec.records import States
 
 NEVER = np.iinfo(np.int64).max
 LAYOUTS = ("auto", "slots", "columns", "snapshot", "plain")
@@ -64,6 +65,7 @@ class Scorer:
         self._is_draft = is_draft
         self._trial: Trial | None = None  # until the layout is settled: one-token steps, which it watches
         self._ready = False
+        self._at_prompt = True
         self._returns_cache = returns_cache
         self._ends = np.zeros(0, dtype=np.int64)  # (B,) what ``kept`` was when a row ended
 
@@ -93,6 +95,7 @@ class Scorer:
         """
         scores = self._columns.prefill(prompt).clone()
         self.kept = np.full(prompt.shape[0], prompt.shape[1], dtype=np.int64)
+        self._at_prompt = True
         self._ends = np.full_like(self.kept, NEVER)
         candidates: dict[str, Candidate] = {"plain": _plain}
         if speculate:
@@ -111,6 +114,7 @@ class Scorer:
         """Scores of ``count`` columns from ``first`` (B,) on, rows being fed up to ``lengths`` (B,)."""
         if self._returns_cache:
             lengths, first = self._with_padding(lengths, first)
+        self._at_prompt = False
         scores = self.layout.forward(tokens, lengths, first, count)
         self.kept = lengths.copy()
         if self._trial is not None:
@@ -121,6 +125,22 @@ class Scorer:
         """Settle the layout once the first steps were seen; to be called before ``rollback``."""
         if self._ready and self._trial is not None:
             self.layout, self._trial = self._trial.decide(tokens), None
+
+    def states(self, names: tuple[str, ...]) -> States | None:
+        """The outputs called ``names`` for the columns that the last scores belong to.
+
+        Hidden states are (B, count, size) a layer, of the prompt (B, P, size). Attentions are taken as they
+        are: they are asked for in passes over one column only.
+        """
+        if not names:
+            return None
+        outputs = self._columns.outputs if self._at_prompt else self.layout.outputs
+        found: States = {}
+        for name in names:
+            layers = list(outputs.get(name) or ())
+            whole = self._at_prompt or "attentions" in name
+            found[name] = layers if whole else [self.layout.pick(layer) for layer in layers]
+        return found
 
     def rollback(self, tokens: Tensor, kept: np.ndarray, live: np.ndarray) -> None:
         """Forget every column from ``kept`` (B,) on; after this the cache agrees with the committed tokens."""

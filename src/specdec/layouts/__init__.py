@@ -18,6 +18,11 @@ class Layout(Protocol):
 
     name: str
     forwards: int
+    outputs: Any  # of the last forward
+
+    def pick(self, states: Tensor) -> Tensor:
+        """Of ``states`` (B, W, ...) of the last forward the part (B, count, ...) that its scores are."""
+        ...
 
     def prefill(self, prompt: Tensor) -> Tensor:
         """Feed the whole prompt (B, P); return the scores of its last column, (B, 1, V)."""

@@ -27,6 +27,7 @@ from transformers import Cache, GenerationMixin
 
 from specdec.layouts.forget import drop, own_cache, trim
 from specdec.layouts.handover import cached_columns, end_recording, write_into
+from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.snapshot import Snapshots
 
 # a row further ahead of the slowest one than this guesses nothing until that one has caught up
@@ -61,6 +62,7 @@ class Columns:
         self._fed = 0  # columns in the cache
         self._outputs: Any = None
         self._fed_kwargs = self._kwargs
+        self._wanted = (np.zeros(0, dtype=np.int64), 0)  # what ``pick`` takes: rows counted from the last one
         self._given = self.cache
         self.hidden = 0
         self.become("nothing")
@@ -131,22 +133,23 @@ class Columns:
     def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """See ``Layout.forward``."""
         upto = int(lengths.max())
-        if self._wide or upto == self._fed + 1:
-            start = self._fed
+        start = self._fed
+        self._wanted = (first - upto, count)
+        if self._wide or upto == start + 1:
             scores = self._feed(tokens, upto)
         else:
-            start = self._fed
             steps = [self._feed(tokens, column) for column in range(self._fed + 1, upto + 1)]
             scores = torch.cat(steps, dim=1)
-        lowest = int(first.min())
-        if lowest == int(first.max()):
-            scores = scores[:, lowest - start : lowest - start + count]
-            missing = count - scores.shape[1]
-            return torch.nn.functional.pad(scores, (0, 0, 0, missing)) if missing else scores
-        # ended rows are behind and get whatever stands at the edge
-        picked = torch.from_numpy(first - start).to(scores.device)[:, None]
-        picked = (picked + torch.arange(count, device=scores.device)).clamp(0, scores.shape[1] - 1)
-        return scores.gather(1, picked[..., None].expand(-1, -1, scores.shape[-1]))
+        return self.pick(scores)
+
+    @property
+    def outputs(self) -> Any:
+        """Of the last forward."""
+        return self._outputs
+
+    def pick(self, states: Tensor) -> Tensor:
+        """See ``Layout.pick``."""
+        return rows_from_the_end(states, *self._wanted)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``."""

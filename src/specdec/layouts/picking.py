@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 
-def rows_from(states: Tensor, first: np.ndarray, count: int) -> Tensor:
-    """``count`` rows of ``states`` (B, W, V) from ``first`` (B,) on; outside they repeat the edge.
+def rows_from_the_end(states: Tensor, first: np.ndarray, count: int) -> Tensor:
+    """``count`` rows of ``states`` (B, W, V) from ``first`` (B,) on, counted from behind: -1 is the last.
 
-    Rows that have ended are behind or have gone ahead, and get whatever stands there.
+    So a pass that gave scores of its last columns only is no other case. Rows that have ended are behind or have
+    gone ahead; outside, the edge is repeated.
     """
-    lowest = int(first.min())
-    if lowest == int(first.max()):
-        if lowest == 0 and states.shape[1] == count:
+    width = states.shape[1]
+    lowest = width + int(first.min())
+    if lowest == width + int(first.max()):
+        if lowest == 0 and width == count:
             return states
-        if lowest >= 0 and lowest + count <= states.shape[1]:
+        if lowest >= 0 and lowest + count <= width:
             return states[:, lowest : lowest + count]
-    at = torch.from_numpy(first).to(states.device)[:, None]
-    at = (at + torch.arange(count, device=states.device)).clamp(0, states.shape[1] - 1)
+    at = torch.from_numpy(first + width).to(states.device)[:, None]
+    at = (at + torch.arange(count, device=states.device)).clamp(0, width - 1)
     return states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))

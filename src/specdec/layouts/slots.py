@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 from specdec.layouts import masks
 from specdec.layouts.columns import Columns
 from specdec.layouts.handover import cached_columns, give_back, is_callers
+from specdec.layouts.picking import rows_from_the_end
 
 BLOCK = 64
 
@@ -72,6 +73,8 @@ class Slots:
         positions = kwargs.get(self._position_key)
         self._last_position = None if positions is None else positions[..., -1:]
         self._starts = np.zeros(0, dtype=np.int64)
+        self.outputs: Any = None
+        self._wanted = (self._starts, 0)  # what ``pick`` takes: rows counted from the last one
         self._mask: Tensor | None = None
 
     def prefill(self, prompt: Tensor) -> Tensor:
@@ -103,10 +106,15 @@ class Slots:
         skipped = int((first - starts).min())  # nobody wants their scores
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = width - skipped
-        scores: Tensor = self._model(**inputs, return_dict=True).logits[:, skipped - width :]
+        self.outputs = self._model(**inputs, return_dict=True)
         self.forwards += 1
         self._starts = lengths.copy()
-        return _rows(scores, first - starts - skipped, count)
+        self._wanted = (first - starts - width, count)
+        return self.pick(self.outputs.logits)
+
+    def pick(self, states: Tensor) -> Tensor:
+        """See ``Layout.pick``."""
+        return rows_from_the_end(states, *self._wanted)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``: what is forgotten will be overwritten."""
@@ -238,12 +246,3 @@ def _slot_layer(layer: Any, width: int) -> Any:
     missing = width - layer.keys.shape[-2]
     keys, values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (layer.keys, layer.values))
     return SlotLayer(keys, values)
-
-
-def _rows(scores: Tensor, first: np.ndarray, count: int) -> Tensor:
-    """``count`` rows of (B, W, V) from ``first`` (B,) on; past the last one they repeat it."""
-    if (first == 0).all() and scores.shape[1] == count:
-        return scores
-    at = torch.from_numpy(first).to(scores.device)[:, None]
-    at = (at + torch.arange(count, device=scores.device)).clamp(max=scores.shape[1] - 1)
-    return scores.gather(1, at[..., None].expand(-1, -1, scores.shape[-1]))
