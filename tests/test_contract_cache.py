@@ -5,14 +5,16 @@ cache; texts must be equal, and plain generate() must be able to go on from a ca
 """
 
 import copy
+from functools import cache
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from specdec import InvalidInput
 from specdec.layouts.forget import own_cache
+from specdec.testing import lively, tiny_llama
 
 from .contract import (
     NEW,
@@ -295,3 +297,149 @@ def test_a_cache_that_is_ahead_of_the_text():
         with pytest.raises(InvalidInput, match=r"past_key_values holds 17 columns.*whole conversation"):
             speculative(llama(), "noisy").generate(ids, past_key_values=cache, **DICT)
     assert_same_cache(cache, kept)
+
+
+# --- static caches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("make", [llama, mistral, gemma, t5, bart])
+def test_static_cache_by_name(make, batch):
+    options = {**DICT, "cache_implementation": "static", "max_new_tokens": 12}
+    wanted = make().generate(**prompts(batch), **options)
+    for draft in ("noisy", oracle(wanted.sequences), "ngram", None):
+        gen = speculative(make(), draft)
+        got = gen.generate(**prompts(batch), **options)
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        assert_same_cache(got.past_key_values, wanted.past_key_values)
+        assert (gen.stats.drafted > 0) == (draft is not None)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 4])
+def test_a_static_cache_has_room_for_no_more_than_the_text(new):
+    options = {**DICT, "cache_implementation": "static", "max_new_tokens": new}
+    wanted = copy.deepcopy(llama()).generate(**prompts(3), **options)
+    got = speculative(copy.deepcopy(llama()), "ngram").generate(**prompts(3), **options)
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    assert_same_cache(got.past_key_values, wanted.past_key_values)
+
+
+@pytest.mark.parametrize("layout", ["slots", "snapshot", "plain"])
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_a_static_cache_of_the_callers(make, layout):
+    texts, caches = [], []
+    for run in (make().generate, speculative(make(), "noisy", layout=layout).generate):
+        cache = StaticCache(config=make().config, max_cache_len=48)
+        ids, mask = prompts(3).values()
+        for number in range(3):
+            ids = run(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False)
+            ids = torch.cat([ids, turn(number, 3)], dim=1)
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+            if not number:
+                addresses = [layer.keys.data_ptr() for layer in cache.layers]
+        assert [layer.keys.data_ptr() for layer in cache.layers] == addresses
+        texts.append(ids.tolist())
+        caches.append(cache)
+    assert texts[0] == texts[1]
+    assert_same_cache(caches[1], caches[0])
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+
+def embedded(model, batch):
+    ids, mask = prompts(batch).values()
+    return {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("make", [llama, gemma])
+@pytest.mark.parametrize("layout", ["auto", "slots", "columns"])
+def test_embeddings(layout, make, with_ids, batch):
+    inputs = embedded(make(), batch)
+    if with_ids:
+        inputs["input_ids"] = prompts(batch)["input_ids"]
+    wanted = make().generate(**inputs, **DICT)
+    assert wanted.sequences.shape[1] == NEW + START * with_ids
+    for draft in (*DRAFTS, oracle(wanted.sequences)):
+        gen = speculative(make(), draft, layout=layout)
+        got = gen.generate(**inputs, **DICT)
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        assert_same_cache(got.past_key_values, wanted.past_key_values, START + NEW - 1)
+        assert gen.stats.drafted > 0 or draft in (None, "ngram")
+    sampled = {"max_new_tokens": NEW, "do_sample": True, "top_k": 1, "num_return_sequences": 2}
+    for rule in ("block", "coupled"):
+        got = speculative(make(), "noisy", verification=rule, layout=layout).generate(**inputs, **sampled)
+        assert got.tolist() == wanted.sequences.repeat_interleave(2, dim=0).tolist()
+
+
+def test_a_soft_prompt_before_the_ids():
+    """Embeddings may be longer than the ids that stand for their end."""
+    ids, mask = prompts(3).values()
+    soft = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3))
+    inputs = {
+        "inputs_embeds": torch.cat([soft, llama().get_input_embeddings()(ids)], dim=1),
+        "attention_mask": torch.nn.functional.pad(mask, (4, 0), value=1),
+    }
+    wanted = llama().generate(ids, **inputs, **DICT)
+    for draft in DRAFTS:
+        for layout in ("slots", "columns"):
+            got = speculative(llama(), draft, layout=layout).generate(ids, **inputs, **DICT)
+            assert got.sequences.tolist() == wanted.sequences.tolist()
+            assert_same_cache(got.past_key_values, wanted.past_key_values)
+
+
+def test_embeddings_that_the_draft_cannot_read():
+    small = tiny_llama(3, num_hidden_layers=1, hidden_size=16)
+    inputs = embedded(llama(), 3)
+    gen = speculative(llama(), small)
+    with pytest.warns(UserWarning, match="drafts nothing.*embeddings of another size"):
+        got = gen.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert got.tolist() == plain(llama(), inputs).tolist()
+
+
+def test_embeddings_of_an_encoder():
+    inputs = embedded(t5(), 3)
+    wanted = plain(t5(), inputs)
+    for draft in DRAFTS[1:]:
+        assert speculative(t5(), draft).generate(**inputs, max_new_tokens=NEW, do_sample=False).tolist() == (
+            wanted.tolist()
+        )
+
+
+# --- positions, token types, starts ---------------------------------------------------------------
+
+
+@cache
+def gpt2():
+    config = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    return lively(GPT2LMHeadModel(config).eval())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+def test_token_types(layout, batch):
+    inputs = prompts(batch)
+    types = torch.tensor([[3, 3, 3, 3, 3, 3, 5, 5, 5]]).expand(batch, -1)
+    wanted = plain(gpt2(), {**inputs, "token_type_ids": types})
+    assert wanted.tolist() != plain(gpt2(), inputs).tolist()
+    for draft in DRAFTS:
+        gen = speculative(gpt2(), draft, layout=layout)
+        got = gen.generate(**inputs, token_type_ids=types, max_new_tokens=NEW, do_sample=False)
+        assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("starts", [[2, 9, 30], 7])
+@pytest.mark.parametrize("make", [t5, bart])
+def test_decoder_start_of_the_call(make, starts):
+    options = {"decoder_start_token_id": starts, "max_new_tokens": NEW, "do_sample": False}
+    wanted = make().generate(**prompts(3), **options)
+    assert wanted[:, 0].tolist() == (starts if isinstance(starts, list) else [starts] * 3)
+    for draft in DRAFTS:
+        gen = speculative(make(), draft)
+        assert gen.generate(**prompts(3), **options).tolist() == wanted.tolist()
+        assert gen.stats.drafted > 0 or draft is None

@@ -53,7 +53,7 @@ ASSISTANCE = {
     "assistant_tokenizer": "give tokenizer and draft_tokenizer to SpeculativeGenerator",
 }
 # "hybrid" comes with old checkpoints, and generate() itself unsets it
-CACHES = (None, "dynamic", "dynamic_full", "hybrid")
+CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 
 
 def check_constructor(target: Any, num_draft_tokens: Any, verification: Any, layout: Any) -> None:
@@ -142,7 +142,9 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
             raise UnsupportedOption(name, instead)
     if value("cache_implementation") not in CACHES:
         raise UnsupportedOption(
-            "cache_implementation", "the library keeps its own cache; leave it unset, or " + PLAIN
+            "cache_implementation",
+            "what such a cache holds depends on how many tokens are fed at once, or it has no way back; leave it "
+            "unset, or " + PLAIN,
         )
     if given.get("synced_gpus") is None and _is_sharded(target):
         raise UnsupportedOption("synced_gpus", "the model is sharded by FSDP or ZeRO-3; " + PLAIN)

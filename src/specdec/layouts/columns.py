@@ -57,6 +57,8 @@ class Columns:
         update = type(model)._update_model_kwargs_for_generation
         # an override may know one new token only (mllama's cross-attention mask): then go one by one
         self._stepwise = update is not GenerationMixin._update_model_kwargs_for_generation
+        # several new tokens repeat the last token types, not the last one
+        self._stepwise |= kwargs.get("token_type_ids") is not None
         self._snapshots: Snapshots | None = None
         self._columns = 0  # columns that ``_kwargs`` describes; the cache may hold more until a rewind
         self._fed = 0  # columns in the cache

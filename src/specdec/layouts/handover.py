@@ -10,7 +10,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from specdec.layouts.forget import own_cache
 
@@ -36,9 +41,25 @@ def end_recording(cache: Any) -> None:
                 layer.record_past = False
 
 
+def newest(layer: Any, columns: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, heads, n, size) that ``layer`` still has of the first ``columns``."""
+    if isinstance(layer, StaticLayer):
+        columns = min(columns, layer.max_cache_len)
+        return layer.keys[:, :, :columns], layer.values[:, :, :columns]
+    return layer.keys, layer.values
+
+
 def give_back(layer: Any, keys: Tensor, values: Tensor, columns: int) -> None:
     """Put the first ``columns`` of ``keys`` and ``values`` (B, heads, room, size) into a layer of transformers."""
     keys, values = keys[:, :, :columns], values[:, :, :columns]
+    if isinstance(layer, StaticLayer):
+        room = layer.max_cache_len
+        for buffer, states in ((layer.keys, keys), (layer.values, values)):
+            buffer[:, :, :columns] = states[:, :, -room:]
+        layer.cumulative_length.fill_(columns)
+        if isinstance(layer, StaticSlidingWindowLayer):
+            layer.cumulative_length_int = columns
+        return
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = columns
         keys, values = (t[:, :, -layer.sliding_window + 1 :] for t in (keys, values))

@@ -23,14 +23,18 @@ from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from specdec.layouts import masks
 from specdec.layouts.columns import Columns
-from specdec.layouts.handover import cached_columns, give_back, is_callers
+from specdec.layouts.handover import cached_columns, give_back, is_callers, newest
 from specdec.layouts.picking import rows_from_the_end
 
 BLOCK = 64
+# layers of plain keys and values
+KINDS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 class Slots:
@@ -60,7 +64,7 @@ class Slots:
         layers = [_slot_layer(layer, held) for layer in own.layers]
         self._cache = SlotCache(layers)
         for layer in own.layers:
-            if not isinstance(layer, DummyLayer) and not is_callers(native):
+            if not isinstance(layer, (DummyLayer, StaticLayer)) and not is_callers(native):
                 layer.keys = layer.values = None  # the prompt shall not be held twice
         self._handed: Any = self._cache
         if isinstance(native, EncoderDecoderCache):
@@ -238,11 +242,12 @@ def _slot_layer(layer: Any, width: int) -> Any:
     """A slot layer with the prompt's keys and values of ``layer``."""
     if isinstance(layer, DummyLayer):
         return layer
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if type(layer) not in KINDS:
         raise ValueError(f"a {type(layer).__name__} does not fit into slots")
     if layer.keys is None:
         return DummyLayer()
     # a sliding layer has kept its last columns only
-    missing = width - layer.keys.shape[-2]
-    keys, values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (layer.keys, layer.values))
+    keys, values = newest(layer, width)
+    missing = width - keys.shape[-2]
+    keys, values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (keys, values))
     return SlotLayer(keys, values)

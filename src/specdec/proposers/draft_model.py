@@ -198,6 +198,9 @@ def _prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any
     inputs = _inputs_for(model, call)
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = prompt
+        start = call.target.generation_config.decoder_start_token_id
+        if start is not None and bool((prompt[:, 0] != torch.tensor(start, device=prompt.device)).any()):
+            config.decoder_start_token_id = prompt[:, 0].tolist()  # the call's own, one a row
     else:
         inputs["input_ids"] = prompt
     # what is None in a given config is filled up from the model's own: lend it one without settings
@@ -230,9 +233,15 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
     known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
     inputs = {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
     embeds = call.inputs.get("inputs_embeds")
-    if model.config.is_encoder_decoder or embeds is None:
+    if model.config.is_encoder_decoder:
+        return inputs
+    if embeds is None:
         # where the target goes on from a cache, masks and positions reach back further than the ids
-        return {name: _newest(name, value, call.prompt.shape[1]) for name, value in inputs.items()}
+        columns = call.prompt.shape[1]
+        inputs = {name: _newest(name, value, columns) for name, value in inputs.items()}
+        if inputs.get("attention_mask", call.prompt).shape[-1] < columns:
+            inputs.pop("attention_mask")  # healed prompts may be longer than what was masked
+        return inputs
     inputs.pop("inputs_embeds", None)
     if call.prompt.shape[1]:
         return {}  # the text alone
