@@ -116,7 +116,7 @@ REFUSED = {
     "num_beams": 2,
     "prompt_lookup_num_tokens": 3,
     "assistant_early_exit": 1,
-    "cache_implementation": "static",
+    "cache_implementation": "quantized",
     "token_healing": True,
     "penalty_alpha": 0.6,
     "dola_layers": "high",

@@ -53,7 +53,7 @@ class State:
         self.host_tokens = np.full((batch, capacity), pad_id, dtype=np.int64)
         self.host_tokens[:, : self.prompt_length] = to_host(prompt)
         self.lengths = np.full(batch, self.prompt_length, dtype=np.int64)
-        self.device_lengths = torch.full_like(prompt[:, 0], self.prompt_length, dtype=torch.int64)
+        self.device_lengths = torch.full((batch,), self.prompt_length, dtype=torch.int64, device=prompt.device)
         self.live = np.ones(batch, dtype=bool)
         self.device_live = torch.ones(batch, dtype=torch.bool, device=prompt.device)
         self.eos_ids = eos_ids

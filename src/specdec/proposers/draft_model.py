@@ -193,9 +193,10 @@ def _prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any
 
     own = model.generation_config
     config = copy.deepcopy(own)
-    config.update(**{**PLAIN, "max_length": call.max_length})
     prompt = call.prompt.clamp(max=embeds - 1)
     inputs = _inputs_for(model, call)
+    read = inputs.get("inputs_embeds", prompt).shape[1]
+    config.update(**{**PLAIN, "max_length": call.max_length + read - prompt.shape[1]})
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = prompt
         start = call.target.generation_config.decoder_start_token_id
