@@ -18,11 +18,13 @@ from .contract import (
     assert_scores_agree,
     bart,
     ends,
+    gemma,
     llama,
     noisy,
     oracle,
     plain,
     prompts,
+    qwen3_next,
     speculative,
     t5,
 )
@@ -90,9 +92,74 @@ def test_flags_without_the_dictionary_are_ignored_as_in_plain():
 
 
 @pytest.mark.parametrize("flag", ["output_attentions", "output_hidden_states"])
-def test_refused_outputs_are_ignored_without_the_dictionary_as_in_plain(flag):
+def test_these_outputs_are_ignored_without_the_dictionary_as_in_plain(flag):
     got = speculative(llama(), "noisy").generate(**prompts(1), max_new_tokens=NEW, do_sample=False, **{flag: True})
     assert got.tolist() == plain(llama(), prompts(1)).tolist()
+
+
+FLAGS = {"output_hidden_states": True, "output_attentions": True}
+
+
+def assert_states_agree(ours, theirs, lengths, start):
+    """A tuple a step of a tuple a layer; zeros in rows that have ended."""
+    assert type(ours) is type(theirs) is tuple
+    assert len(ours) == len(theirs)
+    for step, (mine, wanted) in enumerate(zip(ours, theirs, strict=True)):
+        assert type(mine) is tuple
+        assert [layer.shape for layer in mine] == [layer.shape for layer in wanted]
+        for one, other in zip(mine, wanted, strict=True):
+            for row, length in enumerate(lengths):
+                if start + step < length:
+                    torch.testing.assert_close(one[row], other[row], atol=1e-4, rtol=1e-4)
+                else:
+                    assert not one[row].any()
+
+
+@pytest.fixture(params=[llama, gemma, t5, bart, qwen3_next])
+def eager(request):
+    model = copy.deepcopy(request.param())
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("ends_early", [False, True])
+@pytest.mark.parametrize("flags", [FLAGS, {"output_hidden_states": True}])
+def test_hidden_states_and_attentions(eager, flags, ends_early, batch):
+    inputs = prompts(batch)
+    free = plain(eager, inputs)
+    start = free.shape[1] - NEW
+    eos = [int(free[0, start + 2]), int(free[-1, start + 5])] if ends_early else None
+    options = {**DICT, **flags, "eos_token_id": eos, "max_new_tokens": NEW, "do_sample": False}
+    wanted = eager.generate(**inputs, **options)
+    lengths = ends(wanted.sequences, start, eos)
+    for draft in ("noisy", oracle(free), oracle(free, wrong={start + 1, start + 4}), None):
+        gen = speculative(eager, draft)
+        got = gen.generate(**inputs, **options)
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        assert got.keys() == {*wanted.keys()}
+        for name in (
+            "hidden_states",
+            "attentions",
+            "decoder_hidden_states",
+            "decoder_attentions",
+            "cross_attentions",
+        ):
+            if wanted.get(name) is not None:
+                assert_states_agree(got[name], wanted[name], lengths, start)
+        for name in ("encoder_hidden_states", "encoder_attentions"):
+            for mine, other in zip(got.get(name) or (), wanted.get(name) or (), strict=True):
+                torch.testing.assert_close(mine, other)
+        if draft is not None and not ends_early:
+            assert (gen.stats.drafted > 0) == ("output_attentions" not in flags)
+
+
+def test_attentions_that_the_kernel_does_not_give():
+    """With sdpa plain generate() returns an empty tuple a step."""
+    options = {**DICT, **FLAGS, "max_new_tokens": 5, "do_sample": False}
+    wanted = llama().generate(**prompts(3), **options)
+    got = speculative(llama(), "noisy").generate(**prompts(3), **options)
+    assert got.attentions == wanted.attentions == ((),) * 5
 
 
 @pytest.mark.parametrize("normalize", [False, True])

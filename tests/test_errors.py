@@ -116,15 +116,14 @@ REFUSED = {
     "num_beams": 2,
     "prompt_lookup_num_tokens": 3,
     "assistant_early_exit": 1,
-    "cache_implementation": "static",
+    "cache_implementation": "quantized",
     "token_healing": True,
     "penalty_alpha": 0.6,
     "dola_layers": "high",
 }
 ARGUMENTS = {
     "assistant_model": lambda: noisy(llama()),
-    "past_key_values": DynamicCache,
-    "inputs_embeds": lambda: torch.zeros(1, 3, 32),
+    "cache_params": DynamicCache,
     "custom_generate": lambda: print,
     "synced_gpus": lambda: True,
     "use_mtp": lambda: True,
@@ -161,12 +160,6 @@ def test_refused_argument(name):
     options = {name: ARGUMENTS[name]()}
     error = assert_refused(llama(), UnsupportedOption, f"`{name}` is not", IDS, **options)
     assert error.option == name
-
-
-@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
-def test_refused_output(name):
-    options = {name: True, "return_dict_in_generate": True}
-    assert_refused(llama(), UnsupportedOption, f"`{name}` is not supported", IDS, **options)
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *ARGUMENTS])

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from specdec.errors import InvalidInput
+from specdec.layouts.handover import is_callers
 from specdec.length import DraftLength
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
@@ -81,7 +82,9 @@ def run_call(
     state = _state(model, input_ids, generation_config, stopping_criteria, model_kwargs, length.most)
     # the prompt draws the first token, and a guess needs room for itself and one more
     room = state.max_length - state.prompt_length > 2
+    collector = Collector(generation_config, state, model, model_kwargs)
     speculates = room and not isinstance(request.proposer, Nothing) and length.most > 0
+    speculates = speculates and not collector.keeps_attentions
     length = length if speculates else Fixed(0)
     inputs = _repeated(request.inputs, state.batch)
     sampling = request.sampling(
@@ -90,20 +93,34 @@ def run_call(
     processing = Processing(logits_processor)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    target = Scorer(model, model_kwargs, generation_config, max_length=state.max_length, layout=request.layout)
+    target = Scorer(
+        model,
+        model_kwargs,
+        generation_config,
+        max_length=state.max_length,
+        layout=request.layout,
+        returns_cache=_cache_is_seen(generation_config, model_kwargs),
+    )
     proposer = request.proposer if speculates else Nothing()
     if speculates and hasattr(proposer, "begin"):
         prompt = state.tokens[:, : state.prompt_length]
         proposer = proposer.begin(
             Call(model, prompt, inputs, state.max_length, processing, sampling, length.goes_on)
         )
-    collector = Collector(generation_config, state)
     watcher = Watcher(stopping_criteria, streamer, state)
     if processing.in_lockstep and watcher.watches:
         # a processor with state must not be called for a step that a condition would have prevented
         length = Fixed(0)
     rounds = decode(
-        state, target, proposer, length, processing, sampling, stats, keep_logits=collector.keeps_logits
+        state,
+        target,
+        proposer,
+        length,
+        processing,
+        sampling,
+        stats,
+        keep_logits=collector.keeps_logits,
+        keep_states=collector.keeps_states,
     )
     for round_ in rounds:
         collector.add(round_)
@@ -114,7 +131,15 @@ def run_call(
     if length.most > 0 and target.settled and stats.layout == "plain" and request.layout == "auto":
         warn_plain(model, "several tokens in one forward do not give the scores of one-token steps")
     sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
-    return collector.output(model, sequences, stats)
+    cache = None
+    if _cache_is_seen(generation_config, model_kwargs):
+        cache = target.finish(state.tokens, int(state.lengths.max()) - 1)
+    return collector.output(sequences, stats, cache)
+
+
+def _cache_is_seen(config: Any, model_kwargs: dict[str, Any]) -> bool:
+    """The caller will go on with the cache: it is returned, or the caller's own."""
+    return bool(config.return_dict_in_generate) or is_callers(model_kwargs.get("past_key_values"))
 
 
 def _state(
@@ -122,7 +147,7 @@ def _state(
 ) -> State:
     """The committed tokens at the start, and where rows end."""
     prompt = input_ids.to(model.device)
-    if prompt.shape[1] == 0:
+    if prompt.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
         raise InvalidInput(
             "the prompt is empty and the model has no bos token to begin with; give at least one token"
         )
@@ -167,7 +192,7 @@ def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
 
 def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
     """The user's inputs with one row a row of the batch: ``num_return_sequences`` repeats rows."""
-    named = [inputs[n] for n in ("attention_mask", "input_ids", "input_features") if n in inputs]
+    named = [inputs[n] for n in ("attention_mask", "input_ids", "input_features", "inputs_embeds") if n in inputs]
     rows = int(named[0].shape[0]) if named else batch
     if rows == batch or batch % rows:
         return inputs

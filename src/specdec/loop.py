@@ -39,6 +39,7 @@ def decode(
     stats: Stats,
     *,
     keep_logits: bool = False,
+    keep_states: tuple[str, ...] = (),
 ) -> Iterator[Round]:
     """Yield rounds until every row has ended. Rows may also be ended from outside, between rounds."""
     observe: Callable[[Round], None] | None = getattr(proposer, "observe", None)
@@ -52,7 +53,9 @@ def decode(
     while True:
         start = clock()
         accepted, next_token, scores = _verify(logits, state, proposal, processing, sampling)
-        round_ = state.commit(proposal, accepted, next_token, scores, logits if keep_logits else None)
+        round_ = state.commit(
+            proposal, accepted, next_token, scores, logits if keep_logits else None, target.states(keep_states)
+        )
         stats.count(round_)
         if observe is not None:
             observe(round_)
@@ -60,14 +63,15 @@ def decode(
             length.observe(round_, clock() - began)
         stats.seconds_verifying += clock() - start
         yield round_
-        if state.done:
-            return
         start = clock()
         if state.room().any():
             target.decide(state.tokens)
         stats.seconds_scoring += clock() - start
         began = start = clock()
-        target.rollback(state.tokens, round_.before + _kept(round_), state.live)
+        # all but the last committed token were fed and are final
+        target.rollback(state.tokens, state.lengths - 1, state.live)
+        if state.done:
+            return
         limits = _limits(state, target, length, processing.in_lockstep)
         scored = clock()
         proposal = _checked(proposer.propose(state, limits), state, limits)
@@ -94,12 +98,6 @@ def _verify(
     positions = state.device_lengths - state.prompt_length
     accepted, next_token = sampling.verify(scores, proposal.tokens, submitted, proposal.logits, positions)
     return accepted, next_token, scores
-
-
-def _kept(round_: Round) -> np.ndarray:
-    """(B,) columns of the round that were fed and are final: the last token fed before it, and kept guesses."""
-    kept: np.ndarray = np.minimum(round_.accepted, np.maximum(round_.counts, 0))
-    return kept
 
 
 def _limits(state: State, target: Scorer, length: DraftLength, in_lockstep: bool) -> np.ndarray:

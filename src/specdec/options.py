@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
+from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
 from specdec.proposers.draft_model import DraftModel, embedded
 from specdec.proposers.ngram import NGram
@@ -33,18 +34,14 @@ REFUSED = {
     "use_mtp": OURS,
     "custom_generate": "SpeculativeGenerator is one itself; " + PLAIN,
     "synced_gpus": PLAIN,
-    "past_key_values": "give the whole conversation as input_ids, or " + PLAIN,
-    "inputs_embeds": "give input_ids, or " + PLAIN,
+    "cache_params": "give the whole conversation as input_ids, or " + PLAIN,
     "token_healing": "heal the prompt before the call, or " + PLAIN,
-    "output_attentions": PLAIN,
-    "output_hidden_states": PLAIN,
     "constraints": PLAIN,
     "force_words_ids": PLAIN,
     "penalty_alpha": PLAIN,
     "dola_layers": PLAIN,
     "compile_config": "leave it unset; the loop is not compiled yet",
 }
-OUTPUTS = ("output_attentions", "output_hidden_states")
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
 ASSISTANCE = {
     "num_assistant_tokens": "set num_draft_tokens of SpeculativeGenerator",
@@ -56,7 +53,7 @@ ASSISTANCE = {
     "assistant_tokenizer": "give tokenizer and draft_tokenizer to SpeculativeGenerator",
 }
 # "hybrid" comes with old checkpoints, and generate() itself unsets it
-CACHES = (None, "dynamic", "dynamic_full", "hybrid")
+CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 
 
 def check_constructor(target: Any, num_draft_tokens: Any, verification: Any, layout: Any) -> None:
@@ -137,8 +134,6 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
         return None
 
     for name, instead in REFUSED.items():
-        if name in OUTPUTS and not value("return_dict_in_generate"):
-            continue  # plain generate() ignores these flags without the dictionary
         found = value(name)
         if isinstance(found, Tensor) or found not in (None, False):
             raise UnsupportedOption(name, instead)
@@ -147,7 +142,9 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
             raise UnsupportedOption(name, instead)
     if value("cache_implementation") not in CACHES:
         raise UnsupportedOption(
-            "cache_implementation", "the library keeps its own cache; leave it unset, or " + PLAIN
+            "cache_implementation",
+            "what such a cache holds depends on how many tokens are fed at once, or it has no way back; leave it "
+            "unset, or " + PLAIN,
         )
     if given.get("synced_gpus") is None and _is_sharded(target):
         raise UnsupportedOption("synced_gpus", "the model is sharded by FSDP or ZeRO-3; " + PLAIN)
@@ -188,13 +185,21 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
             f"input_ids has shape {tuple(ids.shape)}; wanted is (batch, length), e.g. a tokenizer's output "
             "with return_tensors='pt'"
         )
-    if ids.shape[1] == 0:
+    embeds = given.get("inputs_embeds") is not None
+    if ids.shape[1] == 0 and not embeds:
         raise InvalidInput("the prompt is empty; give at least one token, such as the model's bos token")
     if ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInput(f"input_ids has dtype {ids.dtype}; wanted are token ids (torch.int64)")
     mask = given.get("attention_mask")
+    past = cached_columns(given.get("past_key_values"))
+    whole = not isinstance(mask, Tensor) or mask.shape == ids.shape
+    if past and whole and not embeds and ids.shape[1] <= past:
+        raise InvalidInput(
+            f"past_key_values holds {past} columns and input_ids {ids.shape[1]}; give the whole conversation "
+            "as input_ids, or only what is new with an attention_mask over all of it"
+        )
     if isinstance(mask, Tensor):
-        if mask.shape != ids.shape:
+        if mask.shape != ids.shape and mask.shape != (ids.shape[0], past + ids.shape[1]) and not embeds:
             raise InvalidInput(
                 f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; wanted is "
                 "one number for each token: pass both as the tokenizer returned them"

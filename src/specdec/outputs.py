@@ -1,7 +1,8 @@
 """What ``generate()`` returns: ids alone, or its output classes with scores and logits a step.
 
 A ragged round is taken apart: the scores of step t of row b go where plain ``generate()`` would put them.
-After a row has ended its scores are zeros (plain ``generate()`` has rows computed from padding there).
+After a row has ended its scores and hidden states are zeros (plain ``generate()`` has rows computed from
+padding there).
 Knows no rule. Read next: ``stopping.py``.
 """
 
@@ -21,13 +22,22 @@ from specdec.state import State
 class Collector:
     """Gathers what the caller asked for, round by round."""
 
-    def __init__(self, config: Any, state: State) -> None:
-        """Read from the prepared ``config`` what to keep."""
+    def __init__(self, config: Any, state: State, model: Any, model_kwargs: dict[str, Any]) -> None:
+        """Read from the prepared ``config`` what to keep; the encoder's part is in ``model_kwargs`` already."""
         self._as_dict = bool(config.return_dict_in_generate)
         self.keeps_logits = self._as_dict and bool(config.output_logits)
         self.scores: list[Tensor] | None = [] if self._as_dict and config.output_scores else None
         self._logits: list[Tensor] | None = [] if self.keeps_logits else None
         self._prompt_length = state.prompt_length
+        self._encodes = bool(model.config.is_encoder_decoder)
+        self.keeps_states: tuple[str, ...] = ()
+        self._encoded: dict[str, Any] = {}
+        for kind in ("attentions", "hidden_states"):
+            if self._as_dict and getattr(config, f"output_{kind}"):
+                self.keeps_states += _names(kind, self._encodes)
+                if self._encodes:
+                    self._encoded[f"encoder_{kind}"] = model_kwargs["encoder_outputs"].get(kind)
+        self._states: dict[str, list[list[Tensor]]] = {name: [] for name in self.keeps_states}
 
     def add(self, round_: Round) -> None:
         """Take the rows that drew a committed token."""
@@ -35,8 +45,19 @@ class Collector:
             self._place(self.scores, round_.scores, round_)
         if self._logits is not None and round_.logits is not None:
             self._place(self._logits, round_.logits.float(), round_)
+        for name, layers in (round_.states or {}).items():
+            steps = self._states[name]
+            if not steps or "attentions" in name:
+                steps.append(layers)  # of the whole prompt, or of a one-token step of all rows
+            else:
+                self._place_states(steps, layers, round_)
 
-    def output(self, model: Any, sequences: Tensor, stats: Stats) -> Any:
+    @property
+    def keeps_attentions(self) -> bool:
+        """Attentions have the shapes of one-token steps, so such steps are taken."""
+        return any("attentions" in name for name in self.keeps_states)
+
+    def output(self, sequences: Tensor, stats: Stats, cache: Any) -> Any:
         """Ids (B, L), or the output class with ``speculation`` beside."""
         if not self._as_dict:
             return sequences
@@ -44,9 +65,15 @@ class Collector:
             "sequences": sequences,
             "scores": _cut(self.scores, stats.row_emitted),
             "logits": _cut(self._logits, stats.row_emitted),
+            "past_key_values": cache,
+            **self._encoded,
         }
+        for name, steps in self._states.items():
+            layers = [_cut(list(layer), stats.row_emitted) or () for layer in zip(*steps, strict=True)]
+            count = int(stats.row_emitted.max())
+            kept[name] = tuple(zip(*layers, strict=True)) if layers else ((),) * count
         out: Any
-        if model.config.is_encoder_decoder:
+        if self._encodes:
             out = GenerateEncoderDecoderOutput(**kept)
         else:
             out = GenerateDecoderOnlyOutput(**kept)
@@ -61,6 +88,23 @@ class Collector:
         for row, count in enumerate(round_.counts):
             for i in range(int(count)):
                 steps[int(first[row]) + i][row] = rows[row, i]
+
+    def _place_states(self, steps: list[list[Tensor]], layers: list[Tensor], round_: Round) -> None:
+        """Hidden states (B, K + 1, size) a layer, one element a step."""
+        first = round_.before - self._prompt_length
+        needed = int((first + round_.counts).max())
+        while len(steps) < needed:
+            steps.append([torch.zeros_like(layer[:, :1]) for layer in layers])
+        for row, count in enumerate(round_.counts):
+            for i in range(int(count)):
+                for layer, rows in zip(steps[int(first[row]) + i], layers, strict=True):
+                    layer[row, 0] = rows[row, i]
+
+
+def _names(kind: str, encodes: bool) -> tuple[str, ...]:
+    if not encodes:
+        return (kind,)
+    return ("decoder_attentions", "cross_attentions") if kind == "attentions" else ("decoder_hidden_states",)
 
 
 def _cut(steps: list[Tensor] | None, emitted: np.ndarray) -> tuple[Tensor, ...] | None:

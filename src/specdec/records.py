@@ -37,6 +37,10 @@ class Proposal:
         return cls(tokens, np.zeros(batch, dtype=np.int64))
 
 
+# name of an output of the model -> for each layer (B, K + 1, ...)
+States = dict[str, list[Tensor]]
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """What one round did; all arrays are on the host.
@@ -51,6 +55,7 @@ class Round:
         before: (B,) committed columns before the round, prompt and padding included.
         scores: (B, K + 1, V) processed target scores on the device; row i drew emitted token i.
         logits: the same before processing, or None when nobody asked for them.
+        states: hidden states and attentions of the same rows, or None when nobody asked for them.
     """
 
     proposal: Proposal
@@ -62,6 +67,7 @@ class Round:
     before: np.ndarray
     scores: Tensor
     logits: Tensor | None = None
+    states: States | None = None
 
 
 @dataclass(slots=True)

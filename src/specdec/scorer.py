@@ -19,7 +19,9 @@ from specdec.layouts.check import Candidate, Trial
 from specdec.layouts.columns import Columns
 from specdec.layouts.facts import counts_the_cache, one_token_reason
 from specdec.layouts.slots import Slots
+from specdec.records import States
 
+NEVER = np.iinfo(np.int64).max
 LAYOUTS = ("auto", "slots", "columns", "snapshot", "plain")
 
 
@@ -40,6 +42,7 @@ class Scorer:
         max_length: int,
         layout: str = "auto",
         is_draft: bool = False,
+        returns_cache: bool = False,
     ) -> None:
         """Wrap ``model`` with the inputs that ``generate()`` prepared for it.
 
@@ -50,6 +53,8 @@ class Scorer:
             max_length: columns that a row may reach.
             layout: "auto", or one of ``LAYOUTS`` to force it.
             is_draft: a draft is rolled back even where it can only take one-token steps.
+            returns_cache: the caller gets the cache, so rows that have ended go on in padding as they do in
+                plain ``generate()``; in a pass that is run for the others anyway.
         """
         self.model = model
         self._columns = Columns(model, kwargs, config)
@@ -60,6 +65,9 @@ class Scorer:
         self._is_draft = is_draft
         self._trial: Trial | None = None  # until the layout is settled: one-token steps, which it watches
         self._ready = False
+        self._at_prompt = True
+        self._returns_cache = returns_cache
+        self._ends = np.zeros(0, dtype=np.int64)  # (B,) what ``kept`` was when a row ended
 
     @property
     def forwards(self) -> int:
@@ -70,6 +78,11 @@ class Scorer:
     def settled(self) -> bool:
         """The layout is the one to stay."""
         return self._trial is None
+
+    @property
+    def hidden(self) -> int:
+        """Columns of the cache before the first id of a row: a past that was given, or embeddings."""
+        return self._columns.hidden
 
     def prefill(self, prompt: Tensor, *, speculate: bool) -> Tensor:
         """Feed the whole prompt (B, P) alone; scores of its last column, (B, 1, V).
@@ -82,9 +95,12 @@ class Scorer:
         """
         scores = self._columns.prefill(prompt).clone()
         self.kept = np.full(prompt.shape[0], prompt.shape[1], dtype=np.int64)
+        self._at_prompt = True
+        self._ends = np.full_like(self.kept, NEVER)
         candidates: dict[str, Candidate] = {"plain": _plain}
         if speculate:
-            candidates = self._candidates(int(prompt.shape[1]), int(prompt.shape[0]))
+            hidden = self._columns.hidden
+            candidates = self._candidates(int(prompt.shape[1]) + hidden, self._max_length + hidden, len(prompt))
         trial = Trial(self._columns, prompt, candidates)
         known = trial.known()
         if known is None and self._is_draft:
@@ -96,6 +112,9 @@ class Scorer:
 
     def score(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """Scores of ``count`` columns from ``first`` (B,) on, rows being fed up to ``lengths`` (B,)."""
+        if self._returns_cache:
+            lengths, first = self._with_padding(lengths, first)
+        self._at_prompt = False
         scores = self.layout.forward(tokens, lengths, first, count)
         self.kept = lengths.copy()
         if self._trial is not None:
@@ -107,13 +126,50 @@ class Scorer:
         if self._ready and self._trial is not None:
             self.layout, self._trial = self._trial.decide(tokens), None
 
+    def states(self, names: tuple[str, ...]) -> States | None:
+        """The outputs called ``names`` for the columns that the last scores belong to.
+
+        Hidden states are (B, count, size) a layer, of the prompt (B, P, size). Attentions are taken as they
+        are: they are asked for in passes over one column only.
+        """
+        if not names:
+            return None
+        outputs = self._columns.outputs if self._at_prompt else self.layout.outputs
+        found: States = {}
+        for name in names:
+            layers = list(outputs.get(name) or ())
+            whole = self._at_prompt or "attentions" in name
+            found[name] = layers if whole else [self.layout.pick(layer) for layer in layers]
+        return found
+
     def rollback(self, tokens: Tensor, kept: np.ndarray, live: np.ndarray) -> None:
         """Forget every column from ``kept`` (B,) on; after this the cache agrees with the committed tokens."""
+        if self._returns_cache:
+            # a row that ended earlier holds padding by now, unless it was cut once more
+            stays = ~live & (kept >= self._ends)
+            self._ends = np.where(live | stays, self._ends, kept)
+            kept = np.where(stays, self.kept, kept)
+            live = np.ones_like(live)
         self.kept = np.minimum(self.kept, kept)
         self.layout.rewind(self.kept, live)
         self.layout.settle(int(self.kept[live].min()) if live.any() else 0)
         if isinstance(self.layout, Columns):
             self.layout.catch_up(tokens, self.kept, live)
+
+    def finish(self, tokens: Tensor, columns: int) -> Any:
+        """The cache of transformers with the first ``columns`` of every row, as plain ``generate()`` leaves it."""
+        if self._columns.cache is None:
+            return None
+        everyone = np.ones(len(self.kept), dtype=bool)
+        self.kept = np.minimum(self.kept, columns)
+        self.layout.rewind(self.kept, everyone)
+        self.layout.settle(int(self.kept.min()))
+        held = self.layout.fed if isinstance(self.layout, Columns) else int(self.kept.min())
+        if held < columns:
+            lengths = np.full_like(self.kept, columns)
+            self.layout.forward(tokens, lengths, lengths - 1, 1)
+            self.layout.settle(columns)
+        return self.layout.hand_over(columns)
 
     def hold(self, live: np.ndarray) -> None:
         """Make ready for the next draft step: rows of different lengths overwrite what filled them up."""
@@ -123,9 +179,19 @@ class Scorer:
         """(B,) guesses that each row may have scored in the next forward."""
         return self.layout.reach(lengths, live)
 
-    def _candidates(self, prompt_length: int, batch: int) -> dict[str, Candidate]:
+    def _with_padding(self, lengths: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(lengths, first) with ended rows going on in padding as far as the pass is wide."""
+        ended = self._ends < NEVER
+        if not ended.any() or ended.all():
+            return lengths, first
+        width = int((lengths - self.kept)[~ended].max())
+        padded = np.minimum(self.kept + width, int(lengths[~ended].max()))
+        lengths = np.where(ended, padded, lengths)
+        return lengths, np.where(ended, padded - 1, first)
+
+    def _candidates(self, prompt_length: int, max_length: int, batch: int) -> dict[str, Candidate]:
         """Layouts in the order of preference; the last is taken untried."""
-        reason = one_token_reason(self.model, prompt_length, self._max_length, batch)
+        reason = one_token_reason(self.model, prompt_length, max_length, batch)
         if not reason and self._columns.is_foreign:
             reason = "its past is of a form of its own, which cannot be put back"
         if self._wanted != "auto":
@@ -136,7 +202,7 @@ class Scorer:
             return {self._wanted: MAKERS[self._wanted]}
         last = "one by one" if self._is_draft else "plain"
         names = [last] if reason else ["slots", "columns", "snapshot", last]
-        if counts_the_cache(self.model, self._max_length) and not reason:
+        if counts_the_cache(self.model, max_length) and not reason:
             names.remove("slots")
         if reason and not self._is_draft:
             warn_plain(self.model, reason)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InvalidScores
-from specdec.records import Proposal, Round
+from specdec.records import Proposal, Round, States
 
 
 class State:
@@ -53,7 +53,7 @@ class State:
         self.host_tokens = np.full((batch, capacity), pad_id, dtype=np.int64)
         self.host_tokens[:, : self.prompt_length] = to_host(prompt)
         self.lengths = np.full(batch, self.prompt_length, dtype=np.int64)
-        self.device_lengths = torch.full_like(prompt[:, 0], self.prompt_length, dtype=torch.int64)
+        self.device_lengths = torch.full((batch,), self.prompt_length, dtype=torch.int64, device=prompt.device)
         self.live = np.ones(batch, dtype=bool)
         self.device_live = torch.ones(batch, dtype=torch.bool, device=prompt.device)
         self.eos_ids = eos_ids
@@ -98,6 +98,7 @@ class State:
         next_token: Tensor,
         scores: Tensor,
         logits: Tensor | None,
+        states: States | None = None,
     ) -> Round:
         """Make a round's outcome final: kept guesses and one more token, cut at end-of-sequence, per row.
 
@@ -107,6 +108,7 @@ class State:
             next_token: (B,) replacement or bonus; -1 marks a row whose scores were unusable.
             scores: passed on to the round.
             logits: passed on to the round.
+            states: passed on to the round.
 
         Raises:
             InvalidScores: a live row's scores hold NaN or forbid every token.
@@ -128,7 +130,7 @@ class State:
         self.tokens.scatter_(1, self.device_lengths[:, None] + step, emitted)
         self.device_lengths = self.device_lengths + counts
         self.device_live = self.device_live & ~ended & (self.device_lengths < self.max_length)
-        round_ = self._read(proposal, accepted, emitted, counts, scores, logits)
+        round_ = self._read(proposal, accepted, emitted, counts, scores, logits, states)
         bad = self.live & (round_.emitted == -1).any(axis=1)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
@@ -153,6 +155,7 @@ class State:
         counts: Tensor,
         scores: Tensor,
         logits: Tensor | None,
+        states: States | None,
     ) -> Round:
         """The one copy of the round: everything the host needs in a single tensor."""
         width = emitted.shape[1]
@@ -172,6 +175,7 @@ class State:
             before=self.lengths.copy(),
             scores=scores,
             logits=logits,
+            states=states,
         )
 
     def end_rows(self, rows: np.ndarray, length: int) -> None:

@@ -7,7 +7,7 @@ Knows nothing of proposals or verification. Read next: ``columns.py``.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +18,11 @@ class Layout(Protocol):
 
     name: str
     forwards: int
+    outputs: Any  # of the last forward
+
+    def pick(self, states: Tensor) -> Tensor:
+        """Of ``states`` (B, W, ...) of the last forward the part (B, count, ...) that its scores are."""
+        ...
 
     def prefill(self, prompt: Tensor) -> Tensor:
         """Feed the whole prompt (B, P); return the scores of its last column, (B, 1, V)."""
@@ -43,6 +48,10 @@ class Layout(Protocol):
 
     def settle(self, columns: int) -> None:
         """Columns below this one are final: no later ``rewind`` goes behind them."""
+        ...
+
+    def hand_over(self, columns: int) -> Any:
+        """The cache as transformers keeps it; it holds the first ``columns`` of every row, nothing else."""
         ...
 
     def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:

@@ -26,6 +26,8 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin
 
 from specdec.layouts.forget import drop, own_cache, trim
+from specdec.layouts.handover import cached_columns, end_recording, write_into
+from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.snapshot import Snapshots
 
 # a row further ahead of the slowest one than this guesses nothing until that one has caught up
@@ -55,11 +57,16 @@ class Columns:
         update = type(model)._update_model_kwargs_for_generation
         # an override may know one new token only (mllama's cross-attention mask): then go one by one
         self._stepwise = update is not GenerationMixin._update_model_kwargs_for_generation
+        # several new tokens repeat the last token types, not the last one
+        self._stepwise |= kwargs.get("token_type_ids") is not None
         self._snapshots: Snapshots | None = None
         self._columns = 0  # columns that ``_kwargs`` describes; the cache may hold more until a rewind
         self._fed = 0  # columns in the cache
         self._outputs: Any = None
         self._fed_kwargs = self._kwargs
+        self._wanted = (np.zeros(0, dtype=np.int64), 0)  # what ``pick`` takes: rows counted from the last one
+        self._given = self.cache
+        self.hidden = 0
         self.become("nothing")
 
     def prefill(self, prompt: Tensor) -> Tensor:
@@ -68,6 +75,9 @@ class Columns:
         self.forwards += 1
         self._columns = self._fed = int(prompt.shape[1])
         self._take_cache()
+        # a past that the caller gave, or embeddings in the place of ids, lies before the first column
+        held = cached_columns(self.cache)
+        self.hidden = held - self._fed if held else 0
         return self._scores(1)
 
     def mark(self) -> tuple[Any, ...]:
@@ -105,7 +115,7 @@ class Columns:
 
     @property
     def fed(self) -> int:
-        """Columns in the cache."""
+        """Columns in the cache; those that no id stands for (``hidden``) are not counted."""
         return self._fed
 
     @property
@@ -125,22 +135,23 @@ class Columns:
     def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """See ``Layout.forward``."""
         upto = int(lengths.max())
-        if self._wide or upto == self._fed + 1:
-            start = self._fed
+        start = self._fed
+        self._wanted = (first - upto, count)
+        if self._wide or upto == start + 1:
             scores = self._feed(tokens, upto)
         else:
-            start = self._fed
             steps = [self._feed(tokens, column) for column in range(self._fed + 1, upto + 1)]
             scores = torch.cat(steps, dim=1)
-        lowest = int(first.min())
-        if lowest == int(first.max()):
-            scores = scores[:, lowest - start : lowest - start + count]
-            missing = count - scores.shape[1]
-            return torch.nn.functional.pad(scores, (0, 0, 0, missing)) if missing else scores
-        # ended rows are behind and get whatever stands at the edge
-        picked = torch.from_numpy(first - start).to(scores.device)[:, None]
-        picked = (picked + torch.arange(count, device=scores.device)).clamp(0, scores.shape[1] - 1)
-        return scores.gather(1, picked[..., None].expand(-1, -1, scores.shape[-1]))
+        return self.pick(scores)
+
+    @property
+    def outputs(self) -> Any:
+        """Of the last forward."""
+        return self._outputs
+
+    def pick(self, states: Tensor) -> Tensor:
+        """See ``Layout.pick``."""
+        return rows_from_the_end(states, *self._wanted)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``."""
@@ -168,6 +179,14 @@ class Columns:
             self._kwargs, self._columns = self._fed_kwargs, self._fed
             if self._snapshots is not None:
                 self._snapshots.drop()
+
+    def hand_over(self, columns: int) -> Any:
+        """See ``Layout.hand_over``."""
+        cache = self.cache
+        if self._forget == "crop":
+            trim(cache)
+            end_recording(cache)
+        return write_into(self._given, cache)
 
     def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
         """See ``Layout.reach``."""

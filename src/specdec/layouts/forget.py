@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Cache, EncoderDecoderCache
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
 
 def drop(cache: Any, columns: int) -> None:
@@ -24,6 +24,8 @@ def drop(cache: Any, columns: int) -> None:
             layer.keys = layer.keys[..., :-columns, :]
             layer.values = layer.values[..., :-columns, :]
             layer.cumulative_length -= columns
+        elif type(layer) is StaticLayer:
+            layer.cumulative_length.sub_(columns)
         elif isinstance(layer, LinearAttentionCacheLayerMixin):
             _drop_linear(layer, columns)
         else:
@@ -33,7 +35,9 @@ def drop(cache: Any, columns: int) -> None:
 def trim(cache: Any) -> None:
     """Drop the past that no forward from here on will need; what is left cannot be removed any more."""
     if isinstance(cache, Cache):
-        own_cache(cache).crop(0)
+        for layer in own_cache(cache).layers:
+            if type(layer) is not StaticLayer:
+                layer.crop(0)
 
 
 def own_cache(cache: Any) -> Any:

@@ -23,12 +23,18 @@ from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from specdec.layouts import masks
 from specdec.layouts.columns import Columns
+from specdec.layouts.handover import cached_columns, give_back, is_callers, newest
+from specdec.layouts.picking import rows_from_the_end
 
 BLOCK = 64
+# layers of plain keys and values
+KINDS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 class Slots:
@@ -53,10 +59,12 @@ class Slots:
         own = native.self_attention_cache if isinstance(native, EncoderDecoderCache) else native
         if not isinstance(own, Cache) or not own.layers:
             raise ValueError("slots need a transformers cache of layers")
-        layers = [_slot_layer(layer, self._width) for layer in own.layers]
+        held = cached_columns(native)
+        self._hidden = held - self._width
+        layers = [_slot_layer(layer, held) for layer in own.layers]
         self._cache = SlotCache(layers)
         for layer in own.layers:
-            if not isinstance(layer, DummyLayer):
+            if not isinstance(layer, (DummyLayer, StaticLayer)) and not is_callers(native):
                 layer.keys = layer.values = None  # the prompt shall not be held twice
         self._handed: Any = self._cache
         if isinstance(native, EncoderDecoderCache):
@@ -69,6 +77,8 @@ class Slots:
         positions = kwargs.get(self._position_key)
         self._last_position = None if positions is None else positions[..., -1:]
         self._starts = np.zeros(0, dtype=np.int64)
+        self.outputs: Any = None
+        self._wanted = (self._starts, 0)  # what ``pick`` takes: rows counted from the last one
         self._mask: Tensor | None = None
 
     def prefill(self, prompt: Tensor) -> Tensor:
@@ -81,11 +91,11 @@ class Slots:
             self._starts = np.full_like(lengths, self._width)
         starts = np.minimum(self._starts, lengths - 1)
         width = int((lengths - starts).max())
-        self._grow(tokens.shape[0], int(starts.max()) + width)
+        self._grow(tokens.shape[0], int(starts.max()) + width + self._hidden)
         device = tokens.device
         offset = torch.from_numpy(starts).to(device, non_blocking=True)
         columns = offset[:, None] + torch.arange(width, device=device)
-        self._cache.place(columns, starts)
+        self._cache.place(columns + self._hidden, starts + self._hidden)
         kwargs = self._plain.describe_more(width)
         kwargs["past_key_values"] = self._handed
         kwargs[self._mask_key] = self._mask
@@ -100,10 +110,15 @@ class Slots:
         skipped = int((first - starts).min())  # nobody wants their scores
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = width - skipped
-        scores: Tensor = self._model(**inputs, return_dict=True).logits[:, skipped - width :]
+        self.outputs = self._model(**inputs, return_dict=True)
         self.forwards += 1
         self._starts = lengths.copy()
-        return _rows(scores, first - starts - skipped, count)
+        self._wanted = (first - starts - width, count)
+        return self.pick(self.outputs.logits)
+
+    def pick(self, states: Tensor) -> Tensor:
+        """See ``Layout.pick``."""
+        return rows_from_the_end(states, *self._wanted)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``: what is forgotten will be overwritten."""
@@ -113,6 +128,15 @@ class Slots:
     def settle(self, columns: int) -> None:
         """Nothing moves here, so nothing has to be settled."""
 
+    def hand_over(self, columns: int) -> Any:
+        """See ``Layout.hand_over``."""
+        native = self._plain.cache
+        own = native.self_attention_cache if isinstance(native, EncoderDecoderCache) else native
+        for layer, slots in zip(own.layers, self._cache.layers, strict=True):
+            if isinstance(slots, SlotLayer):
+                give_back(layer, slots.keys, slots.values, columns + self._hidden)
+        return native
+
     def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
         """See ``Layout.reach``: rows never wait for one another."""
         return np.full_like(lengths, np.iinfo(np.int64).max)
@@ -120,7 +144,7 @@ class Slots:
     def _positions(self, columns: Tensor) -> Tensor:
         """Positions of ``columns`` (B, W): those of the prompt go on; without any, columns are counted."""
         if self._last_position is None:
-            return columns
+            return columns + self._hidden
         positions: Tensor = self._last_position + 1 + (columns - self._width)
         return positions
 
@@ -218,20 +242,12 @@ def _slot_layer(layer: Any, width: int) -> Any:
     """A slot layer with the prompt's keys and values of ``layer``."""
     if isinstance(layer, DummyLayer):
         return layer
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if type(layer) not in KINDS:
         raise ValueError(f"a {type(layer).__name__} does not fit into slots")
     if layer.keys is None:
         return DummyLayer()
     # a sliding layer has kept its last columns only
-    missing = width - layer.keys.shape[-2]
-    keys, values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (layer.keys, layer.values))
+    keys, values = newest(layer, width)
+    missing = width - keys.shape[-2]
+    keys, values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (keys, values))
     return SlotLayer(keys, values)
-
-
-def _rows(scores: Tensor, first: np.ndarray, count: int) -> Tensor:
-    """``count`` rows of (B, W, V) from ``first`` (B,) on; past the last one they repeat it."""
-    if (first == 0).all() and scores.shape[1] == count:
-        return scores
-    at = torch.from_numpy(first).to(scores.device)[:, None]
-    at = (at + torch.arange(count, device=scores.device)).clamp(max=scores.shape[1] - 1)
-    return scores.gather(1, at[..., None].expand(-1, -1, scores.shape[-1]))

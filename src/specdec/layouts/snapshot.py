@@ -2,8 +2,9 @@
 
 ``crop`` of transformers leaves a recurrent state advanced, without an error (huggingface/transformers#49036),
 so we keep what a layer held before the guesses and put it back. Recurrent and convolution states are written
-in place and must be copied; keys and values are replaced by every update, so holding on to the old tensors is
-enough. A cache of a kind unknown to us is copied whole. Knows no model. Read next: ``slots.py``.
+in place and must be copied; keys and values are replaced by every update, except in static layers, so holding on
+to the old tensors is enough. A cache of a kind unknown to us is copied whole. Knows no model.
+Read next: ``slots.py``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 REPLACED_BY_UPDATE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
+STATIC = (StaticLayer, StaticSlidingWindowLayer)
 
 
 class Snapshots:
@@ -51,7 +56,11 @@ class Snapshots:
             return copy.deepcopy(self._cache)
         for layer, states in zip(self._layers, self._states, strict=True):
             for name, value in _held(layer, states).items():
-                setattr(layer, name, value)
+                here = getattr(layer, name, None)
+                if type(layer) in STATIC and isinstance(here, torch.Tensor):
+                    here.copy_(value)  # compiled code knows it by its address
+                else:
+                    setattr(layer, name, value)
         return self._cache
 
 
@@ -61,11 +70,13 @@ def _known_layers(cache: Any) -> list[Any]:
     parts = [cache]
     if isinstance(cache, EncoderDecoderCache):
         parts = [cache.self_attention_cache, cache.cross_attention_cache]
-    if not all(type(part) in (Cache, DynamicCache) for part in parts):
+    if not all(type(part) in (Cache, DynamicCache, StaticCache) for part in parts):
         return []
     layers = [layer for part in parts for layer in part.layers]
     known = (
-        type(layer) in REPLACED_BY_UPDATE or isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers
+        type(layer) in (*REPLACED_BY_UPDATE, *STATIC)
+        or (isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, StaticLayer))
+        for layer in layers
     )
     return layers if all(known) else []
 
@@ -74,6 +85,8 @@ def _held(layer: Any, attributes: dict[str, Any]) -> dict[str, Any]:
     """``attributes`` of a layer, copied where the layer writes into them."""
     if type(layer) in REPLACED_BY_UPDATE:
         return dict(attributes)
+    if type(layer) in STATIC:
+        return {name: _copy(value) for name, value in attributes.items()}
     return {name: value if name in ("keys", "values") else _copy(value) for name, value in attributes.items()}
 
 

@@ -113,6 +113,7 @@ class _Run:
             return Proposal.empty(state.batch, state.device)
         if self._prompt is not None:
             self._scorer.prefill(self._prompt, speculate=True)
+            self._longest -= self._scorer.hidden
             self._prompt = None
         self._sync(state)
         guesses: list[Tensor] = []
@@ -192,11 +193,15 @@ def _prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any
 
     own = model.generation_config
     config = copy.deepcopy(own)
-    config.update(**{**PLAIN, "max_length": call.max_length})
     prompt = call.prompt.clamp(max=embeds - 1)
     inputs = _inputs_for(model, call)
+    read = inputs.get("inputs_embeds", prompt).shape[1]
+    config.update(**{**PLAIN, "max_length": call.max_length + read - prompt.shape[1]})
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = prompt
+        start = call.target.generation_config.decoder_start_token_id
+        if start is not None and bool((prompt[:, 0] != torch.tensor(start, device=prompt.device)).any()):
+            config.decoder_start_token_id = prompt[:, 0].tolist()  # the call's own, one a row
     else:
         inputs["input_ids"] = prompt
     # what is None in a given config is filled up from the model's own: lend it one without settings
@@ -227,7 +232,28 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
     """The user's inputs that this draft can take: all of them for a twin, the text's for another kind."""
     twin = type(model) is type(call.target)
     known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
-    return {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
+    inputs = {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
+    embeds = call.inputs.get("inputs_embeds")
+    if model.config.is_encoder_decoder:
+        return inputs
+    if embeds is None:
+        # where the target goes on from a cache, masks and positions reach back further than the ids
+        columns = call.prompt.shape[1]
+        inputs = {name: _newest(name, value, columns) for name, value in inputs.items()}
+        if inputs.get("attention_mask", call.prompt).shape[-1] < columns:
+            inputs.pop("attention_mask")  # healed prompts may be longer than what was masked
+        return inputs
+    inputs.pop("inputs_embeds", None)
+    if call.prompt.shape[1]:
+        return {}  # the text alone
+    if model.get_input_embeddings().weight.shape[1] != embeds.shape[-1]:
+        raise ValueError("the call gives embeddings of another size and no input_ids")
+    return {**inputs, "inputs_embeds": embeds}
+
+
+def _newest(name: str, value: Tensor, columns: int) -> Tensor:
+    along = ("attention_mask", "position_ids", "token_type_ids")
+    return value[..., -columns:] if name in along and value.shape[-1] > columns else value
 
 
 def _chance(scores: Tensor, guess: Tensor) -> Tensor:

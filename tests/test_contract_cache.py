@@ -1,0 +1,445 @@
+"""The cache: returned as plain generate() returns it, and honoured when the caller gives one.
+
+Conversations of several turns are held twice, by plain generate() and by ours, each going on from its own
+cache; texts must be equal, and plain generate() must be able to go on from a cache of ours.
+"""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers.generation.stopping_criteria import MaxLengthCriteria
+
+from specdec import InvalidInput
+from specdec.layouts.forget import own_cache
+from specdec.testing import lively, tiny_llama
+
+from .contract import (
+    NEW,
+    Counted,
+    bart,
+    gemma,
+    llama,
+    mamba2,
+    mistral,
+    oracle,
+    plain,
+    prompts,
+    qwen3_next,
+    speculative,
+    t5,
+)
+
+DICT = {"return_dict_in_generate": True, "do_sample": False, "max_new_tokens": NEW}
+DRAFTS = ("noisy", "ngram", None)
+START = 9
+
+
+def states(cache):
+    """Everything that a cache holds, in order."""
+    found = []
+    for layer in own_cache(cache).layers:
+        for name in ("keys", "values"):
+            if getattr(layer, name, None) is not None:
+                found.append(getattr(layer, name))
+        for name in ("conv_states", "recurrent_states"):
+            found += [s for s in getattr(layer, name, {}).values() if s is not None]
+    return found
+
+
+def assert_same_cache(ours, theirs, columns=None):
+    assert type(ours) is type(theirs)
+    assert [type(a) for a in own_cache(ours).layers] == [type(b) for b in own_cache(theirs).layers]
+    assert len(states(ours)) == len(states(theirs)) > 0
+    for mine, wanted in zip(states(ours), states(theirs), strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=1e-4)
+    for layer in own_cache(ours).layers:
+        assert not getattr(layer, "record_past", False)
+    if columns is not None:
+        assert ours.get_seq_length() == theirs.get_seq_length() == columns
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("make", [llama, mistral, gemma])
+@pytest.mark.parametrize("layout", ["slots", "columns", "snapshot", "plain"])
+def test_returned_cache(layout, make, draft, batch):
+    inputs = prompts(batch)
+    free = plain(make(), inputs)
+    for eos in (None, [int(free[0, START + 1]), int(free[-1, START + 4])]):
+        wanted = make().generate(**inputs, eos_token_id=eos, **DICT)
+        gen = speculative(make(), draft, layout=layout)
+        got = gen.generate(**inputs, eos_token_id=eos, **DICT)
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        assert type(got.past_key_values) is DynamicCache
+        assert_same_cache(got.past_key_values, wanted.past_key_values, got.sequences.shape[1] - 1)
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns", "snapshot"])
+def test_returned_cache_where_rows_end_far_apart(layout):
+    """What plain generate() fed to an ended row is padding, and that is what the cache holds."""
+    inputs = prompts(3)
+    free = plain(llama(), inputs, max_new_tokens=40)
+    eos = int(free[2, START + 2])
+    options = {**DICT, "max_new_tokens": 40, "eos_token_id": eos}
+    wanted = llama().generate(**inputs, **options)
+    for draft in (oracle(free), oracle(free, wrong={12, 15, 16, 30}), "noisy", None):
+        gen = speculative(llama(), draft, layout=layout)
+        with Counted(llama()) as counted:
+            got = gen.generate(**inputs, **options)
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        assert_same_cache(got.past_key_values, wanted.past_key_values)
+        # one pass at most besides those of the rounds, and the trial of the layout
+        assert gen.stats.target_forwards <= counted.calls <= gen.stats.rounds + 9
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("make", [mamba2, qwen3_next, t5, bart])
+def test_returned_cache_of_other_kinds(make, batch):
+    wanted = make().generate(**prompts(batch), **DICT)
+    for draft in ("noisy", "ngram", None):
+        got = speculative(make(), draft).generate(**prompts(batch), **DICT)
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        assert_same_cache(got.past_key_values, wanted.past_key_values)
+
+
+def test_no_cache_no_return():
+    options = {**DICT, "use_cache": False}
+    assert llama().generate(**prompts(3), **options).past_key_values is None
+    assert speculative(llama(), "noisy").generate(**prompts(3), **options).past_key_values is None
+
+
+@pytest.mark.parametrize("ended_by", ["criterion", "max_length of the caller's"])
+def test_returned_cache_after_a_cut(ended_by):
+    """A row that was ahead is cut when it is judged; what it had fed beyond is taken out of the cache."""
+    inputs = prompts(3)
+    free = plain(llama(), inputs)
+    last = int(free[0, START + 2])
+    criteria = {
+        "criterion": [lambda ids, scores: ids[:, -1] == last],
+        "max_length of the caller's": [MaxLengthCriteria(START + 4)],
+    }[ended_by]
+    for eos in (None, 63):
+        options = {**DICT, "eos_token_id": eos, "stopping_criteria": criteria}
+        wanted = llama().generate(**inputs, **options)
+        for layout in ("slots", "columns", "snapshot"):
+            got = speculative(llama(), oracle(free), layout=layout).generate(**inputs, **options)
+            assert got.sequences.tolist() == wanted.sequences.tolist()
+            assert_same_cache(got.past_key_values, wanted.past_key_values)
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+
+def turn(number, batch):
+    """What the user says in a turn: a few tokens, the same for every run."""
+    generator = torch.Generator().manual_seed(100 + number)
+    return torch.randint(2, 64, (batch, 2 + number), generator=generator)
+
+
+def converse(run, batch, turns=5, new=4, eos=None, config=None, **options):
+    """All turns through ``run``, going on from the cache; the text and the cache at the end."""
+    given = prompts(batch)
+    ids, mask, cache = given["input_ids"], given["attention_mask"], DynamicCache(config=config)
+    options = {"max_new_tokens": new, "do_sample": False, "return_dict_in_generate": True, **options}
+    for number in range(turns):
+        out = run(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, eos_token_id=eos, pad_token_id=0, **options
+        )
+        assert out.past_key_values is cache, "the caller's own object is gone on with"
+        assert cache.get_seq_length() == out.sequences.shape[1] - 1
+        said = turn(number, batch)
+        answered = out.sequences[:, ids.shape[1] :]
+        ids = torch.cat([out.sequences, said], dim=1)
+        mask = torch.cat([mask, (answered != 0).long() if eos else torch.ones_like(answered)], dim=1)
+        mask = torch.cat([mask, torch.ones_like(said)], dim=1)
+    return ids, cache
+
+
+def from_scratch(model, batch, turns=5, new=4):
+    ids, mask = prompts(batch).values()
+    for number in range(turns):
+        said = turn(number, batch)
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+        ids = torch.cat([out, said], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    return ids
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("make", [llama, mistral, gemma, qwen3_next])
+@pytest.mark.parametrize("layout", ["auto", "columns"])
+def test_five_turns(layout, make, batch):
+    if make is qwen3_next and layout == "columns":
+        pytest.skip("a recurrent state cannot be cropped")
+    wanted, cache = converse(make().generate, batch, config=make().config)
+    assert wanted.tolist() == from_scratch(make(), batch).tolist()
+    for draft in DRAFTS:
+        gen = speculative(make(), draft, layout=layout)
+        got, ours = converse(gen.generate, batch, config=make().config)
+        assert got.tolist() == wanted.tolist()
+        assert_same_cache(ours, cache)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+def test_five_turns_with_ends_of_sequence(layout, masked):
+    """Padding behind an end is masked, or seen, as the caller's mask says; in both ways as in plain."""
+    free, _ = converse(llama().generate, 3)
+    eos = int(free[1, START + 2])
+    for draft in DRAFTS:
+        texts = []
+        for run in (llama().generate, speculative(llama(), draft, layout=layout).generate):
+            text, _ = converse(run, 3, eos=eos)
+            texts.append(text.tolist())
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_plain_and_ours_take_turns(make, batch):
+    """Each goes on from the cache that the other left."""
+    wanted, _ = converse(make().generate, batch)
+    gen = speculative(make(), "noisy")
+    calls = []
+
+    def alternately(**options):
+        calls.append(1)
+        return (gen if len(calls) % 2 else make()).generate(**options)
+
+    got, _ = converse(alternately, batch)
+    assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_only_what_is_new(make, layout, draft):
+    """The ids hold the new turn alone, the mask the whole conversation."""
+    said = turn(1, 3)
+    texts, caches = [], []
+    for run in (make().generate, speculative(make(), draft, layout=layout).generate):
+        first = make().generate(**prompts(3), **DICT)
+        cache = first.past_key_values
+        new = torch.cat([first.sequences[:, -1:], said], dim=1)
+        mask = torch.nn.functional.pad(prompts(3)["attention_mask"], (0, NEW + said.shape[1]), value=1)
+        out = run(input_ids=new, attention_mask=mask, past_key_values=cache, **DICT)
+        texts.append(out.sequences.tolist())
+        caches.append(out.past_key_values)
+    assert texts[0] == texts[1]
+    assert len(texts[0][0]) == 1 + said.shape[1] + NEW
+    assert_same_cache(caches[1], caches[0])
+
+
+def test_a_cache_is_gone_on_with_whatever_is_returned():
+    """Without the dictionary, too, plain generate() writes into the cache that it was given."""
+    caches = [DynamicCache(), DynamicCache()]
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    wanted = llama().generate(**prompts(3), past_key_values=caches[0], **options)
+    got = speculative(llama(), "noisy").generate(**prompts(3), past_key_values=caches[1], **options)
+    assert got.tolist() == wanted.tolist()
+    assert_same_cache(caches[1], caches[0])
+
+
+def test_sampling_goes_on_from_a_cache():
+    options = {"do_sample": True, "top_k": 1}
+    wanted, _ = converse(llama().generate, 3)
+    for rule in ("block", "token", "coupled"):
+        gen = speculative(llama(), "noisy", verification=rule)
+        got, _ = converse(gen.generate, 3, **options)
+        assert got.tolist() == wanted.tolist()
+
+
+def test_what_was_said_is_not_fed_again():
+    """The first pass of a turn feeds what is new."""
+    widths = []
+    hook = llama().register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    gen = speculative(llama(), "ngram")
+    try:
+        converse(gen.generate, 1)
+        widths.clear()
+        converse(gen.generate, 1)
+    finally:
+        hook.remove()
+    assert widths[0] == START
+    assert max(widths[1:]) <= 1 + 5  # a turn, the last token before it, or the guesses of a round
+
+
+def test_an_exception_leaves_the_cache_at_the_prompt_or_further():
+    class Broken(Exception):
+        pass
+
+    calls = []
+
+    def breaks(ids, scores):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Broken
+        return False
+
+    cache = DynamicCache()
+    with pytest.raises(Broken):
+        speculative(llama(), "noisy").generate(
+            **prompts(3), past_key_values=cache, stopping_criteria=[breaks], max_new_tokens=NEW, do_sample=False
+        )
+    assert cache.get_seq_length() >= START
+    assert all(layer.keys is not None for layer in cache.layers)
+
+
+def test_a_cache_that_is_ahead_of_the_text():
+    cache = llama().generate(**prompts(1), **DICT).past_key_values
+    kept = copy.deepcopy(cache)
+    for ids in (prompts(1)["input_ids"], turn(1, 1)):
+        with pytest.raises(InvalidInput, match=r"past_key_values holds 17 columns.*whole conversation"):
+            speculative(llama(), "noisy").generate(ids, past_key_values=cache, **DICT)
+    assert_same_cache(cache, kept)
+
+
+# --- static caches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("make", [llama, mistral, gemma, t5, bart])
+def test_static_cache_by_name(make, batch):
+    options = {**DICT, "cache_implementation": "static", "max_new_tokens": 12}
+    wanted = make().generate(**prompts(batch), **options)
+    for draft in ("noisy", oracle(wanted.sequences), "ngram", None):
+        gen = speculative(make(), draft)
+        got = gen.generate(**prompts(batch), **options)
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        assert_same_cache(got.past_key_values, wanted.past_key_values)
+        assert (gen.stats.drafted > 0) == (draft is not None)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 4])
+def test_a_static_cache_has_room_for_no_more_than_the_text(new):
+    options = {**DICT, "cache_implementation": "static", "max_new_tokens": new}
+    wanted = copy.deepcopy(llama()).generate(**prompts(3), **options)
+    got = speculative(copy.deepcopy(llama()), "ngram").generate(**prompts(3), **options)
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    assert_same_cache(got.past_key_values, wanted.past_key_values)
+
+
+@pytest.mark.parametrize("layout", ["slots", "snapshot", "plain"])
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_a_static_cache_of_the_callers(make, layout):
+    texts, caches = [], []
+    for run in (make().generate, speculative(make(), "noisy", layout=layout).generate):
+        cache = StaticCache(config=make().config, max_cache_len=48)
+        ids, mask = prompts(3).values()
+        for number in range(3):
+            ids = run(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False)
+            ids = torch.cat([ids, turn(number, 3)], dim=1)
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+            if not number:
+                addresses = [layer.keys.data_ptr() for layer in cache.layers]
+        assert [layer.keys.data_ptr() for layer in cache.layers] == addresses
+        texts.append(ids.tolist())
+        caches.append(cache)
+    assert texts[0] == texts[1]
+    assert_same_cache(caches[1], caches[0])
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+
+def embedded(model, batch):
+    ids, mask = prompts(batch).values()
+    return {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("make", [llama, gemma])
+@pytest.mark.parametrize("layout", ["auto", "slots", "columns"])
+def test_embeddings(layout, make, with_ids, batch):
+    inputs = embedded(make(), batch)
+    if with_ids:
+        inputs["input_ids"] = prompts(batch)["input_ids"]
+    wanted = make().generate(**inputs, **DICT)
+    assert wanted.sequences.shape[1] == NEW + START * with_ids
+    for draft in (*DRAFTS, oracle(wanted.sequences)):
+        gen = speculative(make(), draft, layout=layout)
+        got = gen.generate(**inputs, **DICT)
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        assert_same_cache(got.past_key_values, wanted.past_key_values, START + NEW - 1)
+        assert gen.stats.drafted > 0 or draft in (None, "ngram")
+    sampled = {"max_new_tokens": NEW, "do_sample": True, "top_k": 1, "num_return_sequences": 2}
+    for rule in ("block", "coupled"):
+        got = speculative(make(), "noisy", verification=rule, layout=layout).generate(**inputs, **sampled)
+        assert got.tolist() == wanted.sequences.repeat_interleave(2, dim=0).tolist()
+
+
+def test_a_soft_prompt_before_the_ids():
+    """Embeddings may be longer than the ids that stand for their end."""
+    ids, mask = prompts(3).values()
+    soft = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3))
+    inputs = {
+        "inputs_embeds": torch.cat([soft, llama().get_input_embeddings()(ids)], dim=1),
+        "attention_mask": torch.nn.functional.pad(mask, (4, 0), value=1),
+    }
+    wanted = llama().generate(ids, **inputs, **DICT)
+    for draft in DRAFTS:
+        for layout in ("slots", "columns"):
+            got = speculative(llama(), draft, layout=layout).generate(ids, **inputs, **DICT)
+            assert got.sequences.tolist() == wanted.sequences.tolist()
+            assert_same_cache(got.past_key_values, wanted.past_key_values)
+
+
+def test_embeddings_that_the_draft_cannot_read():
+    small = tiny_llama(3, num_hidden_layers=1, hidden_size=16)
+    inputs = embedded(llama(), 3)
+    gen = speculative(llama(), small)
+    with pytest.warns(UserWarning, match="drafts nothing.*embeddings of another size"):
+        got = gen.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert got.tolist() == plain(llama(), inputs).tolist()
+
+
+def test_embeddings_of_an_encoder():
+    inputs = embedded(t5(), 3)
+    wanted = plain(t5(), inputs)
+    for draft in DRAFTS[1:]:
+        assert speculative(t5(), draft).generate(**inputs, max_new_tokens=NEW, do_sample=False).tolist() == (
+            wanted.tolist()
+        )
+
+
+# --- positions, token types, starts ---------------------------------------------------------------
+
+
+@cache
+def gpt2():
+    config = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    return lively(GPT2LMHeadModel(config).eval())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+def test_token_types(layout, batch):
+    inputs = prompts(batch)
+    types = torch.tensor([[3, 3, 3, 3, 3, 3, 5, 5, 5]]).expand(batch, -1)
+    wanted = plain(gpt2(), {**inputs, "token_type_ids": types})
+    assert wanted.tolist() != plain(gpt2(), inputs).tolist()
+    for draft in DRAFTS:
+        gen = speculative(gpt2(), draft, layout=layout)
+        got = gen.generate(**inputs, token_type_ids=types, max_new_tokens=NEW, do_sample=False)
+        assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("starts", [[2, 9, 30], 7])
+@pytest.mark.parametrize("make", [t5, bart])
+def test_decoder_start_of_the_call(make, starts):
+    options = {"decoder_start_token_id": starts, "max_new_tokens": NEW, "do_sample": False}
+    wanted = make().generate(**prompts(3), **options)
+    assert wanted[:, 0].tolist() == (starts if isinstance(starts, list) else [starts] * 3)
+    for draft in DRAFTS:
+        gen = speculative(make(), draft)
+        assert gen.generate(**prompts(3), **options).tolist() == wanted.tolist()
+        assert gen.stats.drafted > 0 or draft is None
