@@ -84,6 +84,12 @@ def one_a_row(values: list[T], rows: int, name: str) -> list[T]:
     return [value for value in values for _ in range(rows // len(values))]
 
 
+def existing(guess: list[int], vocabulary: int) -> list[int]:
+    """The guesses before the first id that the target lacks: a text of another tokenizer may hold some."""
+    wrong = next((place for place, token in enumerate(guess) if not 0 <= token < vocabulary), len(guess))
+    return guess[:wrong]
+
+
 class Nothing:
     """Guesses nothing: plain decoding through the same loop, the reference for everything."""
 

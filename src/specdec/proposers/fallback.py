@@ -59,9 +59,9 @@ class _Run:
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``; both are asked in every round, the second for the rows that are left."""
-        first = self._parts[0].propose(state, limits)
+        first: Proposal = self._parts[0].propose(state, limits)
         self._of_first = np.asarray(first.lengths) > 0
-        second = self._parts[1].propose(state, np.where(self._of_first, 0, limits))
+        second: Proposal = self._parts[1].propose(state, np.where(self._of_first, 0, limits))
         self._proposals = (first, second)
         if not self._of_first.any():
             return second
@@ -91,27 +91,23 @@ class _Run:
 def _merged(first: Proposal, second: Proposal, of_first: np.ndarray, vocabulary: int) -> Proposal:
     """One proposal, row by row from the first or the second."""
     width = max(first.tokens.shape[1], second.tokens.shape[1])
-    choice = torch.from_numpy(of_first).to(first.tokens.device)
-    tokens = [pad(part.tokens, (0, width - part.tokens.shape[1])) for part in (first, second)]
-    logits = None
-    if first.logits is not None or second.logits is not None:
-        # a certain guess of an id that does not exist cannot be shown as a row: it becomes another guess
-        tokens = [
-            token if part.logits is not None else torch.where((token >= 0) & (token < vocabulary), token, 0)
-            for part, token in zip((first, second), tokens, strict=True)
-        ]
-        shown = [_rows(part, token, vocabulary) for part, token in zip((first, second), tokens, strict=True)]
-        logits = torch.where(choice[:, None, None], *shown)
+    choice = torch.from_numpy(of_first).to(first.tokens.device)[:, None]
+    mine, other = (pad(part.tokens, (0, width - part.tokens.shape[1])) for part in (first, second))
     lengths = np.where(of_first, first.lengths, second.lengths)
-    return Proposal(torch.where(choice[:, None], *tokens), lengths, logits)
+    if first.logits is None and second.logits is None:
+        return Proposal(torch.where(choice, mine, other), lengths)
+    my_rows, other_rows = _rows(first, mine, vocabulary), _rows(second, other, vocabulary)
+    logits = torch.where(choice[..., None], my_rows, other_rows)
+    return Proposal(torch.where(choice, mine, other), lengths, logits)
 
 
 def _rows(part: Proposal, tokens: Tensor, vocabulary: int) -> Tensor:
-    """(B, K, V) scores whose softmax the guesses were drawn from; for certain guesses all on the guess."""
+    """(B, K, V) scores that ``tokens`` (B, K) were drawn from; of certain guesses all is on the guess."""
     if part.logits is not None:
         return pad(part.logits, (0, 0, 0, tokens.shape[1] - part.logits.shape[1]))
     rows = torch.full((*tokens.shape, vocabulary), -torch.inf, device=tokens.device)
-    return rows.scatter(-1, tokens[..., None], 0.0)
+    # an id that does not exist is left for the verifier to find
+    return rows.scatter(-1, tokens.clamp(0, vocabulary - 1)[..., None], 0.0)
 
 
 def _seen_by(own: np.ndarray, proposal: Proposal, round_: Round) -> Round:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from specdec.errors import InvalidInput
-from specdec.proposers import Call, Proposer, one_a_row
+from specdec.proposers import Call, Proposer, existing, one_a_row
 from specdec.records import Proposal, Stats
 from specdec.state import State
 
@@ -50,9 +50,7 @@ class _Run:
         for row in np.flatnonzero(limits):
             aligned = self._rows[row]
             aligned.follow(state.host_tokens[row, state.prompt_length : state.lengths[row]])
-            guess = aligned.guess(int(limits[row]))
-            wrong = np.flatnonzero((guess < 0) | (guess >= state.vocabulary))
-            guesses[row] = guess[: wrong[0] if len(wrong) else None].tolist()
+            guesses[row] = existing(aligned.guess(int(limits[row])).tolist(), state.vocabulary)
         return Proposal.certain(guesses, state.device)
 
     def finish(self, state: State, stats: Stats) -> None:
@@ -122,23 +120,28 @@ def read_predictions(given: Any, tokenizer: Any, pad_id: int | None) -> list[np.
     Args:
         given: a text, ids (L,), ids (B, L), or a list with a text, ids or None a row.
         tokenizer: for texts.
-        pad_id: padding around ids, which is taken off.
+        pad_id: padding at both ends of the rows of a (B, L) tensor, which is taken off.
 
     Raises:
         InvalidInput: nothing of that, or a text without a tokenizer.
     """
     numbers = isinstance(given, (list, tuple)) and len(given) > 0 and all(isinstance(i, int) for i in given)
-    if isinstance(given, str) or numbers or (_is_array(given) and given.ndim == 1):
+    if isinstance(given, (torch.Tensor, np.ndarray)):
+        given = np.asarray(given.cpu() if isinstance(given, torch.Tensor) else given)
+        if given.ndim == 2:
+            return [_without_padding(_ids(row, tokenizer), pad_id) for row in given]
+        numbers = True
+    if isinstance(given, str) or numbers:
         given = [given]
-    if not isinstance(given, (list, tuple)) and not (_is_array(given) and given.ndim == 2):
+    if not isinstance(given, (list, tuple)):
         raise InvalidInput(
             f"prediction is a {type(given).__name__}; wanted is a text, token ids, or a list with a text, "
             "token ids or None for each row"
         )
-    return [None if one is None else _ids(one, tokenizer, pad_id) for one in given]
+    return [None if one is None else _ids(one, tokenizer) for one in given]
 
 
-def _ids(one: Any, tokenizer: Any, pad_id: int | None) -> np.ndarray:
+def _ids(one: Any, tokenizer: Any) -> np.ndarray:
     if isinstance(one, str):
         if tokenizer is None:
             raise InvalidInput(
@@ -146,15 +149,14 @@ def _ids(one: Any, tokenizer: Any, pad_id: int | None) -> np.ndarray:
                 "token ids"
             )
         one = tokenizer(one, add_special_tokens=False)["input_ids"]
-    one = one.detach().cpu().numpy() if isinstance(one, torch.Tensor) else np.asarray(one)
-    if one.ndim != 1 or not (len(one) == 0 or np.issubdtype(one.dtype, np.integer)):
+    ids = np.asarray(one.cpu() if isinstance(one, torch.Tensor) else one)
+    if ids.ndim != 1 or not (len(ids) == 0 or np.issubdtype(ids.dtype, np.integer)):
         raise InvalidInput(
-            f"a prediction has shape {one.shape} and dtype {one.dtype}; wanted are token ids (length,) for each row"
+            f"a prediction has shape {ids.shape} and dtype {ids.dtype}; wanted are token ids (length,) for each row"
         )
-    real = np.flatnonzero(one != (-1 if pad_id is None else pad_id))
-    kept: np.ndarray = one[real[0] : real[-1] + 1] if len(real) else one[:0]
-    return kept.astype(np.int64)
+    return ids.astype(np.int64)
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (torch.Tensor, np.ndarray))
+def _without_padding(ids: np.ndarray, pad_id: int | None) -> np.ndarray:
+    real = np.flatnonzero(ids != pad_id) if pad_id is not None else np.arange(len(ids))
+    return ids[real[0] : real[-1] + 1] if len(real) else ids[:0]

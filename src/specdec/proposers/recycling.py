@@ -63,16 +63,17 @@ class _Run:
         most = int(limits.max(initial=0))
         if most == 0:
             return Proposal.empty(state.batch, state.device)
-        chain = []
+        chain, known = [], []
         for _ in range(most):
-            found = self._table.gather(1, last.clamp(0, state.vocabulary - 1))
-            # behind the end of the chain no id will do: the verifier refuses -1
-            last = torch.where((found >= 0) & (last >= 0), found % state.vocabulary, -1)
+            found = self._table.gather(1, last)
+            known.append(found >= 0)
+            # behind the end of the chain any id will do: a guess like another
+            last = found.clamp(min=0) % state.vocabulary
             chain.append(last)
         tokens = torch.cat(chain, dim=1)
         if tokens.device.type != "cpu":
             return Proposal(tokens, limits)
-        lengths = np.minimum(limits, (tokens >= 0).sum(dim=1).numpy())
+        lengths = np.minimum(limits, torch.cat(known, dim=1).long().cumprod(dim=1).sum(dim=1).numpy())
         return Proposal(tokens[:, : int(lengths.max())], lengths)
 
     def _from_prompt(self, vocabulary: int) -> Tensor:

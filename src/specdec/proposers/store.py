@@ -32,9 +32,12 @@ class Store:
 
     def __init__(self, *, tokens: int = 100_000, tenants: int = 64) -> None:
         """Keep at most ``tokens`` tokens a tenant (about 0.5 KB each in memory) and ``tenants`` tenants."""
-        for name, value in (("tokens", tokens), ("tenants", tenants)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 2 - (name == "tenants"):
-                raise InvalidInput(f"Store({name}={value!r}); give a whole number, at least 2 tokens and 1 tenant")
+        sizes: list[Any] = [tokens, tenants]
+        whole = all(isinstance(size, int) for size in sizes)
+        if not whole or tokens < 4 or tenants < 1:
+            raise InvalidInput(
+                f"Store(tokens={tokens!r}, tenants={tenants!r}): needs whole numbers, at least 4 and 1"
+            )
         self._half = tokens // 2
         self._tenants = tenants
         self._shelves: OrderedDict[str, _Shelf] = OrderedDict()
@@ -42,7 +45,7 @@ class Store:
 
     def add(self, tenant: str, tokens: Sequence[int] | np.ndarray) -> None:
         """Keep a text (L,) of ``tenant``; of one longer than half a shelf, the end."""
-        text = [int(token) for token in tokens[-(self._half - 1) :]] if self._half > 1 else []
+        text = [int(token) for token in tokens[-(self._half - 1) :]]
         if not text:
             return
         with self._lock:
@@ -156,6 +159,8 @@ class Reader:
 
     def guess(self, limit: int) -> list[int]:
         """Up to ``limit`` tokens that followed the longest match; the younger half at a tie."""
+        if not self.matched:
+            return []
         with self._lock:
             best = max(range(len(self._halves)), key=lambda number: (self._places[number][1], number))
             return self._halves[best].continuation(self._places[best][0], limit)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from specdec.errors import InvalidInput
-from specdec.proposers import Call, Proposer, one_a_row
+from specdec.proposers import Call, Proposer, existing, one_a_row
 from specdec.proposers.automaton import NOTHING, SuffixAutomaton
 from specdec.proposers.store import Reader, Store
 from specdec.records import Proposal, Stats
@@ -40,7 +40,7 @@ class Suffix:
         Raises:
             InvalidInput: a number out of range, or a tenant without a store.
         """
-        if not (isinstance(shortest, int) and shortest >= 1 and per_match >= 0):
+        if not (shortest >= 1 and per_match >= 0):
             raise InvalidInput(f"Suffix(shortest={shortest!r}, per_match={per_match!r}): needs >= 1 and >= 0")
         if tenant is not None and store is None:
             raise InvalidInput(f"Suffix(tenant={tenant!r}) without a store; give store=Store() as well")
@@ -52,9 +52,8 @@ class Suffix:
     def begin(self, call: Call) -> Proposer:
         """Automata for the rows of one call."""
         batch = call.prompt.shape[0]
-        tenants: list[str | None] = (
-            one_a_row(call.tenants, batch, "tenant") if call.tenants else [self._tenant] * batch
-        )
+        said: list[str | None] = [self._tenant] if call.tenants is None else [*call.tenants]
+        tenants = one_a_row(said, batch, "tenant")
         if self._store is not None and None in tenants:
             raise InvalidInput(
                 "a Store must know whose text it keeps: pass generate(tenant='...'), one for the call or a "
@@ -88,7 +87,8 @@ class _Run:
         """See ``Proposer.propose``."""
         guesses: list[list[int]] = [[] for _ in limits]
         for row in np.flatnonzero(limits):
-            guesses[row] = self._guess(row, state, int(limits[row]))
+            guess = self._guess(int(row), state, int(limits[row]))
+            guesses[row] = existing(guess, state.vocabulary)
         return Proposal.certain(guesses, state.device)
 
     def _guess(self, row: int, state: State, limit: int) -> list[int]:
