@@ -4,6 +4,8 @@ What they guess is never wrong (guesses cannot change a text), so these tests as
 what the method says, is memory bounded, and does no text cross from one tenant to another.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -560,7 +562,7 @@ def test_successors_are_what_the_target_scored_best_last(stateful):
             run = super().begin(call)
             observe = run.observe
             prompt = call.prompt[0].tolist()
-            wanted.update(zip(prompt[:-1], prompt[1:], strict=True))
+            wanted.update(pairwise(prompt))
 
             def watched(round_):
                 observe(round_)
