@@ -2,7 +2,7 @@
 
     from specdec import SpeculativeGenerator
 
-    gen = SpeculativeGenerator(target, draft)          # draft: a model, a Proposer, "ngram", or None
+    gen = SpeculativeGenerator(target, draft)          # draft: a model, a Proposer, a word, or None
     out = gen.generate(**inputs, max_new_tokens=256)   # every argument of target.generate(); batches too
     gen.stats                                          # what the call did: rounds, drafted, accepted, seconds
 
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from specdec.generator import SpeculativeGenerator
     from specdec.proposers import Proposer
     from specdec.proposers.draft_model import DraftModel
+    from specdec.proposers.fallback import Fallback
     from specdec.proposers.ngram import NGram
+    from specdec.proposers.recycling import Recycling
+    from specdec.proposers.store import Store
+    from specdec.proposers.suffix import Suffix
     from specdec.records import Proposal, Round, Stats
 
 __version__ = "0.1.0"
@@ -43,22 +47,30 @@ _HOMES = {
     "specdec.generator": ("SpeculativeGenerator",),
     "specdec.proposers": ("Proposer",),
     "specdec.proposers.draft_model": ("DraftModel",),
+    "specdec.proposers.fallback": ("Fallback",),
     "specdec.proposers.ngram": ("NGram",),
+    "specdec.proposers.recycling": ("Recycling",),
+    "specdec.proposers.store": ("Store",),
+    "specdec.proposers.suffix": ("Suffix",),
     "specdec.records": ("Proposal", "Round", "Stats"),
 }
 
 __all__ = [
     "DraftModel",
+    "Fallback",
     "InvalidInput",
     "InvalidProposal",
     "InvalidScores",
     "NGram",
     "Proposal",
     "Proposer",
+    "Recycling",
     "Round",
     "SpecdecError",
     "SpeculativeGenerator",
     "Stats",
+    "Store",
+    "Suffix",
     "UnsupportedModel",
     "UnsupportedOption",
     "VocabularyMismatch",

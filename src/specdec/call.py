@@ -44,6 +44,7 @@ class Request:
         streamer: told of every step, or None.
         inputs: the user's model inputs beside the ids, for the draft.
         stats: filled in as the call goes.
+        tenants: whose text it is: one for all rows, one each, or None.
     """
 
     proposer: Any
@@ -54,6 +55,7 @@ class Request:
     streamer: Any
     inputs: dict[str, Any]
     stats: Stats
+    tenants: list[str] | None = None
 
 
 def run_call(
@@ -105,7 +107,7 @@ def run_call(
     if speculates and hasattr(proposer, "begin"):
         prompt = state.tokens[:, : state.prompt_length]
         proposer = proposer.begin(
-            Call(model, prompt, inputs, state.max_length, processing, sampling, length.goes_on)
+            Call(model, prompt, inputs, state.max_length, processing, sampling, length.goes_on, request.tenants)
         )
     watcher = Watcher(stopping_criteria, streamer, state)
     if processing.in_lockstep and watcher.watches:
@@ -210,3 +212,5 @@ def _finish(stats: Stats, state: State, target: Scorer, proposer: Any) -> None:
     stats.host_copies = state.host_copies
     stats.row_emitted = state.lengths - state.prompt_length
     stats.emitted = int(stats.row_emitted.sum())
+    if hasattr(proposer, "finish"):
+        proposer.finish(state, stats)

@@ -21,13 +21,17 @@ from specdec.length.adaptive import ASSUMED_COST, Adaptive, Memory
 from specdec.length.cost import Assumed
 from specdec.length.fixed import Fixed
 from specdec.options import (
+    WORDS,
     build_proposer,
     check_constructor,
     check_options,
     check_prompt,
     check_seed,
+    check_tenant,
     with_stop_strings,
 )
+from specdec.proposers.fallback import Fallback
+from specdec.proposers.prediction import Prediction, read_predictions
 from specdec.records import Stats
 from specdec.sampling import Sampling, sampling_for
 
@@ -37,8 +41,8 @@ class SpeculativeGenerator:
 
     Args:
         target: a Hugging Face model with ``generate()``.
-        draft: what guesses: a smaller model with the same token ids, a ``Proposer``, "ngram" (copies from
-            the text so far), or None (plain decoding through the same loop).
+        draft: what guesses: a smaller model with the same token ids, a ``Proposer``, a word for a draft
+            without a model ("ngram", "suffix", "recycling"), or None (plain decoding through the same loop).
         num_draft_tokens: guesses a round and row: "auto" (default) chooses for every round, 0 included, what is
             fastest by what rounds have cost and how many guesses were kept; a whole number >= 0 is taken as it
             is, and 0 is plain decoding.
@@ -94,7 +98,7 @@ class SpeculativeGenerator:
 
         Args:
             target_id: the target.
-            draft_id: the draft; None, "ngram" and other words of ``draft`` are taken as they are.
+            draft_id: the draft; None and the words of ``draft`` ("ngram", ...) are taken as they are.
             options: keyword arguments of the constructor.
             load_kwargs: for ``from_pretrained`` of both models (dtype, device_map, ...).
         """
@@ -105,7 +109,7 @@ class SpeculativeGenerator:
         target = AutoModelForCausalLM.from_pretrained(target_id, **load_kwargs)
         options.setdefault("tokenizer", AutoTokenizer.from_pretrained(target_id))
         draft: Any = draft_id
-        if draft_id not in (None, "ngram"):
+        if draft_id is not None and draft_id not in WORDS:
             draft = AutoModelForCausalLM.from_pretrained(draft_id, **load_kwargs)
             options.setdefault("draft_tokenizer", AutoTokenizer.from_pretrained(draft_id))
         return cls(target, draft, **options)
@@ -126,6 +130,8 @@ class SpeculativeGenerator:
         *,
         seed: int | list[int] | None = None,
         tokenizer: Any = None,
+        prediction: Any = None,
+        tenant: str | list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """What ``target.generate()`` does, with the same arguments and return types.
@@ -136,7 +142,11 @@ class SpeculativeGenerator:
                 ``target.generate()``.
             synced_gpus, assistant_model, custom_generate: refused unless None (or False).
             seed: overrides the constructor's; with verification="coupled" also one seed a row.
-            tokenizer: for ``stop_strings``; overrides the constructor's.
+            tokenizer: for ``stop_strings`` and ``prediction``; overrides the constructor's.
+            prediction: what the text will probably be, for each row: a text, token ids, or None. It is
+                guessed from where it fits, and the draft guesses elsewhere; the output's law stays as it is.
+                ``stats.prediction_accepted`` and ``prediction_rejected`` count its tokens.
+            tenant: whose text this is, one or one a row, for a draft with a ``Store``.
 
         Returns:
             (B, L) ids, or the output class of ``generate()`` with ``return_dict_in_generate=True``, which
@@ -159,7 +169,7 @@ class SpeculativeGenerator:
 
         seed = check_seed(self.seed if seed is None else seed)
         request = Request(
-            proposer=self._proposer,
+            proposer=self._proposer_for(prediction, tokenizer),
             length=self._length(seed),
             sampling=self._sampling,
             layout=self.layout,
@@ -167,6 +177,7 @@ class SpeculativeGenerator:
             streamer=streamer,
             inputs=_model_inputs(self.target, inputs, kwargs),
             stats=stats,
+            tenants=check_tenant(tenant),
         )
 
         @torch.no_grad()
@@ -204,6 +215,15 @@ class SpeculativeGenerator:
             return Adaptive(Assumed(ASSUMED_COST)) if promised else self._memory.recall(batch, do_sample)
 
         return rule
+
+    def _proposer_for(self, prediction: Any, tokenizer: Any) -> Any:
+        """The call's proposer: what the user expects comes before what the draft guesses."""
+        if prediction is None:
+            return self._proposer
+        pad_id = getattr(tokenizer, "pad_token_id", None)
+        if pad_id is None:
+            pad_id = self.target.generation_config.pad_token_id
+        return Fallback(Prediction(read_predictions(prediction, tokenizer, pad_id)), self._proposer)
 
     def _sampling(
         self,

@@ -7,7 +7,7 @@ instead. Knows nothing of rounds. Read next: ``call.py``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
 from specdec.proposers.draft_model import DraftModel, embedded
 from specdec.proposers.ngram import NGram
+from specdec.proposers.recycling import Recycling
+from specdec.proposers.suffix import Suffix
 from specdec.sampling import VERIFICATIONS
 from specdec.scorer import LAYOUTS
 
@@ -42,6 +44,8 @@ REFUSED = {
     "dola_layers": PLAIN,
     "compile_config": "leave it unset; the loop is not compiled yet",
 }
+# drafts that are no model, by the word for them
+WORDS: dict[str, Callable[[], Any]] = {"ngram": NGram, "recycling": Recycling, "suffix": Suffix}
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
 ASSISTANCE = {
     "num_assistant_tokens": "set num_draft_tokens of SpeculativeGenerator",
@@ -78,9 +82,10 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
     if draft is None:
         return Nothing()
     if isinstance(draft, str):
-        if draft != "ngram":
-            raise InvalidInput(f"draft={draft!r} is no known proposer; use 'ngram', a model, a Proposer or None")
-        return NGram()
+        if draft not in WORDS:
+            words = ", ".join(map(repr, WORDS))
+            raise InvalidInput(f"draft={draft!r} is no known proposer; use {words}, a model, a Proposer or None")
+        return WORDS[draft]()
     if isinstance(draft, type):
         raise UnsupportedModel(f"the draft is the class {draft.__name__}; give an object: {draft.__name__}()")
     if hasattr(draft, "propose") or hasattr(draft, "begin"):
@@ -88,7 +93,7 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
     if not hasattr(draft, "generate") or not hasattr(draft, "config"):
         raise UnsupportedModel(
             f"the draft is a {type(draft).__name__}; wanted is a Hugging Face model, an object with "
-            "propose(state, limits), 'ngram' or None"
+            f"propose(state, limits), one of {', '.join(map(repr, WORDS))}, or None"
         )
     if draft.config.is_encoder_decoder != target.config.is_encoder_decoder:
         raise UnsupportedModel(
@@ -166,6 +171,14 @@ def check_seed(seed: Any) -> int | list[int] | None:
     if seed is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in rows):
         raise InvalidInput(f"seed={seed!r}; give a whole number, a list with one a row, or None")
     return list(seed) if isinstance(seed, tuple) else seed
+
+
+def check_tenant(tenant: Any) -> list[str] | None:
+    """Whose text it is: one for all rows or one a row, as a list; None where nobody said."""
+    named = [tenant] if isinstance(tenant, str) else tenant
+    if named is not None and not (isinstance(named, (list, tuple)) and all(isinstance(n, str) for n in named)):
+        raise InvalidInput(f"tenant={tenant!r}; give a string, or a list with one a row")
+    return None if named is None else list(named)
 
 
 def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -> None:
