@@ -107,13 +107,20 @@ class Scorer:
         if self._ready and self._trial is not None:
             self.layout, self._trial = self._trial.decide(tokens), None
 
-    def rollback(self, tokens: Tensor, kept: np.ndarray, live: np.ndarray) -> None:
-        """Forget every column from ``kept`` (B,) on; after this the cache agrees with the committed tokens."""
+    def rollback(
+        self, tokens: Tensor, kept: np.ndarray, live: np.ndarray, final: np.ndarray | None = None
+    ) -> None:
+        """Forget every column from ``kept`` (B,) on; after this the cache agrees with the committed tokens.
+
+        No later call may go behind ``final`` (B,): ``kept`` itself, unless a draft with another tokenizer may
+        still change its ids for the end of a text.
+        """
         self.kept = np.minimum(self.kept, kept)
+        final = self.kept if final is None else np.minimum(self.kept, final)
         self.layout.rewind(self.kept, live)
-        self.layout.settle(int(self.kept[live].min()) if live.any() else 0)
+        self.layout.settle(int(final[live].min()) if live.any() else 0)
         if isinstance(self.layout, Columns):
-            self.layout.catch_up(tokens, self.kept, live)
+            self.layout.catch_up(tokens, final, live)
 
     def hold(self, live: np.ndarray) -> None:
         """Make ready for the next draft step: rows of different lengths overwrite what filled them up."""
