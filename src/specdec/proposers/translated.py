@@ -29,6 +29,7 @@ from specdec.proposers.draft_model import _chance, _prepare, _sound, embedded
 from specdec.proposers.rewriting import LOOK_BEHIND, DraftRow, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
 from specdec.records import Proposal, Round
+from specdec.sampling import Greedy
 from specdec.scorer import Scorer
 from specdec.state import State, to_host
 
@@ -46,8 +47,6 @@ class TranslatedDraft:
 
     Attributes:
         shared: the ids that stand for the same in both vocabularies, and which fraction they are.
-        method: "tokens" or "strings".
-        reason: why that one.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class TranslatedDraft:
             tokenizer: the target's.
             draft_tokenizer: the draft's.
             method: "tokens" guesses shared ids with their probabilities, "strings" text without; "auto" takes
-                tokens where they are at least half of the draft's vocabulary.
+                tokens for sampling if they are at least half of the draft's vocabulary, else strings.
             confidence: a row stops after a guess whose own chance is below this; as for ``DraftModel``.
             layout: forces one, for tests.
         """
@@ -78,19 +77,25 @@ class TranslatedDraft:
         self.model = model
         self.shared = shared_ids(tokenizer, draft_tokenizer)
         self._translator = Translator(Vocabulary(tokenizer), Vocabulary(draft_tokenizer), self.shared)
-        part = self.shared.of_draft
-        self.method = ("tokens" if part >= ENOUGH else "strings") if method == "auto" else method
-        self.reason = f"{part:.0%} of the draft's ids stand for the same as one of the target's" + (
-            "" if method == "auto" else "; asked for"
-        )
-        if part < POOR:
+        if self.shared.of_draft < POOR:
             warnings.warn(
-                f"the vocabularies of draft and target have little in common ({part:.1%} of the draft's "
-                "tokens), so few guesses may be kept; look at stats.acceptance_rate",
+                f"the vocabularies of draft and target have little in common ({self.shared.of_draft:.1%} of the "
+                "draft's tokens), so few guesses may be kept; look at stats.acceptance_rate",
                 stacklevel=2,
             )
+        self._method = method
         self._confidence = confidence
         self._layout = layout
+
+    def choose(self, *, greedy: bool) -> tuple[str, str]:
+        """The method for a call, "tokens" or "strings", and why."""
+        if self._method != "auto":
+            return self._method, "asked for"
+        if greedy:
+            return "strings", "greedy text has no use for probabilities"
+        if self.shared.of_draft >= ENOUGH:
+            return "tokens", "sampling, with enough ids in common"
+        return "strings", "too few ids in common"
 
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call."""
@@ -98,8 +103,9 @@ class TranslatedDraft:
         if confidence is None:
             confidence = 0.4 if self.model.device.type == "cpu" else 0.0
         past = _Past(self.model, call, self._translator, self._layout)
-        described = f"{self.method}: {self.reason}"
-        if self.method == "tokens":
+        method, reason = self.choose(greedy=isinstance(call.sampling, Greedy))
+        described = f"{method}: {reason}; {self.shared.of_draft:.0%} of the draft's ids are shared"
+        if method == "tokens":
             return _Tokens(past, call, self.shared, confidence, described)
         return _Strings(past, self._translator, confidence, described)
 
@@ -397,8 +403,8 @@ class _Strings:
         for row, end in enumerate(ends):
             if end is not None and (guesses[row] or not texts[row]):
                 guesses[row].append(end)
-            elif end is None and len(guesses[row]) > 1:
-                guesses[row].pop()  # what the draft would write next may still merge with it
+            # the last guess might merge with what the draft would write next: it stays all the same, for a wrong
+            # guess costs a column, and dropping it a guess in every round
             known = (at for at, one in enumerate(guesses[row]) if not 0 <= one < state.vocabulary)
             guesses[row] = guesses[row][: next(known, None)]
         return guesses
