@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from specdec.proposers import Proposer
     from specdec.proposers.draft_model import DraftModel
     from specdec.proposers.ngram import NGram
+    from specdec.proposers.translated import TranslatedDraft
     from specdec.records import Proposal, Round, Stats
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _HOMES = {
     "specdec.proposers": ("Proposer",),
     "specdec.proposers.draft_model": ("DraftModel",),
     "specdec.proposers.ngram": ("NGram",),
+    "specdec.proposers.translated": ("TranslatedDraft",),
     "specdec.records": ("Proposal", "Round", "Stats"),
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "SpecdecError",
     "SpeculativeGenerator",
     "Stats",
+    "TranslatedDraft",
     "UnsupportedModel",
     "UnsupportedOption",
     "VocabularyMismatch",

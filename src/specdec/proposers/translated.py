@@ -197,6 +197,7 @@ class _Past:
         scorer.prefill(prepared, speculate=True)
         self._scorer = scorer
         self._host, self._tokens = ids, torch.from_numpy(ids.copy()).to(self.device)
+        self._starts = width - mask.sum(axis=1)
         self._rows = [DraftRow(width, rest) for rest in unfinished]
         self.lengths = np.full(state.batch, width, dtype=np.int64)
         self._translated = np.full(state.batch, state.prompt_length, dtype=np.int64)
