@@ -22,7 +22,7 @@ from specdec.testing import TableConfig
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. The fox jumps again.",
-    "def total(numbers):\n    result = 0\n    for number in numbers:\n        result += number\n    return result\n",
+    "def total(numbers):\n    result = 0\n    for number in numbers:\n        result += number\n    return result",
     "Ein Käfer läuft über die Straße; 東京は日本の首都です。 It costs 12345 € — naïve café 🌊🌊 and 👩‍🚀!   Done.",
 )
 LEARNT = (
@@ -119,11 +119,15 @@ class Parrot(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 if len(history) in ids:
                     return ids[len(history)]
                 rest = text[len(history) :]
-                fitting = (i for i, piece in enumerate(self.vocabulary.pieces.of) if piece and rest.startswith(piece))
+                fitting = (
+                    i for i, piece in enumerate(self.vocabulary.pieces.of) if piece and rest.startswith(piece)
+                )
                 return max(fitting, key=lambda i: len(self.vocabulary.pieces.of[i]))
         return self.vocabulary.pieces.roles["eos_token_id"]
 
-    def forward(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
         cache = past_key_values if past_key_values is not None else DynamicCache()
         states = input_ids[:, None, :, None].float()
         keys, _ = cache.update(states, states, 0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from specdec import InvalidInput, SpeculativeGenerator, TranslatedDraft, VocabularyMismatch
-from specdec.proposers import translated
+from specdec.proposers import draft_past
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
 from specdec.proposers.vocabulary import Vocabulary, pair, pieces_of, shared_ids, split_unfinished
 from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
@@ -60,7 +60,7 @@ def prompts(kind, cuts=(14, 8, 22)):
 def test_pieces_say_what_the_ids_stand_for(kind):
     vocabulary = Vocabulary(tokenizer(kind))
     assert vocabulary.pieces.kind == ("byte-level" if kind.startswith("bytes") else "sentencepiece")
-    texts = [*TEXTS, " leading", "  two", "\n\n", "x", "", "🌊東é", "</s>a"]
+    texts = [*TEXTS, " leading", "  two", "\n\n", "x", "", "🌊東é", "a</s>"]
     for text, ids in zip(texts, vocabulary.encode(texts), strict=True):
         assert vocabulary.pieces.join(ids) == text.encode()
 
@@ -131,13 +131,14 @@ def test_a_twin_with_its_ids_shuffled_is_always_right():
         draft.model.embed_tokens.weight.copy_(target.model.embed_tokens.weight[order])
         draft.lm_head.weight.copy_(target.lm_head.weight[order])
     ours, theirs = characters(LETTERS), characters("".join(LETTERS[i] for i in order))
-    options = {"max_new_tokens": 24, "top_k": 0, "temperature": 0.8}
-    for method in METHODS:
-        for sample in (False, True) if method == "tokens" else (False,):
-            gen = SpeculativeGenerator(target, TranslatedDraft(draft, ours, theirs, method=method), seed=1)
-            gen.generate(**ragged_prompt(vocabulary=size), do_sample=sample, **(options if sample else {}))
-            assert gen.stats.drafted > 20
-            assert gen.stats.acceptance_rate > 0.999
+    prompt = {**ragged_prompt(vocabulary=size), "max_new_tokens": 24}
+    sampled = {"do_sample": True, "top_k": 0, "temperature": 0.8}
+    for method, options in (("tokens", {}), ("strings", {}), ("tokens", sampled)):
+        gen = SpeculativeGenerator(target, TranslatedDraft(draft, ours, theirs, method=method), seed=1)
+        gen.generate(**prompt, **options)
+        assert gen.stats.drafted > 20
+        # sampled rows differ by rounding
+        assert gen.stats.acceptance_rate > (0.98 if options else 0.9999)
 
 
 # --- between two tokenizers ------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def test_what_the_draft_was_fed_is_the_committed_text(monkeypatch):
     sizes = [len(tokenizer(kind)) for kind in ("bytes 420", "bytes 300")]
     draft = tiny_llama(1, vocabulary=sizes[1])
     seen = []
-    right = translated._Past.scores
+    right = draft_past.DraftPast.scores
 
     def watched(self, step):
         scores = right(self, step)
@@ -288,10 +289,12 @@ def test_what_the_draft_was_fed_is_the_committed_text(monkeypatch):
                 seen.append(float((fresh - scores[b]).abs().max()))
         return scores
 
-    monkeypatch.setattr(translated._Past, "scores", watched)
+    monkeypatch.setattr(draft_past.DraftPast, "scores", watched)
     model = parrot("bytes 420")
     for method in METHODS:
-        proposer = TranslatedDraft(draft, tokenizer("bytes 420"), tokenizer("bytes 300"), method=method, confidence=0)
+        proposer = TranslatedDraft(
+            draft, tokenizer("bytes 420"), tokenizer("bytes 300"), method=method, confidence=0
+        )
         SpeculativeGenerator(model, proposer).generate(**prompts("bytes 420"), max_new_tokens=30)
     assert len(seen) > 60
     assert max(seen) < 1e-4
@@ -317,7 +320,10 @@ def test_with_processors_conditions_and_several_sequences(method):
     sizes = [len(tokenizer(kind)) for kind in ("spaces 345", "bytes 420")]
     model = tiny_llama(vocabulary=sizes[0])
     proposer = TranslatedDraft(
-        noisy_copy(tiny_llama(1, vocabulary=sizes[1])), tokenizer("spaces 345"), tokenizer("bytes 420"), method=method
+        noisy_copy(tiny_llama(1, vocabulary=sizes[1])),
+        tokenizer("spaces 345"),
+        tokenizer("bytes 420"),
+        method=method,
     )
     prompt = ragged_prompt(vocabulary=sizes[0])
     options = {
@@ -377,7 +383,8 @@ def test_vocabularies_with_nothing_in_common():
         gen.generate(prompt, max_new_tokens=8, do_sample=sample)
         assert gen.stats.drafting.startswith("strings")
         assert gen.stats.drafted == 0
-    forced = TranslatedDraft(draft, *options.values(), method="tokens")
+    with pytest.warns(UserWarning, match="little in common"):
+        forced = TranslatedDraft(draft, *options.values(), method="tokens")
     gen = SpeculativeGenerator(target, forced)
     plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
     assert gen.generate(prompt, max_new_tokens=8, do_sample=False).tolist() == plain.tolist()

@@ -107,9 +107,7 @@ class Scorer:
         if self._ready and self._trial is not None:
             self.layout, self._trial = self._trial.decide(tokens), None
 
-    def rollback(
-        self, tokens: Tensor, kept: np.ndarray, live: np.ndarray, final: np.ndarray | None = None
-    ) -> None:
+    def rollback(self, tokens: Tensor, kept: np.ndarray, live: np.ndarray, final: np.ndarray | None = None) -> None:
         """Forget every column from ``kept`` (B,) on; after this the cache agrees with the committed tokens.
 
         No later call may go behind ``final`` (B,): ``kept`` itself, unless a draft with another tokenizer may

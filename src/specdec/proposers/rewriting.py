@@ -6,7 +6,7 @@ settles what lies before it. In the other direction (``follow``) the draft's tex
 last committed tokens, and what follows them is a guess only if they come out as they are committed: string-level
 exact match of Timor et al. 2502.05202, section 3. The target's own tokens are never encoded again.
 
-Knows no model. A wrong answer here costs a guess, never the output's law. Read next: ``translated.py``.
+Knows no model. A wrong answer here costs a guess, never the output's law. Read next: ``draft_past.py``.
 """
 
 from __future__ import annotations
