@@ -5,7 +5,7 @@
     python benchmarks/another_tokenizer.py TARGET DRAFT --law 3000               # a G-test instead of a contest
 
 The first two alternate plain generate(), guesses by shared tokens and by text (and, greedy with one row,
-transformers' universal assisted decoding) over the prompts of ``pair.py``; ratios are medians over prompts of
+transformers' universal assisted decoding) over the prompts of ``prompts/``; ratios are medians over prompts of
 plain seconds / contestant's seconds. The last draws the first three new tokens N times in each way, and compares
 their counts with those of plain decoding: the 12 most frequent tokens of each place, the rest together.
 """
@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 import transformers
-from pair import PROMPTS, batches, divergence, provenance
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from exactness import divergences
+from machine import provenance
+from models import Pair, load
+from workload import batches, encode, prompts_of
 
 from specdec import SpeculativeGenerator, TranslatedDraft
 
@@ -36,15 +38,9 @@ def main() -> None:
     arguments = parse()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.target, padding_side="left")
-    draft_tokenizer = AutoTokenizer.from_pretrained(arguments.draft)
-    dtype = getattr(torch, arguments.dtype)
-    target, draft = (
-        AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
-        for name in (arguments.target, arguments.draft)
-    )
-    proposers = {name: TranslatedDraft(draft, tokenizer, draft_tokenizer, method=name) for name in METHODS}
+    pair = load(arguments)
+    tokenizers = pair.tokenizer, pair.draft_tokenizer
+    proposers = {name: TranslatedDraft(pair.draft, *tokenizers, method=name) for name in METHODS}
     shared = proposers["tokens"].shared
     print(
         f"shared ids: {len(shared.draft_ids)}, {shared.of_draft:.1%} of the draft's, "
@@ -52,13 +48,13 @@ def main() -> None:
         flush=True,
     )
     generators = {
-        name: SpeculativeGenerator(target, proposer, num_draft_tokens=arguments.k)
+        name: SpeculativeGenerator(pair.target, proposer, num_draft_tokens=arguments.k or "auto")
         for name, proposer in proposers.items()
     }
     if arguments.law:
-        law(target, tokenizer, generators, arguments)
-        return
-    contest(target, draft, tokenizer, draft_tokenizer, generators, arguments)
+        law(pair, generators, arguments)
+    else:
+        contest(pair, generators, arguments)
 
 
 def parse() -> argparse.Namespace:
@@ -67,35 +63,37 @@ def parse() -> argparse.Namespace:
     parser.add_argument("target")
     parser.add_argument("draft")
     parser.add_argument("--batch", type=int, default=1, help="prompts in a batch")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many prompts")
-    parser.add_argument("--k", type=int, default=4, help="guesses a round")
+    parser.add_argument("--classes", nargs="+", default=["chat", "code"], help="of prompts")
+    parser.add_argument("--prompts", type=int, default=None, help="how many of each class")
+    parser.add_argument("--k", type=int, default=4, help="guesses a round; 0: chosen by the library")
     parser.add_argument("--new", type=int, default=48, help="new tokens")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--assisted", action="store_true", help="add transformers' own, where it can run")
     parser.add_argument("--law", type=int, default=0, metavar="N", help="draws for the G-test, 0: none")
+    parser.set_defaults(noise=False, useless_draft=False)
     return parser.parse_args()
 
 
-def contest(
-    target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any, generators: dict[str, Any], arguments: Any
-) -> None:
+def contest(pair: Pair, generators: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Time and count all ways on every prompt."""
     options: dict[str, Any] = {"max_new_tokens": arguments.new, "do_sample": arguments.temperature > 0}
     if arguments.temperature:
         options |= {"temperature": arguments.temperature, "top_k": 0, "top_p": 1.0}
+    target, draft = pair.target, pair.draft
     runs: dict[str, Callable[..., Any]] = {"plain": target.generate}
     runs |= {name: gen.generate for name, gen in generators.items()}
     if arguments.assisted:
         draft.generation_config.num_assistant_tokens = arguments.k
-        pair = {"assistant_model": draft, "tokenizer": tokenizer, "assistant_tokenizer": draft_tokenizer}
-        runs["assisted"] = lambda **inputs: target.generate(**inputs, **pair)
+        both = {"tokenizer": pair.tokenizer, "assistant_tokenizer": pair.draft_tokenizer}
+        runs["assisted"] = lambda **inputs: target.generate(**inputs, assistant_model=draft, **both)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     counts: dict[str, list[dict[str, Any]]] = {name: [] for name in generators}
     parted: dict[str, list[Any]] = {name: [] for name in runs}
-    for number, inputs in enumerate(batches(tokenizer, arguments)):
-        if number * arguments.batch >= arguments.prompts:
-            break
+    prompts = [prompt for name in arguments.classes for prompt in prompts_of(name, arguments.prompts)]
+    for number, batch in enumerate(batches(prompts, arguments.batch)):
+        inputs = encode(pair.tokenizer, batch, target.device)
         texts = {}
         names = list(runs)
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -106,7 +104,7 @@ def contest(
                 counts[name].append(generators[name].stats.as_dict())
         if not arguments.temperature:
             for name in names[1:]:
-                parted[name].append(divergence(target, inputs, texts["plain"], texts[name]))
+                parted[name].append(divergences(target, inputs, texts["plain"], texts[name]))
         print(f"prompt {number}: " + "  ".join(f"{n} {seconds[n][-1]:.1f}s" for n in names), flush=True)
     summary = {}
     for name in runs:
@@ -123,12 +121,13 @@ def contest(
         print(f"{name:8s} " + "  ".join(f"{key} {value:.2f}" for key, value in line.items()))
         for one in summary[name]["parted"]:
             print(f"    differs from plain at [row, token, gap]: {one}")
-    print(json.dumps({"arguments": vars(arguments), "provenance": provenance(), "summary": summary}))
+    print(json.dumps({"arguments": vars(arguments), "provenance": provenance(target.device), "summary": summary}))
 
 
-def law(target: Any, tokenizer: Any, generators: dict[str, Any], arguments: Any) -> None:
+def law(pair: Pair, generators: dict[str, Any], arguments: argparse.Namespace) -> None:
     """G-tests of each place's counts against plain decoding's, and which difference they would have seen."""
-    inputs = tokenizer(["The best thing about the sea is"], return_tensors="pt")
+    target = pair.target
+    inputs = pair.tokenizer(["The sea is"], return_tensors="pt")
     width = inputs["input_ids"].shape[1]
     # the first token is never guessed: three more have guesses before them
     options = {"max_new_tokens": 4, "do_sample": True, "temperature": arguments.temperature or 1.0, "top_k": 0}

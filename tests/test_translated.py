@@ -134,7 +134,8 @@ def test_a_twin_with_its_ids_shuffled_is_always_right():
     prompt = {**ragged_prompt(vocabulary=size), "max_new_tokens": 24}
     sampled = {"do_sample": True, "top_k": 0, "temperature": 0.8}
     for method, options in (("tokens", {}), ("strings", {}), ("tokens", sampled)):
-        gen = SpeculativeGenerator(target, TranslatedDraft(draft, ours, theirs, method=method), seed=1)
+        proposer = TranslatedDraft(draft, ours, theirs, method=method)
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=5, seed=1)
         gen.generate(**prompt, **options)
         assert gen.stats.drafted > 20
         # sampled rows differ by rounding
@@ -295,7 +296,8 @@ def test_what_the_draft_was_fed_is_the_committed_text(monkeypatch):
         proposer = TranslatedDraft(
             draft, tokenizer("bytes 420"), tokenizer("bytes 300"), method=method, confidence=0
         )
-        SpeculativeGenerator(model, proposer).generate(**prompts("bytes 420"), max_new_tokens=30)
+        gen = SpeculativeGenerator(model, proposer, num_draft_tokens=5)
+        gen.generate(**prompts("bytes 420"), max_new_tokens=30)
     assert len(seen) > 60
     assert max(seen) < 1e-4
 
@@ -309,7 +311,7 @@ def test_shared_noise_gives_the_same_text_with_any_draft(method):
     proposer = TranslatedDraft(
         tiny_llama(1, vocabulary=sizes[1]), tokenizer("bytes 300"), tokenizer("bytes 420"), method=method
     )
-    gen = SpeculativeGenerator(model, proposer, verification="coupled", seed=5)
+    gen = SpeculativeGenerator(model, proposer, num_draft_tokens=4, verification="coupled", seed=5)
     prompt = ragged_prompt(vocabulary=sizes[0])
     assert gen.generate(**prompt, **options).tolist() == plain.generate(**prompt, **options).tolist()
     assert gen.stats.drafted > 0
@@ -331,7 +333,7 @@ def test_with_processors_conditions_and_several_sequences(method):
         "stop_strings": ["e"], "tokenizer": tokenizer("spaces 345"),
     }  # fmt: skip
     plain = model.generate(**prompt, **options)
-    gen = SpeculativeGenerator(model, proposer)
+    gen = SpeculativeGenerator(model, proposer, num_draft_tokens=4)
     assert gen.generate(**prompt, **options).tolist() == plain.tolist()
     out = gen.generate(**prompt, do_sample=True, num_return_sequences=2, max_new_tokens=10)
     assert out.shape == (6, 19)
@@ -348,7 +350,7 @@ def pair_of_models():
 def test_both_tokenizers_make_the_pair_work():
     target, draft = pair_of_models()
     options = {"tokenizer": tokenizer("bytes 420"), "draft_tokenizer": tokenizer("bytes 300")}
-    gen = SpeculativeGenerator(target, draft, **options)
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, **options)
     prompt = ragged_prompt(vocabulary=400)
     plain = target.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert gen.generate(**prompt, max_new_tokens=12, do_sample=False).tolist() == plain.tolist()
@@ -367,7 +369,8 @@ def test_without_tokenizers_the_error_asks_for_them():
 
 def test_the_same_ids_need_no_translation():
     target, draft = (tiny_llama(seed, vocabulary=300) for seed in (0, 1))
-    gen = SpeculativeGenerator(target, draft, tokenizer=byte_level(300), draft_tokenizer=byte_level(300))
+    options = {"tokenizer": byte_level(300), "draft_tokenizer": byte_level(300)}
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, **options)
     gen.generate(**ragged_prompt(vocabulary=300), max_new_tokens=8)
     assert gen.stats.drafting == ""
     assert gen.stats.draft_forwards > 0
@@ -378,14 +381,14 @@ def test_vocabularies_with_nothing_in_common():
     prompt = torch.tensor([[0, 1, 2]])
     options = {"tokenizer": characters("abcd"), "draft_tokenizer": characters("wxyz")}
     with pytest.warns(UserWarning, match=r"little in common \(0\.0% of"):
-        gen = SpeculativeGenerator(target, draft, **options)
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, **options)
     for sample in (False, True):
         gen.generate(prompt, max_new_tokens=8, do_sample=sample)
         assert gen.stats.drafting.startswith("strings")
         assert gen.stats.drafted == 0
     with pytest.warns(UserWarning, match="little in common"):
         forced = TranslatedDraft(draft, *options.values(), method="tokens")
-    gen = SpeculativeGenerator(target, forced)
+    gen = SpeculativeGenerator(target, forced, num_draft_tokens=4)
     plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
     assert gen.generate(prompt, max_new_tokens=8, do_sample=False).tolist() == plain.tolist()
 
@@ -396,7 +399,7 @@ def test_a_draft_that_is_too_short_for_the_text():
     prompt = ragged_prompt((9, 6), 300)
     plain = target.generate(**prompt, max_new_tokens=40, do_sample=False)
     proposer = TranslatedDraft(draft, tokenizer("bytes 300"), tokenizer("spaces 345"), confidence=0)
-    gen = SpeculativeGenerator(target, proposer)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
     assert gen.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
     assert 0 < gen.stats.drafted < 40
     long = ragged_prompt((60,), 300)
@@ -417,7 +420,8 @@ def test_a_tokenizer_that_refuses_a_text_breaks_nothing(monkeypatch):
         return right(self, texts, **options)
 
     monkeypatch.setattr(type(theirs), "__call__", moody)
-    gen = SpeculativeGenerator(target, TranslatedDraft(draft, tokenizer("bytes 420"), theirs, confidence=0))
+    proposer = TranslatedDraft(draft, tokenizer("bytes 420"), theirs, confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
     prompt = ragged_prompt(vocabulary=400)
     plain = target.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert gen.generate(**prompt, max_new_tokens=12, do_sample=False).tolist() == plain.tolist()
@@ -436,5 +440,5 @@ def test_nothing_is_warned_about_an_ordinary_pair():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         options = {"tokenizer": tokenizer("bytes 420"), "draft_tokenizer": tokenizer("bytes 300")}
-        gen = SpeculativeGenerator(target, draft, **options)
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, **options)
         gen.generate(**ragged_prompt(vocabulary=400), max_new_tokens=8)

@@ -64,7 +64,8 @@ class TranslatedDraft:
             draft_tokenizer: the draft's.
             method: "tokens" guesses shared ids with their probabilities, "strings" text without; "auto" takes
                 tokens for sampling if they are at least half of the draft's vocabulary, else strings.
-            confidence: a row stops after a guess whose own chance is below this; as for ``DraftModel``.
+            confidence: a row stops after a guess whose own chance is below this, 0 never stops, None leaves it to
+                the call's draft length; as for ``DraftModel``.
             layout: forces one, for tests.
         """
         if method not in METHODS:
@@ -96,23 +97,38 @@ class TranslatedDraft:
 
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call."""
-        confidence = self._confidence
-        if confidence is None:
-            confidence = 0.4 if self.model.device.type == "cpu" else 0.0
+        stop = _Stop(call, self._confidence, self.model.device)
         past = DraftPast(self.model, call, self._translator, self._layout)
         method, reason = self.choose(greedy=isinstance(call.sampling, Greedy))
         described = f"{method}: {reason}; {self.shared.of_draft:.0%} of the draft's ids are shared"
         if method == "tokens":
-            return _Tokens(past, call, self.shared, confidence, described)
-        return _Strings(past, self._translator, confidence, described)
+            return _Tokens(past, call, self.shared, stop, described)
+        return _Strings(past, self._translator, stop, described)
+
+
+class _Stop:
+    """When a row makes no more guesses in a round; asks nothing where a look would have to wait for the device."""
+
+    def __init__(self, call: Call, confidence: float | None, device: torch.device) -> None:
+        self._confidence = confidence or 0.0
+        self._goes_on = call.goes_on if confidence is None and device.type == "cpu" else None
+        self.looks = bool(self._confidence) or self._goes_on is not None
+
+    def after(self, limits: np.ndarray, step: int, chance: Tensor) -> np.ndarray:
+        """(B,) limits, lowered where the guess at ``step``, of ``chance`` (B,) by the draft, is the last."""
+        if self._goes_on is None:
+            sure = (chance >= self._confidence).cpu().numpy()
+            return np.where(sure, limits, np.minimum(limits, step + 1))
+        asked = np.where(limits > step, chance.double().numpy(), 0.0)
+        return limits if self._goes_on(asked) else np.minimum(limits, step + 1)
 
 
 class _Tokens:
     """Guesses shared ids, drawn from the draft's scores cut to them."""
 
-    def __init__(self, past: DraftPast, call: Call, shared: Shared, confidence: float, drafting: str) -> None:
+    def __init__(self, past: DraftPast, call: Call, shared: Shared, stop: _Stop, drafting: str) -> None:
         self._past, self._call, self._shared = past, call, shared
-        self._confidence = confidence
+        self._stop = stop
         self.drafting = drafting
         self._ids: tuple[Tensor, Tensor] | None = None
         self._proposal: Proposal | None = None
@@ -152,11 +168,10 @@ class _Tokens:
             guesses.append(guess)
             if sampling.keeps_logits:
                 rows.append(scores)
-            if self._confidence > 0:
+            if self._stop.looks:
                 # settled before the draw: where hardly any of the draft's mass is shared, nothing is submitted
                 limits = np.where((mass >= LEAST_MASS).cpu().numpy(), limits, np.minimum(limits, step))
-                sure = (_chance(scores, guess) * mass >= self._confidence).cpu().numpy()
-                limits = np.where(sure, limits, np.minimum(limits, step + 1))
+                limits = self._stop.after(limits, step, _chance(scores, guess) * mass)
             if step + 1 >= int(limits.max()):
                 break
             if not step:
@@ -200,8 +215,8 @@ class _Tokens:
 class _Strings:
     """Writes text with the draft and guesses what the target's tokenizer makes of it."""
 
-    def __init__(self, past: DraftPast, translator: Translator, confidence: float, drafting: str) -> None:
-        self._past, self._translator, self._confidence = past, translator, confidence
+    def __init__(self, past: DraftPast, translator: Translator, stop: _Stop, drafting: str) -> None:
+        self._past, self._translator, self._stop = past, translator, stop
         self.drafting = drafting
         shared = translator.shared
         self._to_target = dict(zip(shared.draft_ids.tolist(), shared.target_ids.tolist(), strict=True))
@@ -239,9 +254,8 @@ class _Strings:
             scores = self._past.scores(step).float()
             ids = scores.argmax(dim=1)
             steps.append(ids)
-            if self._confidence > 0:
-                sure = (_chance(scores, ids) >= self._confidence).cpu().numpy()
-                counts = np.where(sure, counts, np.minimum(counts, step + 1))
+            if self._stop.looks:
+                counts = self._stop.after(counts, step, _chance(scores, ids))
                 if step + 1 >= int(counts.max()):
                     break
             if step + 1 < most:
