@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from specdec.proposers.recycling import Recycling
     from specdec.proposers.store import Store
     from specdec.proposers.suffix import Suffix
+    from specdec.proposers.translated import TranslatedDraft
     from specdec.records import Proposal, Round, Stats
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ _HOMES = {
     "specdec.proposers.recycling": ("Recycling",),
     "specdec.proposers.store": ("Store",),
     "specdec.proposers.suffix": ("Suffix",),
+    "specdec.proposers.translated": ("TranslatedDraft",),
     "specdec.records": ("Proposal", "Round", "Stats"),
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "Stats",
     "Store",
     "Suffix",
+    "TranslatedDraft",
     "UnsupportedModel",
     "UnsupportedOption",
     "VocabularyMismatch",

@@ -209,6 +209,7 @@ def _finish(stats: Stats, state: State, target: Scorer, proposer: Any) -> None:
     stats.target_forwards, stats.layout = target.forwards, target.layout.name
     stats.draft_forwards = getattr(proposer, "forwards", 0)
     stats.draft_layout = getattr(proposer, "layout", "")
+    stats.drafting = getattr(proposer, "drafting", "")
     stats.host_copies = state.host_copies
     stats.row_emitted = state.lengths - state.prompt_length
     stats.emitted = int(stats.row_emitted.sum())

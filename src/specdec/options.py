@@ -23,6 +23,7 @@ from specdec.proposers.draft_model import DraftModel, embedded
 from specdec.proposers.ngram import NGram
 from specdec.proposers.recycling import Recycling
 from specdec.proposers.suffix import Suffix
+from specdec.proposers.translated import TranslatedDraft
 from specdec.sampling import VERIFICATIONS
 from specdec.scorer import LAYOUTS
 
@@ -100,32 +101,34 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
             "draft and target must both be decoder-only or both be encoder-decoder models; "
             f"{type(draft).__name__} and {type(target).__name__} are not"
         )
-    _check_vocabularies(target, draft, tokenizer, draft_tokenizer)
-    return DraftModel(draft)
+    if _shares_ids(target, draft, tokenizer, draft_tokenizer):
+        return DraftModel(draft)
+    if draft.config.is_encoder_decoder:
+        raise VocabularyMismatch(
+            "the tokenizers differ, and only decoder-only models can draft across tokenizers; give an "
+            "encoder-decoder draft of the same family"
+        )
+    return TranslatedDraft(draft, tokenizer, draft_tokenizer)
 
 
-def _check_vocabularies(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> None:
-    """Same token ids, by the tokenizers where given, else by sizes.
+def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> bool:
+    """Whether token ids mean the same to both, by the tokenizers where given; else sizes must agree.
 
     Scores are often padded to a round number of rows (Qwen2.5: 151936 or 152064 for the same tokenizer), so
     sizes may differ by a little; ids past the smaller one are never guessed.
     """
     if tokenizer is not None and draft_tokenizer is not None:
         ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-        other = [t for t, i in theirs.items() if ours.get(t, i) != i]
-        missing = len(ours.keys() - theirs.keys())
-        if other or missing > 0.01 * len(ours):
-            raise VocabularyMismatch(
-                f"the tokenizers differ: {len(other)} tokens have another id and {missing} of the target's "
-                f"{len(ours)} are unknown to the draft; give a draft of the same family"
-            )
-        return
+        others = any(ours.get(token, one) != one for token, one in theirs.items())
+        return not others and len(ours.keys() - theirs.keys()) <= 0.01 * len(ours)
     sizes = [embedded(model) for model in (target, draft)]
     if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
         raise VocabularyMismatch(
-            f"the target has {sizes[0]} token ids and the draft {sizes[1]}; they must share their ids. Give a "
-            "draft of the same family, or pass `tokenizer` and `draft_tokenizer` if they do share them"
+            f"the target has {sizes[0]} token ids and the draft {sizes[1]}, so an id does not mean the same to "
+            "both. Pass both tokenizers, `tokenizer` (the target's) and `draft_tokenizer`: then guesses are "
+            "translated; or give a draft of the same family"
         )
+    return True
 
 
 def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ class Stats:
         prediction_rejected: tokens of the prediction that did not; both 0 without one.
         layout: how the target's batch kept its keys and values.
         draft_layout: the same for the draft model, "" where there is none.
+        drafting: how a draft with another tokenizer was used, and why so; "" for any other.
         row_drafted, row_accepted, row_emitted: the same counts per row, (B,).
         seconds_drafting, seconds_scoring, seconds_verifying, seconds: wall-clock time of the host;
             on a GPU the work is asynchronous and the time falls to whoever waits.
@@ -116,6 +117,7 @@ class Stats:
     prediction_rejected: int = 0
     layout: str = ""
     draft_layout: str = ""
+    drafting: str = ""
     row_drafted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     row_accepted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     row_emitted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
