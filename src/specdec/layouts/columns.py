@@ -136,6 +136,8 @@ class Columns:
         """See ``Layout.forward``."""
         upto = int(lengths.max())
         start = self._fed
+        if upto <= start:
+            raise RuntimeError("columns are to be fed that were not forgotten; this is a bug in specdec")
         self._wanted = (first - upto, count)
         if self._wide or upto == start + 1:
             scores = self._feed(tokens, upto)
