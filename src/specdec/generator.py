@@ -41,7 +41,7 @@ class SpeculativeGenerator:
 
     Args:
         target: a Hugging Face model with ``generate()``.
-        draft: what guesses: a smaller model with the same token ids, a ``Proposer``, a word for a draft
+        draft: what guesses: a smaller model, a ``Proposer``, a word for a draft
             without a model ("ngram", "suffix", "recycling"), or None (plain decoding through the same loop).
         num_draft_tokens: guesses a round and row: "auto" (default) chooses for every round, 0 included, what is
             fastest by what rounds have cost and how many guesses were kept; a whole number >= 0 is taken as it
@@ -51,13 +51,14 @@ class SpeculativeGenerator:
         seed: for sampling; None draws one from torch's global generator at every sampling call.
         layout: how a ragged batch keeps its keys and values; "auto" chooses, the rest is for tests.
         tokenizer, draft_tokenizer: when both are given, the pair is judged by them instead of by the sizes
-            of the vocabularies; ``tokenizer`` also serves ``stop_strings``.
+            of the vocabularies, and where they differ guesses are translated (``TranslatedDraft``);
+            ``tokenizer`` also serves ``stop_strings``.
 
     Attributes:
         stats: what the last call of ``generate()`` did, a ``Stats``.
 
     Raises:
-        VocabularyMismatch: draft and target do not share their token ids.
+        VocabularyMismatch: draft and target do not share their token ids, and their tokenizers are not given.
         InvalidInput: an argument that does not exist or is out of range.
 
     Example:
