@@ -93,7 +93,7 @@ def test_batches_are_full():
 def test_the_whole_contest(saved, capsys, tmp_path):
     import run
 
-    command = [*saved, "--drafts", "model,ngram", "--k", "3", "--k", "2", "--classes", "chat,code_editing"]
+    command = [*saved, "--drafts", "model,ngram", "--k", "3", "--k", "auto", "--classes", "chat,code_editing"]
     command += ["--prompts", "1", "--new", "12", "--dtype", "float32", "--noise"]
     assert run.main([*command, "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "plots")]) == 0
     printed = capsys.readouterr()
@@ -103,8 +103,8 @@ def test_the_whole_contest(saved, capsys, tmp_path):
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"speed.png", "cost.png"}
     assert document["provenance"]["versions"]["torch"] == torch.__version__
     assert set(document["cost_curve"]["target"]) == {str(width) for width in range(1, 17)}
-    names = {"plain", "assisted", "assisted, k=3", "assisted, k=2", "prompt lookup, k=3", "prompt lookup, k=2"}
-    names |= {f"specdec {draft}, k={k}" for draft in ("model", "ngram") for k in (2, 3)} | {"specdec none"}
+    names = {"plain", "assisted", "assisted, k=3", "prompt lookup, k=3", "specdec none"}
+    names |= {f"specdec {draft}, k={k}" for draft in ("model", "ngram") for k in (3, "auto")}
     assert document["skipped"] == {}
     assert not document["arguments"]["sample"]
     for kind in ("chat", "code_editing", "all"):
