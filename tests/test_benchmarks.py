@@ -20,6 +20,7 @@ PROMPTS = sorted((FOLDER / "prompts").glob("*.toml"))
 def scripts(monkeypatch):
     """The scripts import one another as they do when run."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # a third of a second each time, in a process as big as this
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
@@ -198,6 +199,51 @@ def test_noise_is_half_a_step():
     assert float((inside / half).mean()) == pytest.approx(0.5, abs=0.05)
 
 
+def test_energy_is_that_of_the_packages(monkeypatch, tmp_path):
+    import machine
+
+    def write(zone, energy, most=1000):
+        (tmp_path / zone).mkdir(exist_ok=True)
+        (tmp_path / zone / "energy_uj").write_text(f"{energy}\n")
+        (tmp_path / zone / "max_energy_range_uj").write_text(f"{most}\n")
+
+    monkeypatch.setattr(machine, "RAPL", tmp_path)
+    meter = machine.Meter(torch.device("cpu"))
+    meter.start()
+    assert meter.stop()[1] is None  # nothing to read
+    write("intel-rapl:0", 900)
+    write("intel-rapl:1", 100)
+    write("intel-rapl:0:0", 10)  # a part of the first package
+    meter.start()
+    write("intel-rapl:0", 50)  # ran over
+    write("intel-rapl:1", 300)
+    write("intel-rapl:0:0", 500)
+    assert meter.stop()[1] == pytest.approx((150 + 200) / 1e6)
+
+
+def test_memory_is_the_peak():
+    import machine
+
+    meter = machine.Meter(torch.device("cpu"))
+    meter.start()
+    torch.ones(50_000_000)  # 200 MB, gone at once
+    peak = meter.stop()[0]
+    assert peak is None or 150e6 < peak < 400e6
+
+
+def test_both_models_are_packed(monkeypatch, saved, capsys):
+    import run
+
+    import specdec
+
+    packed = []
+    monkeypatch.setattr(specdec, "pack_weights", packed.append, raising=False)
+    command = [*saved, "--drafts", "model", "--classes", "chat", "--prompts", "1", "--new", "3", "--ours-only"]
+    assert run.main([*command, "--pack", "--pack-draft"]) == 0
+    assert len(packed) == 2
+    assert set(last_line(capsys)["summary"]["chat"]) == {"plain", "specdec model", "specdec none"}
+
+
 def test_shares_of_8grams():
     from summary import copied, percentiles, repeated
 
@@ -231,7 +277,7 @@ def test_useless(saved, capsys):
     assert useless.main(command) == 0
     document = last_line(capsys)
     found = document["useless"]
-    assert found["same_text"]
+    assert found["divergences"] == []
     assert found["plain_forwards"] == 24
     # with a fixed number of guesses it must show the loss: nearly every round drafts in vain
     assert found["counted_cost"] > 1.5
