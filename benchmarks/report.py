@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDE = 160  # columns at least: a terminal that is narrower folds the lines
+WIDE = 180  # columns at least: a terminal that is narrower folds the lines
 
 
 def number(value: float | None, form: str = ".2f", scale: float = 1.0) -> str:
@@ -51,7 +51,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 LEGEND = {
     "x plain": "plain's seconds a token over these: median over batches, lowest and highest, geometric mean",
-    "after first": "the same from the first token on, without the prompt",
+    "after first": "the same from the first token on; a draft that is fed the prompt after that pays for it here",
     "bound, reached": "x plain if all but the two models' forwards were free, and how much of it is reached",
     "accepted": "guesses kept / guesses made",
     "a round": "new tokens that a row got from one pass of the target",
@@ -71,7 +71,7 @@ def show(document: dict[str, Any], file: Any = None) -> None:
     summary = document["summary"]
     shown = [name for name, cell in COLUMNS.items() if any(cell(f) for k in summary.values() for f in k.values())]
     table = Table(box=None, pad_edge=False, collapse_padding=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
     for kind, contestants in summary.items():
