@@ -144,6 +144,20 @@ def test_a_batch_of_samples(saved, capsys):
     assert summary["specdec ngram"]["first_token_seconds"] is None
 
 
+def test_words_are_handed_on(saved, capsys):
+    import run
+
+    drafts = ["suffix", "prediction", "ngram+prediction"]
+    command = [*saved, "--drafts", ",".join(drafts), "--classes", "code_editing,chat", "--prompts", "1"]
+    assert run.main([*command, "--new", "8", "--ours-only", "--dtype", "float32"]) == 0
+    document = last_line(capsys)
+    assert document["skipped"] == {}
+    summary = document["summary"]
+    assert set(summary["code_editing"]) == {"plain", "specdec none", *(f"specdec {word}" for word in drafts)}
+    assert set(summary["chat"]) == {"plain", "specdec none", "specdec suffix"}
+    assert not [f for f in summary["all"].values() if f["divergences"]]
+
+
 def test_an_unknown_word_is_the_librarys_error(saved, capsys):
     import run
 
