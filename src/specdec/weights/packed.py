@@ -182,7 +182,7 @@ class PackedWeight(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return torch.nn.Parameter, (self.dense(), self.learns)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
