@@ -23,11 +23,15 @@ from typing import Any
 
 import torch
 import transformers
-from pair import PROMPTS, provenance
+from machine import provenance
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from workload import prompts_of
 
 from specdec import DraftModel, SpeculativeGenerator, pack_weights, prune_head, quantize_draft
+from specdec.weights.share import shared_copy
 
+# code and chat in turn
+PROMPTS = [prompt.text for pair in zip(prompts_of("code"), prompts_of("chat"), strict=False) for prompt in pair]
 DRAFTS = "0.5-packed 0.5-int8 0.5-int4 0.5-int4-32768 self-int4"
 HEADS = (32768, 16384)
 GROUP = 32
@@ -53,7 +57,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     found = {"steps": steps, "scores": scores, "speed": speed}[arguments.what](tokenizer, arguments)
-    print(json.dumps({"arguments": vars(arguments), "provenance": provenance(), "found": found}))
+    print(json.dumps({"arguments": vars(arguments), "provenance": provenance(torch.device("cpu")), "found": found}))
 
 
 def load(name: str, arguments: argparse.Namespace) -> Any:
@@ -88,25 +92,23 @@ def variants(name: str, tokenizer: Any, arguments: argparse.Namespace, heads: tu
         ids = calibration(tokenizer)
         for head in heads:
             yield f"int4, head {head}", quantize_draft(prune_head(model, ids, head), "int4")
-    draft = quantize_draft(model, "int4")
-    for module in draft.modules():
-        if hasattr(module, "out_features"):
-            module.forward = Zeros(module.out_features)
-    yield "all but linear layers", draft
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    yield "all but linear layers", shared_copy(model, {layer: Zeros(layer) for layer in layers})
     with pack_weights(model) as packing:
         print(packing, file=sys.stderr)
         yield "packed", model
     yield "plain again", model
 
 
-class Zeros:
+class Zeros(torch.nn.Module):
     """Stands in for a linear layer: the right shape, made of nothing."""
 
-    def __init__(self, width: int) -> None:
-        self.width, self.row = width, torch.zeros(1)
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.width = layer.out_features
 
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        return self.row.to(states.dtype).expand(*states.shape[:-1], self.width)
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states.new_zeros(1).expand(*states.shape[:-1], self.width)
 
 
 def steps(tokenizer: Any, arguments: argparse.Namespace) -> Any:
