@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from specdec.proposers.suffix import Suffix
     from specdec.proposers.translated import TranslatedDraft
     from specdec.records import Proposal, Round, Stats
+    from specdec.weights.head import prune_head
+    from specdec.weights.packed import Packing, pack_weights, unpack_weights
+    from specdec.weights.quantized import quantize_draft
 
 __version__ = "0.1.0"
 
@@ -55,6 +58,9 @@ _HOMES = {
     "specdec.proposers.suffix": ("Suffix",),
     "specdec.proposers.translated": ("TranslatedDraft",),
     "specdec.records": ("Proposal", "Round", "Stats"),
+    "specdec.weights.head": ("prune_head",),
+    "specdec.weights.packed": ("Packing", "pack_weights", "unpack_weights"),
+    "specdec.weights.quantized": ("quantize_draft",),
 }
 
 __all__ = [
@@ -64,6 +70,7 @@ __all__ = [
     "InvalidProposal",
     "InvalidScores",
     "NGram",
+    "Packing",
     "Proposal",
     "Proposer",
     "Recycling",
@@ -77,6 +84,10 @@ __all__ = [
     "UnsupportedModel",
     "UnsupportedOption",
     "VocabularyMismatch",
+    "pack_weights",
+    "prune_head",
+    "quantize_draft",
+    "unpack_weights",
 ]
 
 

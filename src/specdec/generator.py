@@ -21,6 +21,7 @@ from specdec.length.adaptive import ASSUMED_COST, Adaptive, Memory
 from specdec.length.cost import Assumed
 from specdec.length.fixed import Fixed
 from specdec.options import (
+    SELF,
     WORDS,
     build_proposer,
     check_constructor,
@@ -41,8 +42,9 @@ class SpeculativeGenerator:
 
     Args:
         target: a Hugging Face model with ``generate()``.
-        draft: what guesses: a smaller model, a ``Proposer``, a word for a draft
-            without a model ("ngram", "suffix", "recycling"), or None (plain decoding through the same loop).
+        draft: what guesses: a smaller model, a ``Proposer``, a word for a draft without a model ("ngram",
+            "suffix", "recycling"), "self-int4" or "self-int8" (the target's own weights with fewer bits), or
+            None (plain decoding through the same loop).
         num_draft_tokens: guesses a round and row: "auto" (default) chooses for every round, 0 included, what is
             fastest by what rounds have cost and how many guesses were kept; a whole number >= 0 is taken as it
             is, and 0 is plain decoding.
@@ -110,7 +112,7 @@ class SpeculativeGenerator:
         target = AutoModelForCausalLM.from_pretrained(target_id, **load_kwargs)
         options.setdefault("tokenizer", AutoTokenizer.from_pretrained(target_id))
         draft: Any = draft_id
-        if draft_id is not None and draft_id not in WORDS:
+        if draft_id is not None and draft_id not in (*WORDS, *SELF):
             draft = AutoModelForCausalLM.from_pretrained(draft_id, **load_kwargs)
             options.setdefault("draft_tokenizer", AutoTokenizer.from_pretrained(draft_id))
         return cls(target, draft, **options)

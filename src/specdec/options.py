@@ -26,6 +26,7 @@ from specdec.proposers.suffix import Suffix
 from specdec.proposers.translated import TranslatedDraft
 from specdec.sampling import VERIFICATIONS
 from specdec.scorer import LAYOUTS
+from specdec.weights.quantized import quantize_draft
 
 PLAIN = "call target.generate() for it"
 OURS = "drafting is what SpeculativeGenerator does; set `draft` and `num_draft_tokens` there"
@@ -47,6 +48,8 @@ REFUSED = {
 }
 # drafts that are no model, by the word for them
 WORDS: dict[str, Callable[[], Any]] = {"ngram": NGram, "recycling": Recycling, "suffix": Suffix}
+# drafts that are the target itself with fewer bits a weight
+SELF = {"self-int4": "int4", "self-int8": "int8"}
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
 ASSISTANCE = {
     "num_assistant_tokens": "set num_draft_tokens of SpeculativeGenerator",
@@ -83,8 +86,10 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
     if draft is None:
         return Nothing()
     if isinstance(draft, str):
+        if draft in SELF:
+            return DraftModel(quantize_draft(target, SELF[draft]))
         if draft not in WORDS:
-            words = ", ".join(map(repr, WORDS))
+            words = ", ".join(map(repr, (*WORDS, *SELF)))
             raise InvalidInput(f"draft={draft!r} is no known proposer; use {words}, a model, a Proposer or None")
         return WORDS[draft]()
     if isinstance(draft, type):

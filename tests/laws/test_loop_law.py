@@ -126,6 +126,11 @@ def tables(seed: int, vocabulary: int) -> tuple[TableModel, TableModel]:
     return TableModel(rows[0]), TableModel(rows[1])
 
 
+def without_token(table: torch.Tensor, token: int) -> torch.Tensor:
+    """A look-up table whose head lacks one token."""
+    return table.index_fill(-1, torch.tensor([token]), -torch.inf)
+
+
 def exact(target: TableModel, new: int, eos: int | None) -> dict[tuple[int, ...], float]:
     """The law of plain sampling, from the table; texts end at ``eos`` and are padded with 0."""
     law: dict[tuple[int, ...], float] = {(): 1.0}
@@ -174,7 +179,8 @@ def law_error(
     vocabulary, new = SIZES[guesses]
     target, draft = tables(seed, vocabulary)
     current: list[Script] = []
-    drafts = {"self": target, "own": Stubborn(lambda: current[-1], vocabulary)}
+    pruned = TableModel(without_token(draft.table, vocabulary - 1))
+    drafts = {"self": target, "pruned": pruned, "own": Stubborn(lambda: current[-1], vocabulary)}
     options = {}
     if kind in PROPOSERS:
         drafts[kind], options = PROPOSERS[kind](draft, [EXPECTED[:new]])
@@ -204,7 +210,7 @@ TOLERANCE = 1e-6
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("kind", ["self", "own", *PROPOSERS])
+@pytest.mark.parametrize("kind", ["self", "pruned", "own", *PROPOSERS])
 @pytest.mark.parametrize("guesses", SIZES)
 def test_law_of_whole_texts(rule, kind, guesses):
     assert law_error(rule, kind, guesses) < TOLERANCE
