@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from specdec import prune_head, quantize_draft
+
 GROUP = 32  # weights that share a scale in the 4-bit files that the noise imitates
 
 
@@ -27,7 +29,10 @@ class Pair:
 
 
 def load(options: argparse.Namespace) -> Pair:
-    """Load what the command line names; ``options`` has target, draft, dtype, device, noise, useless_draft."""
+    """Load what the command line names.
+
+    ``options`` has target, draft, dtype, device, noise, useless_draft, draft_head and draft_bits.
+    """
     torch.manual_seed(0)
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
     tokenizer = AutoTokenizer.from_pretrained(options.target, padding_side="left")
@@ -46,6 +51,10 @@ def load(options: argparse.Namespace) -> Pair:
     for number, model in enumerate((target, draft)):
         if model is not None and options.noise:
             add_noise(model, seed=number)
+    if draft is not None and options.draft_head:
+        draft = prune_head(draft, [], options.draft_head)
+    if draft is not None and options.draft_bits:
+        draft = quantize_draft(draft, options.draft_bits)
     return Pair(target, draft, tokenizer, draft_tokenizer)
 
 
@@ -73,15 +82,6 @@ def steps(weight: Tensor) -> Tensor:
     groups = padded.unflatten(1, (-1, GROUP))
     step = (groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)) / 15
     return step.expand_as(groups).reshape(rows, -1)[:, :columns]
-
-
-def pack(model: Any) -> None:
-    """Pack the linear weights of ``model`` for this processor, where the library can."""
-    try:
-        from specdec import pack_weights
-    except ImportError as error:
-        raise ValueError(f"--pack and --pack-draft need specdec.pack_weights, which is missing: {error}") from None
-    pack_weights(model)
 
 
 @dataclass(frozen=True, slots=True)

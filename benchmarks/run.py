@@ -23,7 +23,7 @@ from costs import cost_curve
 from exactness import divergences
 from machine import provenance
 from measure import measured
-from models import Pair, load, pack, weights_of
+from models import Pair, load, weights_of
 from plots import draw
 from report import show
 from rich.console import Console
@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from summary import Case, summarise
 from workload import Prompt, batches, classes, encode, prompts_of
 
-from specdec import SpecdecError
+from specdec import SpecdecError, pack_weights
 
 WARM_UP = 8  # new tokens
 REFUSALS = (SpecdecError, ValueError, TypeError, NotImplementedError)
@@ -61,6 +61,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     add("--device", default="cpu", help="cpu, or cuda (written for it, not run on one yet)")
     add("--noise", action="store_true", help="noise of half a 4-bit step on all linear weights, before all else")
+    add("--draft-bits", choices=["int4", "int8"], help="quantise the draft model with specdec.quantize_draft")
+    add("--draft-head", type=int, metavar="N", help="first leave it the N lowest token ids (specdec.prune_head)")
     add("--useless-draft", action="store_true", help="give the draft model random weights")
     add("--pack", action="store_true", help="pack the target's weights with specdec.pack_weights")
     add("--pack-draft", action="store_true", help="the same for the draft")
@@ -92,9 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # a draft that the library made of the target is counted before the target's weights are packed
         weights |= {c.draft: weights_of(c.draft) for c in contestants if c.draft not in {None, *weights}}
         if options.pack:
-            pack(pair.target)
+            pack_weights(pair.target)
         if options.pack_draft and pair.draft is not None:
-            pack(pair.draft)
+            pack_weights(pair.draft)
     except (SpecdecError, ValueError, OSError) as error:
         print(f"The benchmark cannot start: {error}", file=sys.stderr)
         return 2

@@ -248,12 +248,10 @@ def test_memory_is_the_peak():
 def test_both_models_are_packed(monkeypatch, saved, capsys):
     import run
 
-    import specdec
-
     packed = []
-    monkeypatch.setattr(specdec, "pack_weights", packed.append, raising=False)
+    monkeypatch.setattr(run, "pack_weights", packed.append)
     command = [*saved, "--drafts", "model", "--classes", "chat", "--prompts", "1", "--new", "3", "--ours-only"]
-    assert run.main([*command, "--pack", "--pack-draft"]) == 0
+    assert run.main([*command, "--pack", "--pack-draft", "--draft-bits", "int8"]) == 0
     assert len(packed) == 2
     assert set(last_line(capsys)["summary"]["chat"]) == {"plain", "specdec model", "specdec none"}
 
