@@ -121,10 +121,10 @@ class _Run:
         for step in range(most):
             scores = self._next_scores(state, step)
             guess = self._call.sampling.guess(scores, state.device_lengths - state.prompt_length + step)
-            scores, guess = _sound(scores, guess)
+            bad, guess = guess < 0, guess.clamp(min=0)
             guesses.append(guess)
             if self._call.sampling.keeps_logits:
-                rows.append(scores)
+                rows.append(_sound(scores, bad))
             if self._confidence:
                 sure = (_chance(scores, guess) >= self._confidence).cpu().numpy()
                 limits = np.where(sure, limits, np.minimum(limits, step + 1))
@@ -258,15 +258,15 @@ def _newest(name: str, value: Tensor, columns: int) -> Tensor:
 
 def _chance(scores: Tensor, guess: Tensor) -> Tensor:
     """(B,) the draft's own probability of its guesses (B,)."""
-    return (scores.gather(1, guess[:, None])[:, 0] - scores.logsumexp(dim=1)).exp()
+    # on a CPU softmax takes half of logsumexp's time
+    return scores.softmax(dim=1).gather(1, guess[:, None])[:, 0]
 
 
-def _sound(scores: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a draft's scores are no distribution (NaN) it guesses token 0, and says that it was certain."""
-    bad = guess < 0
-    certain = torch.full_like(scores[:1], -torch.inf)
-    certain[:, 0] = 0
-    return torch.where(bad[:, None], certain, scores), guess.clamp(min=0)
+def _sound(scores: Tensor, bad: Tensor) -> Tensor:
+    """Where a draft's scores are no distribution (NaN) it has guessed token 0, and says that it was certain."""
+    scores = scores.masked_fill(bad[:, None], -torch.inf)
+    scores[:, 0] = scores[:, 0].masked_fill(bad, 0)
+    return scores
 
 
 def embedded(model: Any) -> int:

@@ -11,6 +11,8 @@ Read next: `coupled.py`, which makes noise that draft and target share.
 import torch
 from torch import Tensor
 
+_SEGMENT = 256
+
 
 def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
     """The highest score of each row, with the noise added if there is any; the lowest id wins ties.
@@ -24,9 +26,30 @@ def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
     Returns:
         (...) int64, -1 for a row that has a NaN or is -inf throughout.
     """
-    scores = logits if gumbel is None else logits + gumbel
-    best, token = scores.max(dim=-1)
-    return torch.where(torch.isnan(best) | (best == -torch.inf), -1, token)
+    best, token = highest(logits if gumbel is None else logits + gumbel)
+    # false for a NaN as well
+    return torch.where(best > -torch.inf, token, -1)
+
+
+def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest entry of each row (..., V) and its lowest id, as ``max(dim=-1)``; a NaN counts as highest.
+
+    On a CPU ``max`` with ids goes entry by entry, ``amax`` many at a time. So there: the highest of each segment
+    first, then the first segment that has it, then the first place in that segment.
+    """
+    vocabulary = scores.shape[-1]
+    if scores.device.type != "cpu" or vocabulary < 4 * _SEGMENT:
+        best, token = scores.max(dim=-1)
+        return best, token
+    whole = vocabulary // _SEGMENT * _SEGMENT
+    peaks = scores[..., :whole].unflatten(-1, (-1, _SEGMENT)).amax(dim=-1)
+    if whole < vocabulary:
+        peaks = torch.cat([peaks, scores[..., whole:].amax(dim=-1, keepdim=True)], dim=-1)
+    # what is left over is looked up in the last full segment: nothing before it is as high, or it had won
+    start = (peaks.argmax(dim=-1, keepdim=True) * _SEGMENT).clamp(max=vocabulary - _SEGMENT)
+    segment = scores.gather(-1, start + torch.arange(_SEGMENT, device=scores.device))
+    best, place = segment.max(dim=-1)
+    return best, start.squeeze(-1) + place
 
 
 def race(logits: Tensor, exponentials: Tensor) -> Tensor:
@@ -47,7 +70,7 @@ def race(logits: Tensor, exponentials: Tensor) -> Tensor:
     times = torch.where(exponentials > 0, exponentials, resolution(exponentials.dtype))
     dtype = torch.promote_types(logits.dtype, torch.float32)
     times = times.to(torch.promote_types(times.dtype, dtype))  # never narrowed: it could become 0
-    best, token = (logits.to(dtype) - times.log()).max(dim=-1)
+    best, token = highest(logits.to(dtype) - times.log())
     return torch.where(torch.isfinite(best), token, -1)
 
 
