@@ -79,6 +79,8 @@ class Processing:
         Processors that may hold state are left out: their calls belong to the target.
         """
         logits = logits[:, :vocabulary].float()
+        if not self._known and logits.shape[1] == vocabulary:
+            return logits
         missing = vocabulary - logits.shape[1]
         if missing:
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)

@@ -11,7 +11,7 @@ Read next: `coupled.py`, which makes noise that draft and target share.
 import torch
 from torch import Tensor
 
-_SEGMENT = 256
+_OF_NUMPY = (torch.float32, torch.float64)
 
 
 def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
@@ -32,24 +32,13 @@ def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
 
 
 def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest entry of each row (..., V) and its lowest id, as ``max(dim=-1)``; a NaN counts as highest.
-
-    On a CPU ``max`` with ids goes entry by entry, ``amax`` many at a time. So there: the highest of each segment
-    first, then the first segment that has it, then the first place in that segment.
-    """
-    vocabulary = scores.shape[-1]
-    if scores.device.type != "cpu" or vocabulary < 4 * _SEGMENT:
-        best, token = scores.max(dim=-1)
-        return best, token
-    whole = vocabulary // _SEGMENT * _SEGMENT
-    peaks = scores[..., :whole].unflatten(-1, (-1, _SEGMENT)).amax(dim=-1)
-    if whole < vocabulary:
-        peaks = torch.cat([peaks, scores[..., whole:].amax(dim=-1, keepdim=True)], dim=-1)
-    # what is left over is looked up in the last full segment: nothing before it is as high, or it had won
-    start = (peaks.argmax(dim=-1, keepdim=True) * _SEGMENT).clamp(max=vocabulary - _SEGMENT)
-    segment = scores.gather(-1, start + torch.arange(_SEGMENT, device=scores.device))
-    best, place = segment.max(dim=-1)
-    return best, start.squeeze(-1) + place
+    """The highest entry of each row (..., V) and its lowest id, as ``max(dim=-1)``; a NaN counts as highest."""
+    if scores.device.type == "cpu" and scores.dtype in _OF_NUMPY and not torch.compiler.is_compiling():
+        # torch's ``max`` with ids goes entry by entry on a CPU, numpy's argmax many at a time
+        token = torch.as_tensor(scores.detach().numpy().argmax(axis=-1))
+        return scores.gather(-1, token[..., None]).squeeze(-1), token
+    best, token = scores.max(dim=-1)
+    return best, token
 
 
 def race(logits: Tensor, exponentials: Tensor) -> Tensor:
