@@ -88,9 +88,15 @@ class State:
 
     def write_guesses(self, proposal: Proposal) -> None:
         """Put the guesses behind the committed tokens, so that a forward pass can be fed from one buffer."""
-        if proposal.tokens.shape[1]:
+        width = proposal.tokens.shape[1]
+        if width:
             # an id that does not exist is the verifier's to judge; a model must not be fed it
-            put(self.tokens, self.lengths, proposal.tokens.clamp(0, self.vocabulary - 1))
+            guesses = proposal.tokens.clamp(0, self.vocabulary - 1)
+            real = np.arange(width) < proposal.lengths[:, None]
+            if not real.all():
+                past = torch.from_numpy(~real).to(self.device, non_blocking=True)
+                guesses = guesses.masked_fill(past, self.pad_id)
+            put(self.tokens, self.lengths, guesses)
 
     def commit(
         self,

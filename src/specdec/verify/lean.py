@@ -17,7 +17,6 @@ from torch import Tensor
 from specdec.verify.block import block_acceptance, longest_success
 from specdec.verify.draw import highest, race
 from specdec.verify.residual import usable
-from specdec.verify.rows import of_tokens
 from specdec.verify.token import leading_successes, token_acceptance
 
 _SMALLEST = 1e-30  # times and quotients below could lose digits in float32
