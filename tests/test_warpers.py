@@ -81,7 +81,7 @@ def test_rows_without_a_distribution_are_left_to_transformers(warper, bad):
 
 def borders():
     """Rows and warpers for which mass and border agree up to rounding, no two scores being equal."""
-    for size in (50, 99, 101, 197):
+    for size in (113, 127):
         scores = torch.full((1, 2048), -math.inf)
         scores[0, :size] = 1e-9 * torch.arange(size)
         yield from ((scores, hf.TopPLogitsWarper(kept / size)) for kept in range(1, size))

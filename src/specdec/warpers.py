@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold_
+from torch.nn.functional import threshold
 from transformers.generation import logits_process as hf
 
 SELECTED = (256, 4096)  # highest scores looked at, before everything is sorted
@@ -101,7 +101,7 @@ def _keep(row: Tensor, descending: np.ndarray, kept: int, filter_value: float) -
 def _cut(row: Tensor, lowest: float, filter_value: float) -> None:
     """Replace what is below ``lowest``, in place; unlike ``masked_fill`` this is vectorised on a CPU."""
     below = float(np.nextafter(np.float32(lowest), np.float32(-np.inf)))
-    threshold_(row, below, filter_value)
+    threshold(row, below, filter_value, inplace=True)
 
 
 NARROWED = {hf.TopKLogitsWarper: _top_k, hf.TopPLogitsWarper: _top_p}
