@@ -34,7 +34,7 @@ LEVELS = [
     {"processing", "stopping"},
     {"scorer"},
     {"layouts"},
-    {"sampling"},
+    {"sampling", "warpers"},
     {"state", "weights"},
     {"records", "errors", "verify", "noise"},
 ]

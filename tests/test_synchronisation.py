@@ -96,10 +96,11 @@ def scripted_copies(monkeypatch):
     def to_host(tensor):
         calls.append(tensor.shape)
         packed = np.ones(tuple(tensor.shape), dtype=np.int64)
-        if len(calls) > 1:
-            guesses = (tensor.shape[1] - 4) // 2
-            packed[:, -2] = np.minimum((np.arange(BATCH) + len(calls)) % (GUESSES + 1), guesses)
-            packed[:, -3] = packed[:, -2] + 1
+        if tensor.ndim == 1:
+            return -packed  # the ids that end a row
+        if len(calls) > 2:
+            guesses = tensor.shape[1] - 2
+            packed[:, -2] = np.minimum((np.arange(BATCH) + len(calls) - 1) % (GUESSES + 1), guesses)
         return packed
 
     monkeypatch.setattr("specdec.state.to_host", to_host)
@@ -183,8 +184,8 @@ SAMPLINGS = {
 def test_one_copy_a_round(monkeypatch, name, layout):
     processors = [] if name == "greedy" else PROCESSORS
     calls = rounds_on_fake_cuda(monkeypatch, SAMPLINGS[name], layout, processors, count=4)
-    # the prompt once, then one a round
-    assert len(calls) == 1 + 4
+    # the prompt and the ids that end a row once, then one a round
+    assert len(calls) == 2 + 4
 
 
 WITHOUT_A_MODEL = {
@@ -200,7 +201,7 @@ WITHOUT_A_MODEL = {
 @pytest.mark.parametrize("guesser", WITHOUT_A_MODEL)
 def test_one_copy_a_round_without_a_model(monkeypatch, guesser, name):
     calls = rounds_on_fake_cuda(monkeypatch, SAMPLINGS[name], "slots", [], guesser=WITHOUT_A_MODEL[guesser])
-    assert len(calls) == 1 + 4
+    assert len(calls) == 2 + 4
 
 
 def test_a_hidden_read_would_be_seen(monkeypatch):

@@ -11,7 +11,7 @@ know row indices and prompts. Three kinds:
 
 A processor of your own that is a pure function of each row's tokens and scores may say so with a class attribute
 ``specdec_pure = True``; it then belongs to the second kind and touches the draft's rows as well.
-Knows no model, cache or rule. Read next: ``lockstep.py``.
+Knows no model, cache or rule. Read next: ``warpers.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
+
+from specdec.warpers import warp
 
 SCORES_ONLY = (
     hf.TemperatureLogitsWarper,
@@ -79,6 +81,8 @@ class Processing:
         Processors that may hold state are left out: their calls belong to the target.
         """
         logits = logits[:, :vocabulary].float()
+        if not self._known and logits.shape[1] == vocabulary:
+            return logits
         missing = vocabulary - logits.shape[1]
         if missing:
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
@@ -90,7 +94,7 @@ class Processing:
             if _reads_scores_only(processor):
                 flat = scores.reshape(batch * count, vocabulary)
                 ids = tokens[:, :1].repeat_interleave(count, dim=0)
-                scores = processor(ids, flat).view(batch, count, vocabulary)
+                scores = warp(processor, ids, flat).view(batch, count, vocabulary)
             else:
                 scores = _by_length(processor, scores, tokens, lengths)
         return scores

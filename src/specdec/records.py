@@ -159,12 +159,15 @@ class Stats:
         self.row_drafted += round_.lengths
         self.row_accepted += round_.accepted
         self.row_emitted += round_.counts
-        for position in range(int(round_.lengths.max(initial=0))):
-            if position == len(self.drafted_at):
-                self.drafted_at.append(0)
-                self.accepted_at.append(0)
-            self.drafted_at[position] += int((round_.lengths > position).sum())
-            self.accepted_at[position] += int((round_.accepted > position).sum())
+        longest = int(round_.lengths.max(initial=0))
+        missing = [0] * (longest - len(self.drafted_at))
+        self.drafted_at += missing
+        self.accepted_at += missing
+        for drafted, accepted in zip(round_.lengths.tolist(), round_.accepted.tolist(), strict=True):
+            for position in range(drafted):
+                self.drafted_at[position] += 1
+            for position in range(accepted):
+                self.accepted_at[position] += 1
         self.drafted = int(self.row_drafted.sum())
         self.accepted = int(self.row_accepted.sum())
         self.emitted = int(self.row_emitted.sum())

@@ -3,7 +3,8 @@
 Row b's first ``lengths[b]`` columns are exactly the ``input_ids[b]`` that plain ``generate()`` would have at
 that step, left padding included. The tokens live twice: on the device, where the rounds happen, and on the
 host, where proposers without a model and stop conditions read them. The two are kept together by the one
-copy a round makes. Knows no model and no rule of verification. Read next: ``proposers/__init__.py``.
+copy a round makes: the host reads the verdict, settles what is final, and writes it to both. On a CPU the two are
+one memory. Knows no model and no rule of verification. Read next: ``proposers/__init__.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class State:
 
     Attributes:
         tokens: (B, capacity) int64 on the device; columns from a row's length on hold its guesses or pad.
-        host_tokens: (B, capacity) the committed part of the same on the host.
+        host_tokens: (B, capacity) the same on the host; only the committed part is to be relied on.
         lengths: (B,) committed columns on the host; ``device_lengths`` is the same on the device.
         eos_ids: (n,) ids that end a row, or None.
         live: (B,) bool, rows that have not ended; ``device_live`` is the same on the device.
@@ -50,13 +51,18 @@ class State:
         capacity = max_length + max_guesses + 2
         self.tokens = torch.full((batch, capacity), pad_id, dtype=torch.int64, device=prompt.device)
         self.tokens[:, : self.prompt_length] = prompt
-        self.host_tokens = np.full((batch, capacity), pad_id, dtype=np.int64)
-        self.host_tokens[:, : self.prompt_length] = to_host(prompt)
+        self._is_host = prompt.device.type == "cpu"
+        if self._is_host:
+            self.host_tokens: np.ndarray = self.tokens.numpy()
+        else:
+            self.host_tokens = np.full((batch, capacity), pad_id, dtype=np.int64)
+            self.host_tokens[:, : self.prompt_length] = to_host(prompt)
         self.lengths = np.full(batch, self.prompt_length, dtype=np.int64)
         self.device_lengths = torch.full((batch,), self.prompt_length, dtype=torch.int64, device=prompt.device)
         self.live = np.ones(batch, dtype=bool)
-        self.device_live = torch.ones(batch, dtype=torch.bool, device=prompt.device)
         self.eos_ids = eos_ids
+        self.device_live = torch.ones(batch, dtype=torch.bool, device=prompt.device)
+        self._eos = None if eos_ids is None else to_host(eos_ids).reshape(-1)
         self.vocabulary = 0
         self.host_copies = 0
 
@@ -84,12 +90,13 @@ class State:
         """Put the guesses behind the committed tokens, so that a forward pass can be fed from one buffer."""
         width = proposal.tokens.shape[1]
         if width:
-            columns = self.device_lengths[:, None] + torch.arange(width, device=self.device)
-            submitted = torch.from_numpy(proposal.lengths).to(self.device, non_blocking=True)
-            real = torch.arange(width, device=self.device) < submitted[:, None]
             # an id that does not exist is the verifier's to judge; a model must not be fed it
-            real = real & (proposal.tokens >= 0) & (proposal.tokens < self.vocabulary)
-            self.tokens.scatter_(1, columns, torch.where(real, proposal.tokens, self.pad_id))
+            guesses = proposal.tokens.clamp(0, self.vocabulary - 1)
+            real = np.arange(width) < proposal.lengths[:, None]
+            if not real.all():
+                past = torch.from_numpy(~real).to(self.device, non_blocking=True)
+                guesses = guesses.masked_fill(past, self.pad_id)
+            put(self.tokens, self.lengths, guesses)
 
     def commit(
         self,
@@ -113,69 +120,55 @@ class State:
         Raises:
             InvalidScores: a live row's scores hold NaN or forbid every token.
         """
-        width = proposal.tokens.shape[1] + 1
-        step = torch.arange(width, device=self.device)
-        padded = torch.nn.functional.pad(proposal.tokens, (0, 1))
-        emitted = torch.where(step < accepted[:, None], padded, next_token[:, None])
-        counts = accepted + 1
-        ended = torch.zeros_like(self.device_live)
-        if self.eos_ids is not None:
-            is_end = torch.isin(emitted, self.eos_ids) & (step < counts[:, None])
-            # the first end inside the block cuts there; a block without one is left whole
-            first = torch.where(is_end, step, width).amin(dim=1)
-            ended = first < width
-            counts = torch.minimum(counts, first + 1)
-        counts = torch.where(self.device_live, counts, 0)
-        emitted = torch.where(step < counts[:, None], emitted, self.pad_id)
-        self.tokens.scatter_(1, self.device_lengths[:, None] + step, emitted)
-        self.device_lengths = self.device_lengths + counts
-        self.device_live = self.device_live & ~ended & (self.device_lengths < self.max_length)
-        round_ = self._read(proposal, accepted, emitted, counts, scores, logits, states)
-        bad = self.live & (round_.emitted == -1).any(axis=1)
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
-            column = int(self.lengths[row] + (round_.emitted[row] == -1).argmax())
-            raise InvalidScores(
-                f"nothing can be drawn for row {row} at column {column}; the target's scores hold NaN or "
-                "forbid every token, or a proposer's guesses cannot have come from its own scores. Look at "
-                "the model's dtype and at the logits processors, or pass remove_invalid_values=True; of a "
-                "proposer of your own, at the ids and the logits it returns"
-            )
-        rows, steps = np.nonzero(np.arange(width) < round_.counts[:, None])
-        self.host_tokens[rows, self.lengths[rows] + steps] = round_.emitted[rows, steps]
-        self.lengths = self.lengths + round_.counts
-        self.live = self._live_after
-        return round_
-
-    def _read(
-        self,
-        proposal: Proposal,
-        accepted: Tensor,
-        emitted: Tensor,
-        counts: Tensor,
-        scores: Tensor,
-        logits: Tensor | None,
-        states: States | None,
-    ) -> Round:
-        """The one copy of the round: everything the host needs in a single tensor."""
-        width = emitted.shape[1]
-        columns = [emitted, proposal.tokens]
-        flags = [counts, accepted, self.device_live.to(torch.int64)]
-        packed = to_host(torch.cat([*columns, torch.stack(flags, dim=1)], dim=1))
+        # the one copy of the round: everything the host needs in a single tensor
+        packed = to_host(torch.cat([proposal.tokens, accepted[:, None], next_token[:, None]], dim=1))
         self.host_copies += 1
-        self._live_after = packed[:, -1].astype(bool)
+        drafted, kept = packed[:, :-2], packed[:, -2]
+        width = packed.shape[1] - 1
+        step = np.arange(width)
+        emitted = np.where(step < kept[:, None], packed[:, :width], packed[:, -1:])
+        counts = np.where(self.live, kept + 1, 0)
+        ended = counts < 0
+        if self._eos is not None:
+            # the first end inside the block cuts there; a block without one is left whole
+            is_end = (emitted[:, :, None] == self._eos).any(axis=2) & (step < counts[:, None])
+            ended = is_end.any(axis=1)
+            counts = np.where(ended, is_end.argmax(axis=1) + 1, counts)
+        real = step < counts[:, None]
+        emitted = np.where(real, emitted, self.pad_id)
+        self._refuse_unusable((emitted == -1) & real)
         submitted = np.where(self.live, proposal.lengths, 0)
-        return Round(
+        round_ = Round(
             proposal=proposal,
-            drafted=packed[:, width : 2 * width - 1],
+            drafted=drafted,
             lengths=submitted,
-            accepted=np.minimum(packed[:, -2], submitted),
-            emitted=packed[:, :width],
-            counts=packed[:, -3],
-            before=self.lengths.copy(),
+            accepted=np.minimum(kept, submitted),
+            emitted=emitted,
+            counts=counts,
+            before=self.lengths,
             scores=scores,
             logits=logits,
             states=states,
+        )
+        np.put_along_axis(self.host_tokens, self.lengths[:, None] + step, emitted, axis=1)
+        if not self._is_host:
+            put(self.tokens, self.lengths, torch.from_numpy(emitted).to(self.device, non_blocking=True))
+        self.lengths = self.lengths + counts
+        self.live = self.live & ~ended & (self.lengths < self.max_length)
+        self._tell_device()
+        return round_
+
+    def _refuse_unusable(self, bad: np.ndarray) -> None:
+        """``bad`` (B, W): live rows were to emit -1 here, because nothing could be drawn."""
+        if not bad.any():
+            return
+        row = int(np.flatnonzero(bad.any(axis=1))[0])
+        column = int(self.lengths[row] + bad[row].argmax())
+        raise InvalidScores(
+            f"nothing can be drawn for row {row} at column {column}; the target's scores hold NaN or "
+            "forbid every token, or a proposer's guesses cannot have come from its own scores. Look at "
+            "the model's dtype and at the logits processors, or pass remove_invalid_values=True; of a "
+            "proposer of your own, at the ids and the logits it returns"
         )
 
     def end_rows(self, rows: np.ndarray, length: int) -> None:
@@ -188,8 +181,23 @@ class State:
             self.tokens[row, length:] = self.pad_id
         self.lengths = np.where(rows, np.minimum(self.lengths, length), self.lengths)
         self.live = self.live & ~rows
-        self.device_lengths = torch.from_numpy(self.lengths.copy()).to(self.device)
-        self.device_live = torch.from_numpy(self.live.copy()).to(self.device)
+        self._tell_device()
+
+    def _tell_device(self) -> None:
+        """Lengths and live rows are settled on the host; neither array is ever written into."""
+        self.device_lengths = torch.from_numpy(self.lengths).to(self.device, non_blocking=True)
+        self.device_live = torch.from_numpy(self.live).to(self.device, non_blocking=True)
+
+
+def put(buffer: Tensor, first: np.ndarray, values: Tensor) -> None:
+    """Write ``values`` (B, W) into ``buffer`` (B, capacity), row b from column ``first[b]`` on."""
+    width = values.shape[1]
+    lowest = int(first.min())
+    if lowest == int(first.max()):
+        buffer[:, lowest : lowest + width] = values
+        return
+    columns = torch.from_numpy(first).to(buffer.device, non_blocking=True)[:, None]
+    buffer.scatter_(1, columns + torch.arange(width, device=buffer.device), values)
 
 
 def to_host(tensor: Tensor) -> np.ndarray:

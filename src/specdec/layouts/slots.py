@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache, GenerationMixin
 from transformers.cache_utils import (
     CacheLayerMixin,
     DummyLayer,
@@ -80,6 +80,9 @@ class Slots:
         self.outputs: Any = None
         self._wanted = (self._starts, 0)  # what ``pick`` takes: rows counted from the last one
         self._mask: Tensor | None = None
+        self._ids_key = "decoder_input_ids" if columns.encoder_decoder else "input_ids"
+        self._reuses = _prepares_as_usual(self._model)
+        self._prepared: dict[int, dict[str, Any]] = {}
 
     def prefill(self, prompt: Tensor) -> Tensor:
         """Prompts are fed natively, before the slots exist."""
@@ -90,23 +93,18 @@ class Slots:
         if not len(self._starts):
             self._starts = np.full_like(lengths, self._width)
         starts = np.minimum(self._starts, lengths - 1)
+        lowest, longest = int(starts.min()), int(starts.max())
         width = int((lengths - starts).max())
-        self._grow(tokens.shape[0], int(starts.max()) + width + self._hidden)
-        device = tokens.device
-        offset = torch.from_numpy(starts).to(device, non_blocking=True)
-        columns = offset[:, None] + torch.arange(width, device=device)
-        self._cache.place(columns + self._hidden, starts + self._hidden)
-        kwargs = self._plain.describe_more(width)
-        kwargs["past_key_values"] = self._handed
-        kwargs[self._mask_key] = self._mask
-        positions = self._positions(columns)
-        kwargs.pop(self._position_key, None)
-        inputs = self._model.prepare_inputs_for_generation(
-            tokens.gather(1, columns),
-            next_sequence_length=width,
-            **kwargs,
-            **{self._position_key: positions},
-        )
+        self._grow(tokens.shape[0], longest + width + self._hidden)
+        if lowest == longest:
+            columns = torch.arange(lowest, lowest + width, device=tokens.device).expand(tokens.shape[0], -1)
+            ids = tokens[:, lowest : lowest + width]
+        else:
+            offset = torch.from_numpy(starts).to(tokens.device, non_blocking=True)
+            columns = offset[:, None] + torch.arange(width, device=tokens.device)
+            ids = tokens.gather(1, columns)
+        self._cache.place(columns + self._hidden if self._hidden else columns, lowest + self._hidden, longest + self._hidden)
+        inputs = self._inputs(ids, columns)
         skipped = int((first - starts).min())  # nobody wants their scores
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = width - skipped
@@ -119,6 +117,29 @@ class Slots:
     def pick(self, states: Tensor) -> Tensor:
         """See ``Layout.pick``."""
         return rows_from_the_end(states, *self._wanted)
+
+    def _inputs(self, ids: Tensor, columns: Tensor) -> dict[str, Any]:
+        """What the model is given for ``ids`` (B, W) at ``columns`` (B, W), as it prepares that itself.
+
+        transformers' own preparation passes everything but ids and positions on unchanged, so for a width that
+        was prepared before only these two are exchanged. A model with a preparation of its own is always asked.
+        """
+        width = ids.shape[1]
+        ids, positions = ids.contiguous(), self._positions(columns)
+        prepared = self._prepared.get(width)
+        if prepared is not None:
+            return {**prepared, self._ids_key: ids, self._position_key: positions}
+        kwargs = self._plain.describe_more(width)
+        kwargs["past_key_values"] = self._handed
+        kwargs[self._mask_key] = self._mask
+        kwargs[self._position_key] = positions
+        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
+            ids, next_sequence_length=width, **kwargs
+        )
+        if self._reuses:
+            self._prepared[width] = inputs
+            return dict(inputs)
+        return inputs
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``: what is forgotten will be overwritten."""
@@ -153,6 +174,7 @@ class Slots:
         if columns <= self._cache.room:
             return
         room = -(-columns // BLOCK) * BLOCK
+        self._prepared.clear()  # they hold the mask
         self._cache.grow(room)
         prompt = self._prompt_mask
         if prompt is None:
@@ -170,11 +192,10 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.room = 0
         self._offset: Tensor | None = None
 
-    def place(self, columns: Tensor, starts: np.ndarray) -> None:
-        """The next forward writes at ``columns`` (B, W), the same in every layer."""
+    def place(self, columns: Tensor, lowest: int, longest: int) -> None:
+        """The next forward writes at ``columns`` (B, W), rows beginning between ``lowest`` and ``longest``."""
         self._offset = columns[:, 0]
-        longest = int(starts.max())
-        uniform = longest if int(starts.min()) == longest else None
+        uniform = longest if lowest == longest else None
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 layer.columns, layer.start, layer.length = columns, uniform, longest
@@ -251,3 +272,10 @@ def _slot_layer(layer: Any, width: int) -> Any:
     missing = width - keys.shape[-2]
     keys, values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (keys, values))
     return SlotLayer(keys, values)
+
+
+def _prepares_as_usual(model: Any) -> bool:
+    """Whether ``model`` has transformers' own preparation of inputs, which looks at nothing but its arguments."""
+    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    usual = (getattr(type(model), name) is getattr(GenerationMixin, name) for name in names)
+    return all(usual) and not set(names) & vars(model).keys() and not model.is_remote_code()

@@ -21,7 +21,7 @@ from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
-from specdec.state import State, to_host
+from specdec.state import State, put, to_host
 
 
 class DraftModel:
@@ -118,13 +118,14 @@ class _Run:
         self._sync(state)
         guesses: list[Tensor] = []
         rows: list[Tensor] = []
+        start = state.device_lengths - state.prompt_length
         for step in range(most):
             scores = self._next_scores(state, step)
-            guess = self._call.sampling.guess(scores, state.device_lengths - state.prompt_length + step)
-            scores, guess = _sound(scores, guess)
-            guesses.append(guess)
+            guess = self._call.sampling.guess(scores, start + step if step else start)
             if self._call.sampling.keeps_logits:
-                rows.append(scores)
+                rows.append(_sound(scores, guess < 0))
+                guess = guess.clamp(min=0)
+            guesses.append(guess)
             if self._confidence:
                 sure = (_chance(scores, guess) >= self._confidence).cpu().numpy()
                 limits = np.where(sure, limits, np.minimum(limits, step + 1))
@@ -153,15 +154,18 @@ class _Run:
         return state.tokens if not step else self._tokens.to(state.device)
 
     def _write(self, state: State, guess: Tensor, step: int) -> None:
-        columns = (state.device_lengths + step).to(self._device)[:, None]
         guess = guess.clamp(0, self._embeds - 1).to(self._device)
-        self._tokens.scatter_(1, columns, guess[:, None])
+        put(self._tokens, state.lengths + step, guess[:, None])
 
     def _sync(self, state: State) -> None:
         """Bring the draft's tokens to the committed ones; forget what it was fed and was not kept."""
-        committed = state.tokens.clamp(0, self._embeds - 1).to(self._device)
-        self._tokens = committed.clone()
         kept = self._scorer.kept
+        # columns below were copied when they were committed, those above are filled before they are fed
+        old = 0 if self._drafted is None else int(self._drafted[0].min())
+        upto = int(state.lengths.max())
+        if not old:
+            self._tokens = torch.zeros(state.tokens.shape, dtype=torch.int64, device=self._device)
+        self._tokens[:, old:upto] = state.tokens[:, old:upto].clamp(0, self._embeds - 1)
         if self._drafted is not None:
             before, proposal = self._drafted
             drafted = self._observed if self._observed is not None else to_host(proposal.tokens)
@@ -258,15 +262,15 @@ def _newest(name: str, value: Tensor, columns: int) -> Tensor:
 
 def _chance(scores: Tensor, guess: Tensor) -> Tensor:
     """(B,) the draft's own probability of its guesses (B,)."""
-    return (scores.gather(1, guess[:, None])[:, 0] - scores.logsumexp(dim=1)).exp()
+    # on a CPU softmax takes half of logsumexp's time
+    return scores.softmax(dim=1).gather(1, guess.clamp(min=0)[:, None])[:, 0].nan_to_num(0)
 
 
-def _sound(scores: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a draft's scores are no distribution (NaN) it guesses token 0, and says that it was certain."""
-    bad = guess < 0
-    certain = torch.full_like(scores[:1], -torch.inf)
-    certain[:, 0] = 0
-    return torch.where(bad[:, None], certain, scores), guess.clamp(min=0)
+def _sound(scores: Tensor, bad: Tensor) -> Tensor:
+    """Where a draft's scores are no distribution (NaN) it has guessed token 0, and says that it was certain."""
+    scores = scores.masked_fill(bad[:, None], -torch.inf)
+    scores[:, 0] = scores[:, 0].masked_fill(bad, 0)
+    return scores
 
 
 def embedded(model: Any) -> int:

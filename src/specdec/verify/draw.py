@@ -11,6 +11,8 @@ Read next: `coupled.py`, which makes noise that draft and target share.
 import torch
 from torch import Tensor
 
+_OF_NUMPY = (torch.float32, torch.float64)
+
 
 def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
     """The highest score of each row, with the noise added if there is any; the lowest id wins ties.
@@ -24,9 +26,19 @@ def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
     Returns:
         (...) int64, -1 for a row that has a NaN or is -inf throughout.
     """
-    scores = logits if gumbel is None else logits + gumbel
+    best, token = highest(logits if gumbel is None else logits + gumbel)
+    # false for a NaN as well
+    return torch.where(best > -torch.inf, token, -1)
+
+
+def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest entry of each row (..., V) and its lowest id, as ``max(dim=-1)``; a NaN counts as highest."""
+    if scores.device.type == "cpu" and scores.dtype in _OF_NUMPY and not torch.compiler.is_compiling():
+        # torch's ``max`` with ids goes entry by entry on a CPU, numpy's argmax many at a time
+        token = torch.as_tensor(scores.detach().numpy().argmax(axis=-1))
+        return scores.gather(-1, token[..., None]).squeeze(-1), token
     best, token = scores.max(dim=-1)
-    return torch.where(torch.isnan(best) | (best == -torch.inf), -1, token)
+    return best, token
 
 
 def race(logits: Tensor, exponentials: Tensor) -> Tensor:
@@ -47,7 +59,7 @@ def race(logits: Tensor, exponentials: Tensor) -> Tensor:
     times = torch.where(exponentials > 0, exponentials, resolution(exponentials.dtype))
     dtype = torch.promote_types(logits.dtype, torch.float32)
     times = times.to(torch.promote_types(times.dtype, dtype))  # never narrowed: it could become 0
-    best, token = (logits.to(dtype) - times.log()).max(dim=-1)
+    best, token = highest(logits.to(dtype) - times.log())
     return torch.where(torch.isfinite(best), token, -1)
 
 

@@ -1,8 +1,8 @@
 """`verify`, the door of this room: one operator of torch, to be compiled and captured whole.
 
-`specdec::verify` has three implementations: the reference for every device, a fused one for CUDA
-where Triton is installed, and a fake one that knows only shapes. It does not know the rules. Read
-next: `reference.py`.
+`specdec::verify` has four implementations: the reference for every device, a lean one for the CPU, a
+fused one for CUDA where Triton is installed, and a fake one that knows only shapes. It does not know
+the rules. Read next: `reference.py`.
 """
 
 from functools import cache
@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from specdec.verify.lean import verify_lean
 from specdec.verify.reference import verify_reference
 
 Rule = Literal["token", "block"]
@@ -90,6 +91,19 @@ def _verify(
     exponentials: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return verify_reference(target_logits, draft_tokens, draft_lengths, draft_logits, rule, uniforms, exponentials)
+
+
+@_verify.register_kernel("cpu")
+def _verify_cpu(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    draft_lengths: Tensor,
+    draft_logits: Tensor | None,
+    rule: str,
+    uniforms: Tensor,
+    exponentials: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return verify_lean(target_logits, draft_tokens, draft_lengths, draft_logits, rule, uniforms, exponentials)
 
 
 @_verify.register_kernel("cuda")

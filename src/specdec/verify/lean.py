@@ -1,0 +1,100 @@
+"""`verify` for a CPU, where time is memory: the reference's decisions in fewer passes over the rows.
+
+Rows of probabilities are made once, by softmax (which on a CPU takes half of logsumexp's time), and
+are then worked on in place. The reference takes logarithms of weights and of noise so that no
+weight over- or underflows on the way to the race; here weights are divided by noise, and only where
+that could over- or underflow is the race run in logarithms. Values are looked at, which costs
+nothing on a CPU. Sums are the reference's own; the race can part from it where two arrivals are tied
+to rounding.
+
+It does not know the rules: acceptance and selection are those of `token.py` and `block.py`. Read
+`reference.py` first.
+"""
+
+import torch
+from torch import Tensor
+
+from specdec.verify.block import block_acceptance, longest_success
+from specdec.verify.draw import highest, race
+from specdec.verify.residual import usable
+from specdec.verify.token import leading_successes, token_acceptance
+
+_SMALLEST = 1e-30  # times and quotients below could lose digits in float32
+
+
+def verify_lean(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    draft_lengths: Tensor,
+    draft_logits: Tensor | None,
+    rule: str,
+    uniforms: Tensor,
+    exponentials: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Judge the guesses and draw one more token; arguments and results as for `op.verify`."""
+    target_probs = _probabilities(target_logits)
+    draft_probs = None if draft_logits is None else _probabilities(draft_logits)
+    rows = target_probs, draft_tokens, draft_lengths, draft_probs
+    scales = None
+    if rule == "block" and draft_probs is not None:
+        acceptance, scales = block_acceptance(target_probs, draft_tokens, draft_lengths, draft_probs)
+        accepted = longest_success(uniforms < acceptance)
+    else:
+        acceptance = token_acceptance(*rows)
+        accepted = leading_successes(uniforms < acceptance)
+    weights = _residual(*rows, accepted, scales)
+    next_token = _race(weights, exponentials)
+    judged = usable(*rows)
+    return torch.where(judged, accepted, 0), torch.where(judged, next_token, -1)
+
+
+def _residual(
+    target_probs: Tensor,
+    draft_tokens: Tensor,
+    draft_lengths: Tensor,
+    draft_probs: Tensor | None,
+    accepted: Tensor,
+    scales: Tensor | None,
+) -> Tensor:
+    """`residual.residual_weights` in place, on a copy of one row a sequence; no scales are all 1."""
+    weights = _row_at(target_probs, accepted)
+    refused = accepted < draft_lengths
+    if not refused.any():
+        return weights
+    at = accepted.clamp(max=draft_tokens.shape[1] - 1)
+    if draft_probs is None:
+        guess = draft_tokens.gather(1, at[:, None]).clamp(0, weights.shape[1] - 1)
+        weights.scatter_(1, guess, weights.gather(1, guess).masked_fill(refused[:, None], 0))
+    else:
+        theirs = _row_at(draft_probs, at)
+        if scales is not None:
+            weights.mul_(scales.gather(1, accepted[:, None]).where(refused[:, None], 1))
+        # a row that refused nothing loses nothing; what stands there may be no number
+        theirs[~refused] = 0
+        weights = weights.sub_(theirs) if weights.dtype == theirs.dtype else weights - theirs
+        weights.clamp_(min=0)
+    empty = refused & ~(weights.amax(dim=1) > 0)
+    if empty.any():
+        weights[empty] = _row_at(target_probs, accepted)[empty].to(weights.dtype)
+    return weights
+
+
+def _race(weights: Tensor, exponentials: Tensor) -> Tensor:
+    """`draw.race` of log(weights): the highest quotient of weight and time, a time of 0 being replaced."""
+    if exponentials.numel() == 0 or exponentials.amin() < _SMALLEST:
+        return race(weights.log(), exponentials)
+    best, token = highest(weights / exponentials)
+    if best.amin() < _SMALLEST:
+        return race(weights.log(), exponentials)
+    return token
+
+
+def _row_at(rows: Tensor, positions: Tensor) -> Tensor:
+    """`rows.at_position`, copied row by row instead of entry by entry."""
+    batch, count, vocabulary = rows.shape
+    first = torch.arange(0, batch * count, count)
+    return rows.reshape(batch * count, vocabulary).index_select(0, first + positions)
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
