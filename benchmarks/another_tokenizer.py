@@ -17,7 +17,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,9 @@ METHODS = ("tokens", "strings")
 BINS = 12
 
 
-def main() -> None:
+def main(command: Sequence[str] | None = None) -> None:
     """Run what the command line describes."""
-    arguments = parse()
+    arguments = parse(command)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     pair = load(arguments)
@@ -57,7 +57,7 @@ def main() -> None:
         contest(pair, generators, arguments)
 
 
-def parse() -> argparse.Namespace:
+def parse(command: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--assisted", action="store_true", help="add transformers' own, where it can run")
     parser.add_argument("--law", type=int, default=0, metavar="N", help="draws for the G-test, 0: none")
     parser.set_defaults(noise=False, useless_draft=False)
-    return parser.parse_args()
+    return parser.parse_args(command)
 
 
 def contest(pair: Pair, generators: dict[str, Any], arguments: argparse.Namespace) -> None:

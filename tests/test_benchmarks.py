@@ -300,6 +300,23 @@ def test_useless(saved, capsys):
     assert document["switching"]["rounds_with_guesses_before"] == document["switching"]["rounds_before"]
 
 
+def test_another_tokenizer(saved, capsys):
+    import another_tokenizer
+
+    command = [*saved, "--dtype", "float32", "--k", "3"]
+    another_tokenizer.main([*command, "--classes", "chat", "--prompts", "1", "--new", "10"])
+    found = last_line(capsys)["summary"]
+    assert found.keys() == {"plain", "tokens", "strings"}
+    for name in ("tokens", "strings"):
+        assert found[name]["parted"] == []
+        assert found[name]["tokens_per_round"] >= 1
+    another_tokenizer.main([*command, "--law", "100"])
+    printed = capsys.readouterr().out
+    assert printed.count("degrees, p = ") == 9
+    assert printed.count(" guesses") == printed.count("asked for") == 2
+    assert " of 0 guesses" not in printed
+
+
 def test_first_use():
     from useless import first_use
 

@@ -355,10 +355,13 @@ def test_both_tokenizers_make_the_pair_work():
     plain = target.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert gen.generate(**prompt, max_new_tokens=12, do_sample=False).tolist() == plain.tolist()
     assert gen.stats.drafting == (
-        "strings: greedy text has no use for probabilities; 100% of the draft's ids are shared"
+        "strings: greedy text has no use for probabilities; 100% of the smaller vocabulary is shared"
     )
     gen.generate(**prompt, max_new_tokens=12, do_sample=True)
-    assert gen.stats.drafting == "tokens: sampling, with enough ids in common; 100% of the draft's ids are shared"
+    assert (
+        gen.stats.drafting
+        == "tokens: sampling, with enough ids in common; 100% of the smaller vocabulary is shared"
+    )
 
 
 def test_without_tokenizers_the_error_asks_for_them():

@@ -31,9 +31,9 @@ from specdec.sampling import Greedy
 from specdec.state import State, to_host
 
 METHODS = ("auto", "tokens", "strings")
-# below this part of the draft's vocabulary its rows lose too much by being cut to the shared ids
+# below this part of the smaller vocabulary the draft's rows lose too much by being cut to the shared ids
 ENOUGH = 0.5
-# below this part of the draft's vocabulary the user is told that there is little to gain
+# below this part of the smaller vocabulary the user is told that there is little to gain
 POOR = 0.1
 # a row stops where less than this of the draft's own distribution is on shared ids
 LEAST_MASS = 0.05
@@ -63,7 +63,7 @@ class TranslatedDraft:
             tokenizer: the target's.
             draft_tokenizer: the draft's.
             method: "tokens" guesses shared ids with their probabilities, "strings" text without; "auto" takes
-                tokens for sampling if they are at least half of the draft's vocabulary, else strings.
+                tokens for sampling if they are at least half of the smaller vocabulary, else strings.
             confidence: a row stops after a guess whose own chance is below this, 0 never stops, None leaves it to
                 the call's draft length; as for ``DraftModel``.
             layout: forces one, for tests.
@@ -75,10 +75,11 @@ class TranslatedDraft:
         self.model = model
         self.shared = shared_ids(tokenizer, draft_tokenizer)
         self._translator = Translator(Vocabulary(tokenizer), Vocabulary(draft_tokenizer), self.shared)
-        if self.shared.of_draft < POOR:
+        self._part = max(self.shared.of_draft, self.shared.of_target)  # of the smaller vocabulary
+        if self._part < POOR:
             warnings.warn(
-                f"the vocabularies of draft and target have little in common ({self.shared.of_draft:.1%} of the "
-                "draft's tokens), so few guesses may be kept; look at stats.acceptance_rate",
+                f"the vocabularies of draft and target have little in common ({self._part:.1%} of the smaller "
+                "one), so few guesses may be kept; look at stats.acceptance_rate",
                 stacklevel=2,
             )
         self._method = method
@@ -91,7 +92,7 @@ class TranslatedDraft:
             return self._method, "asked for"
         if greedy:
             return "strings", "greedy text has no use for probabilities"
-        if self.shared.of_draft >= ENOUGH:
+        if self._part >= ENOUGH:
             return "tokens", "sampling, with enough ids in common"
         return "strings", "too few ids in common"
 
@@ -100,7 +101,7 @@ class TranslatedDraft:
         stop = _Stop(call, self._confidence, self.model.device)
         past = DraftPast(self.model, call, self._translator, self._layout)
         method, reason = self.choose(greedy=isinstance(call.sampling, Greedy))
-        described = f"{method}: {reason}; {self.shared.of_draft:.0%} of the draft's ids are shared"
+        described = f"{method}: {reason}; {self._part:.0%} of the smaller vocabulary is shared"
         if method == "tokens":
             return _Tokens(past, call, self.shared, stop, described)
         return _Strings(past, self._translator, stop, described)
