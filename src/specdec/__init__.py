@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from specdec.proposers.draft_model import DraftModel
     from specdec.proposers.ngram import NGram
     from specdec.records import Proposal, Round, Stats
+    from specdec.streaming import Tokens
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ _HOMES = {
     "specdec.proposers.draft_model": ("DraftModel",),
     "specdec.proposers.ngram": ("NGram",),
     "specdec.records": ("Proposal", "Round", "Stats"),
+    "specdec.streaming": ("Tokens",),
 }
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "SpecdecError",
     "SpeculativeGenerator",
     "Stats",
+    "Tokens",
     "UnsupportedModel",
     "UnsupportedOption",
     "VocabularyMismatch",
