@@ -86,7 +86,9 @@ def test_prompt_lookup_in_the_models_own_config_yields_to_the_generators_draft()
 
 
 REFUSED = {
-    "schedule": ({"num_assistant_tokens_schedule": "heuristic"}, UnsupportedOption, "num_assistant_tokens_schedule"),
+    "schedule": (
+        {"num_assistant_tokens_schedule": "heuristic"}, UnsupportedOption, "num_assistant_tokens_schedule"
+    ),
     "ensemble": ({"assistant_ensemble_weight": 0.5}, UnsupportedOption, "distribution"),
     "two drafts": (
         {"assistant_model": llama(), "prompt_lookup_num_tokens": 3}, InvalidInput, "two drafts"
