@@ -9,6 +9,8 @@ from transformers import GenerationConfig
 from specdec import DraftModel, InvalidInput, NGram, SpeculativeGenerator, UnsupportedOption
 
 from .contract import NEW, Counted, assert_untouched, fingerprint, llama, noisy, plain, prompts, speculative
+from .test_contract_stopping import text_of
+from .test_contract_stopping import tokenizer as letters
 
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 
@@ -123,17 +125,11 @@ def test_a_draft_model_of_the_callers_keeps_the_generators_draft():
 
 @pytest.fixture
 def tokenizer():
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"{chr(97 + i // 8)}{chr(97 + i % 8)}": i for i in range(2, 64)} | {"<pad>": 0, "<bos>": 1}
-    merges = Tokenizer(models.WordPiece(words, unk_token="<pad>", continuing_subword_prefix=""))
-    merges.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=merges, pad_token="<pad>", bos_token="<bos>")
+    return letters()
 
 
 @pytest.mark.parametrize("source", ["argument", "config"])
-def test_token_healing(tokenizer, source, monkeypatch):
+def test_token_healing(tokenizer, source):
     """generate() heals with the tokenizer of the call, which its door would lose."""
     healed = []
     target = copy.deepcopy(llama())
@@ -157,13 +153,19 @@ def test_token_healing(tokenizer, source, monkeypatch):
     assert healed == [tokenizer] * 5
 
 
-def test_token_healing_beside_stop_strings(tokenizer):
+def test_token_healing_beside_stop_strings():
     target = copy.deepcopy(llama())
     target.heal_tokens = lambda ids, given=None: ids
-    text = plain(llama(), prompts(1))[0].tolist()
-    stop = tokenizer.convert_ids_to_tokens(text[12])
-    options = {"token_healing": True, "stop_strings": [stop], "tokenizer": tokenizer}
+    text = plain(llama(), prompts(1))[0]
+    stop = text_of(text[12:13])
+    options = {"token_healing": True, "stop_strings": [stop], "tokenizer": letters()}
     wanted = target.generate(**prompts(1), **options, **GREEDY)
     assert wanted.shape[1] < len(text)
     got = speculative(target, "ngram").generate(**prompts(1), **options, **GREEDY)
     assert got.tolist() == wanted.tolist()
+
+
+def test_token_healing_without_a_tokenizer_is_refused_as_in_plain():
+    for run in (llama().generate, SpeculativeGenerator(llama()).generate):
+        with pytest.raises(ValueError, match="tokenizer"):
+            run(**prompts(1), token_healing=True, **GREEDY)

@@ -134,15 +134,9 @@ def test_custom_generate_folder(draft, target, modules):
     given = noisy(llama()) if draft == "model" else draft
     before = fingerprint(target)
     wanted = plain(target, prompts(3))
+    door = {"custom_generate": str(FOLDER), "trust_remote_code": True}
     with Counted(noisy(llama())) as counted:
-        got = target.generate(
-            **prompts(3),
-            **GREEDY,
-            custom_generate=str(FOLDER),
-            trust_remote_code=True,
-            draft=given,
-            num_draft_tokens=3,
-        )
+        got = target.generate(**prompts(3), **GREEDY, **door, draft=given, num_draft_tokens=3)
     assert got.tolist() == wanted.tolist()
     assert (counted.calls > 0) == (draft == "model")
     out = target.generate(**prompts(3), **GREEDY, **door, return_dict_in_generate=True)

@@ -1,4 +1,4 @@
-"""Another ``generate`` on a model object, for a while; the object is then as it was.
+"""Another method on a model object, for a while; the object is then as it was.
 
 Knows nothing of drafts. Read next: ``generator.py``.
 """
@@ -17,7 +17,6 @@ def attached(target: Any, generate: Callable[..., Any]) -> Iterator[None]:
 
     A call with ``custom_generate`` goes to what was there before: that is how ``generate`` itself comes in.
     """
-    before = vars(target).get("generate")
     plain = target.generate
 
     @wraps(plain)
@@ -25,11 +24,31 @@ def attached(target: Any, generate: Callable[..., Any]) -> Iterator[None]:
         called = plain if kwargs.get("custom_generate") is not None else generate
         return called(*args, **kwargs)
 
-    target.generate = instead
+    with _lent(target, "generate", instead):
+        yield
+
+
+@contextmanager
+def healing_with(target: Any, tokenizer: Any) -> Iterator[None]:
+    """Let ``target.heal_tokens`` use ``tokenizer``: ``generate()`` loses it when ``custom_generate`` is given."""
+    plain = target.heal_tokens
+
+    @wraps(plain)
+    def instead(input_ids: Any, _: Any = None) -> Any:
+        return plain(input_ids, tokenizer)
+
+    with _lent(target, "heal_tokens", instead):
+        yield
+
+
+@contextmanager
+def _lent(target: Any, name: str, method: Any) -> Iterator[None]:
+    before = vars(target).get(name)
+    setattr(target, name, method)
     try:
         yield
     finally:
         if before is None:
-            del target.generate
+            delattr(target, name)
         else:
-            target.generate = before
+            setattr(target, name, before)

@@ -204,7 +204,7 @@ def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
             continue
         for row, prompt in enumerate(prompts):
             part = value[row]
-            if name == "input_ids" and mask is not None and mask.shape == value.shape:
+            if name in ("input_ids", "inputs_embeds") and mask is not None and mask.shape == value.shape[:2]:
                 part = part[mask[row].bool()]
             content = to_host(part.contiguous().flatten().view(torch.uint8)).tobytes()
             prompt.append(int.from_bytes(blake2b(content, digest_size=7).digest(), "big"))

@@ -9,7 +9,7 @@ that door would drop in silence is closed over here; what we do not honour is re
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from specdec.assistance import Assistance, read_assistance
-from specdec.attaching import attached
+from specdec.attaching import attached, healing_with
 from specdec.call import Request, follow_call, run_call
 from specdec.errors import UnsupportedOption
 from specdec.length import DraftLength
@@ -264,17 +264,16 @@ class SpeculativeGenerator:
             start=start,
         )
 
-        # generate() passes on what it finds among the parameters of its custom_generate
         @torch.no_grad()
-        def run(model: Any, input_ids: Tensor, tokenizer: Any = None, **prepared: Any) -> Any:
+        def run(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
             return decode(request, model, input_ids, **prepared)
 
-        if options.get("token_healing") or any(
-            getattr(c, "token_healing", None) for c in (config, self.target.generation_config)
-        ):
-            options = {"tokenizer": tokenizer, **options}
+        settings = (config, self.target.generation_config)
+        heals = options.get("token_healing") or any(getattr(c, "token_healing", None) for c in settings)
+        lent = healing_with(self.target, tokenizer) if heals else nullcontext()
         criteria = options.pop("stopping_criteria", None)
-        with with_stop_strings(self.target, config, criteria, tokenizer, options) as (config, criteria, options):
+        door = with_stop_strings(self.target, config, criteria, tokenizer, options)
+        with lent, door as (config, criteria, options):
             return self.target.generate(
                 *([] if inputs is None else [inputs]),
                 generation_config=config,
