@@ -91,7 +91,7 @@ def test_attached_leaves_other_doors_open(target, gen):
         return input_ids[:, :1]
 
     with gen.attached():
-        assert target.generate(**prompts(3), custom_generate=first).shape == (3, 1)
+        assert target.generate(**prompts(3), **GREEDY, custom_generate=first).shape == (3, 1)
         assert list(gen.stream(**prompts(1), **GREEDY))
     assert gen.stats.rounds > 0
 

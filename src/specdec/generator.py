@@ -300,7 +300,7 @@ class SpeculativeGenerator:
         if asked.confidence is not None:
             if not isinstance(other._proposer, DraftModel):
                 raise UnsupportedOption("assistant_confidence_threshold", "it needs a draft that is a model")
-            other._proposer = DraftModel(draft, confidence=asked.confidence)
+            other._proposer = DraftModel(other._proposer.model, confidence=asked.confidence)
         return other
 
     def _length(self, seed: Any) -> Callable[[int, bool], DraftLength]:
