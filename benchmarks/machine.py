@@ -21,6 +21,7 @@ import torch
 # the instructions that decide how fast half precision and small integers are
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "bf16", "i8mm", "sve")
 RAPL = Path("/sys/class/powercap")
+Counter = tuple[int, int]  # microjoules, and where the counter starts again from 0
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._before: int | None = None
-        self._energy: list[int] | None = None
+        self._energy: list[Counter] | None = None
 
     def start(self) -> None:
         """Forget what was freed, reset the peak, read the counters."""
@@ -105,30 +106,31 @@ class Meter:
                 peak = max(status("VmHWM") - self._before, 0)
         joules = None
         if self._energy is not None and energy is not None:
-            # a counter of a package runs over from time to time
-            spent = [b - a if b >= a else b for a, b in zip(self._energy, energy, strict=True)]
-            joules = sum(spent) / 1e6
+            pairs = zip(self._energy, energy, strict=True)
+            joules = sum((after - before) % most for (before, most), (after, _) in pairs) / 1e6
         return peak, joules
 
-    def _read(self) -> list[int] | None:
-        """Counters in microjoules: the graphics card's, or one a processor package."""
+    def _read(self) -> list[Counter] | None:
+        """The graphics card's counter, or one a processor package."""
         if self._device.type == "cuda":
             return card_energy(self._device)
         try:
-            files = sorted(RAPL.glob("intel-rapl:[0-9]*/energy_uj"))
-            return [int(file.read_text()) for file in files if file.parent.name.count(":") == 1] or None
+            packages = [zone for zone in sorted(RAPL.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+            names = ("energy_uj", "max_energy_range_uj")
+            counters = [tuple(int((zone / name).read_text()) for name in names) for zone in packages]
+            return counters or None
         except OSError:  # readable by root only on most systems
             return None
 
 
-def card_energy(device: torch.device) -> list[int] | None:
-    """Microjoules since the driver was loaded, through NVML (package nvidia-ml-py); not run on a GPU yet."""
+def card_energy(device: torch.device) -> list[Counter] | None:
+    """Energy since the driver was loaded, through NVML (package nvidia-ml-py); not run on a GPU yet."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-        return [1000 * pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)]
+        return [(1000 * pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 2**63)]
     except Exception:  # missing package, driver or counter: all the same here
         return None
 

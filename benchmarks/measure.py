@@ -77,6 +77,12 @@ class Run:
         return self.steps[0][0] if self.steps else None
 
     @property
+    def after_first(self) -> float | None:
+        """Seconds a step of all rows, from the first tokens on: the prompt left out."""
+        steps = sum(count for _, count in self.steps[1:])
+        return (self.steps[-1][0] - self.steps[0][0]) / steps if steps else None
+
+    @property
     def gaps(self) -> list[float]:
         """Seconds between neighbouring tokens; those that came together are 0 apart."""
         out: list[float] = []

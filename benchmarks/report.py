@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDE = 160  # columns at least: a terminal that is narrower folds the lines
+WIDE = 180  # columns at least: a terminal that is narrower folds the lines
 
 
 def number(value: float | None, form: str = ".2f", scale: float = 1.0) -> str:
@@ -33,6 +33,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "x plain": lambda f: number(f["ratio"]["median"]),
     "spread": spread,
     "geo. mean": lambda f: number(f["ratio"]["geometric_mean"]),
+    "after first": lambda f: number(f["ratio_after_first_token"]),
     "bound": lambda f: number(f["model_bound"]),
     "reached": lambda f: number(f["of_model_bound"], ".0%"),
     "accepted": lambda f: number(f["acceptance_rate"]),
@@ -48,12 +49,18 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "J/token": lambda f: number(f["joules_per_token"]),
 }
 
-LEGEND = """\
-x plain: plain's seconds a token / these, median over batches, with spread and geometric mean. bound: the ratio
-if all but the two models' forwards were free; reached: how much of it. accepted: guesses kept / guesses made.
-a round: new tokens a row from one pass of the target. gap: between tokens; those of one round come together, 0 ms
-apart. GB/s: of weights, inside the forwards. Gop, GB: operations, and weights read, a new token. MB: peak above
-what was in use. repeats: share of the text's 8-grams that stood in it before; copies: that stand in the prompt."""
+LEGEND = {
+    "x plain": "plain's seconds a token over these: median over batches, lowest and highest, geometric mean",
+    "after first": "the same from the first token on; a draft that is fed the prompt after that pays for it here",
+    "bound, reached": "x plain if all but the two models' forwards were free, and how much of it is reached",
+    "accepted": "guesses kept / guesses made",
+    "a round": "new tokens that a row got from one pass of the target",
+    "gap": "between tokens; those of one round come together, 0 ms apart",
+    "GB/s": "bytes of weights read, inside the forwards",
+    "Gop, GB": "operations, and bytes of weights read, a new token, the prompt left out",
+    "MB": "peak above what was in use",
+    "repeats, copies": "share of the text's 8-grams that stood in it before, that stand in the prompt",
+}
 
 
 def show(document: dict[str, Any], file: Any = None) -> None:
@@ -64,7 +71,7 @@ def show(document: dict[str, Any], file: Any = None) -> None:
     summary = document["summary"]
     shown = [name for name, cell in COLUMNS.items() if any(cell(f) for k in summary.values() for f in k.values())]
     table = Table(box=None, pad_edge=False, collapse_padding=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
     for kind, contestants in summary.items():
@@ -73,7 +80,8 @@ def show(document: dict[str, Any], file: Any = None) -> None:
             table.add_row(f"  {name}", *(COLUMNS[column](figures) for column in shown))
         table.add_section()
     console.print(table)
-    console.print(LEGEND, style="dim")
+    for name, meaning in LEGEND.items():
+        console.print(f"  {name:15} {meaning}", style="dim")
     if "J/token" not in shown:
         console.print("Energy is not readable here.", style="dim")
     for name, reason in document["skipped"].items():

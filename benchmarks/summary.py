@@ -71,6 +71,7 @@ def figures(name: str, cases: Sequence[Case], target: Weights, draft: Weights | 
             "geometric_mean": statistics.geometric_mean(ratios),
             "each": ratios,
         },
+        "ratio_after_first_token": after_first_token(name, cases),
         # the speed if everything but the models' forwards were free, and how much of it is reached
         "model_bound": statistics.median(bounds),
         "of_model_bound": statistics.median(r / b for r, b in zip(ratios, bounds, strict=True)),
@@ -95,6 +96,17 @@ def figures(name: str, cases: Sequence[Case], target: Weights, draft: Weights | 
             {"batch": case.number, **found} for case in cases for found in case.divergences.get(name, [])
         ],
     }
+
+
+def after_first_token(name: str, cases: Sequence[Case]) -> float | None:
+    """Median ratio to plain of the seconds between tokens, from the first one on: the prompt weighs nothing."""
+    ratios = []
+    for case in cases:
+        plain, own = ([run.after_first for run in case.runs[who]] for who in (PLAIN, name))
+        if None in plain or None in own:
+            return None
+        ratios.append(statistics.median(plain) / statistics.median(own))
+    return statistics.median(ratios)
 
 
 def drafted_forwards(run: Run) -> int:

@@ -27,6 +27,7 @@ import torch
 import transformers
 from contestants import draft_length
 from costs import cost_curve
+from exactness import divergences
 from machine import provenance
 from measure import Forward, Run, measured
 from models import Pair, load
@@ -115,7 +116,7 @@ def useless(options: argparse.Namespace) -> dict[str, Any]:
         "draft_forwards": statistics.median(d for _, d in forwards),
         "plain_forwards": len(runs["plain"][0].target),
         "draft_step_share": step["draft"] / step["target"],
-        "same_text": all(torch.equal(run.sequences, runs["plain"][0].sequences) for run in runs["specdec"]),
+        "divergences": divergences(pair.target, inputs, *(found[-1].sequences for found in runs.values())),
     }
 
 

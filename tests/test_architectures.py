@@ -23,6 +23,7 @@ KINDS = {
     "causal/openai-gpt": ("no cache", "columns", "columns"),
     "causal/qwen3_next": ("recurrent states and attention", "columns+snapshot", "columns+snapshot"),
     "causal/mamba2": ("recurrent states alone", "columns+snapshot", "columns+snapshot"),
+    "causal/blt": ("no layout passes the self-check", "plain", "plain"),
     "causal/mamba": ("a forward of several tokens starts from nothing", "plain", "plain"),
 }
 

@@ -23,6 +23,16 @@ PROMISES = {
         r"^3 rows, 8 steps, ended: True$",
         r"^steps are the columns of the output: True$",
     ],
+    "code_editing": [
+        r"^same as generate\(\): True$",
+        r"^48 tokens in (\d|1\d) rounds$",
+        r"^of the prediction 4[0-6] tokens appeared, [1-8] did not$",
+    ],
+    "another_tokenizer": [
+        r"^same as generate\(\): True$",
+        r"^guesses by strings: .*\naccepted [1-9]\d* of \d+ guesses$",
+        r"^guesses by tokens: .*\naccepted [1-9]\d* of \d+ guesses$",
+    ],
     "own_proposer": [r"^same as generate\(\): True$", r"^40 tokens in (\d|1\d) rounds$"],
 }
 

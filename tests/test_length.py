@@ -210,6 +210,14 @@ def test_a_round_without_guesses_is_no_evidence_of_cost_for_a_draft_that_copies(
     assert rule.next(16) >= 2
 
 
+def test_rows_that_another_proposer_guessed_for_say_nothing_of_the_draft_chances():
+    acceptance = Acceptance(4)
+    for _ in range(20):  # row 0: the draft, sure and right; row 1: somebody else, right and without a chance
+        acceptance.add(2, np.array([2, 2]), np.array([2, 2]), [np.array([0.9, 0.0])] * 2)
+    assert acceptance.of_chance(np.array([0.0]))[0] == 0.0
+    assert acceptance.of_chance(np.array([0.9]))[0] > 0.95
+
+
 def test_survival_falls_and_borrows():
     acceptance = Acceptance(6)
     for _ in range(10):

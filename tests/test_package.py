@@ -35,7 +35,7 @@ LEVELS = [
     {"scorer"},
     {"layouts"},
     {"sampling"},
-    {"state"},
+    {"state", "weights"},
     {"records", "errors", "verify", "noise"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

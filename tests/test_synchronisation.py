@@ -16,6 +16,7 @@ from transformers import masking_utils
 from transformers.generation import logits_process as hf
 
 import specdec.sampling
+from specdec import Fallback, Recycling, Suffix
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
 from specdec.processing import Processing
@@ -119,7 +120,7 @@ PROCESSORS = [
 ]
 
 
-def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4):
+def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4, guesser=DraftModel):
     """Run ``count`` rounds; returns the shapes that were copied to the host."""
     target, draft = tiny_llama(vocabulary=VOCABULARY), tiny_llama(1, vocabulary=VOCABULARY)
     # the prompt is transformers' own business, and looks for padding by reading the mask
@@ -157,7 +158,7 @@ def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4):
         sampling = sampling_of(state)
         processing = Processing(processors)
         call = Call(target, prompt, {}, PROMPT + NEW, processing, sampling)
-        proposer = DraftModel(draft, layout=layout).begin(call)
+        proposer = guesser(draft, layout=layout).begin(call)
         scorer = Scorer(target, kwargs, config, max_length=PROMPT + NEW, layout=layout)
         stats = Stats()
         rounds = decode(state, scorer, proposer, Fixed(GUESSES), processing, sampling, stats)
@@ -183,6 +184,22 @@ def test_one_copy_a_round(monkeypatch, name, layout):
     processors = [] if name == "greedy" else PROCESSORS
     calls = rounds_on_fake_cuda(monkeypatch, SAMPLINGS[name], layout, processors, count=4)
     # the prompt once, then one a round
+    assert len(calls) == 1 + 4
+
+
+WITHOUT_A_MODEL = {
+    "suffix": lambda draft, layout: Suffix(),
+    "recycling": lambda draft, layout: Recycling(),
+    "suffix, recycling": lambda draft, layout: Fallback(Suffix(), Recycling()),
+    "suffix, model": lambda draft, layout: Fallback(Suffix(), DraftModel(draft, layout=layout)),
+    "model, suffix": lambda draft, layout: Fallback(DraftModel(draft, layout=layout), Suffix()),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("guesser", WITHOUT_A_MODEL)
+def test_one_copy_a_round_without_a_model(monkeypatch, guesser, name):
+    calls = rounds_on_fake_cuda(monkeypatch, SAMPLINGS[name], "slots", [], guesser=WITHOUT_A_MODEL[guesser])
     assert len(calls) == 1 + 4
 
 

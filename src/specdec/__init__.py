@@ -2,7 +2,7 @@
 
     from specdec import SpeculativeGenerator
 
-    gen = SpeculativeGenerator(target, draft)          # draft: a model, a Proposer, "ngram", or None
+    gen = SpeculativeGenerator(target, draft)          # draft: a model, a Proposer, a word, or None
     out = gen.generate(**inputs, max_new_tokens=256)   # every argument of target.generate(); batches too
     gen.stats                                          # what the call did: rounds, drafted, accepted, seconds
 
@@ -25,9 +25,17 @@ if TYPE_CHECKING:
     from specdec.generator import SpeculativeGenerator
     from specdec.proposers import Proposer
     from specdec.proposers.draft_model import DraftModel
+    from specdec.proposers.fallback import Fallback
     from specdec.proposers.ngram import NGram
+    from specdec.proposers.recycling import Recycling
+    from specdec.proposers.store import Store
+    from specdec.proposers.suffix import Suffix
+    from specdec.proposers.translated import TranslatedDraft
     from specdec.records import Proposal, Round, Stats
     from specdec.streaming import Tokens
+    from specdec.weights.head import prune_head
+    from specdec.weights.packed import Packing, pack_weights, unpack_weights
+    from specdec.weights.quantized import quantize_draft
 
 __version__ = "0.1.0"
 
@@ -44,27 +52,45 @@ _HOMES = {
     "specdec.generator": ("SpeculativeGenerator",),
     "specdec.proposers": ("Proposer",),
     "specdec.proposers.draft_model": ("DraftModel",),
+    "specdec.proposers.fallback": ("Fallback",),
     "specdec.proposers.ngram": ("NGram",),
+    "specdec.proposers.recycling": ("Recycling",),
+    "specdec.proposers.store": ("Store",),
+    "specdec.proposers.suffix": ("Suffix",),
+    "specdec.proposers.translated": ("TranslatedDraft",),
     "specdec.records": ("Proposal", "Round", "Stats"),
     "specdec.streaming": ("Tokens",),
+    "specdec.weights.head": ("prune_head",),
+    "specdec.weights.packed": ("Packing", "pack_weights", "unpack_weights"),
+    "specdec.weights.quantized": ("quantize_draft",),
 }
 
 __all__ = [
     "DraftModel",
+    "Fallback",
     "InvalidInput",
     "InvalidProposal",
     "InvalidScores",
     "NGram",
+    "Packing",
     "Proposal",
     "Proposer",
+    "Recycling",
     "Round",
     "SpecdecError",
     "SpeculativeGenerator",
     "Stats",
+    "Store",
+    "Suffix",
     "Tokens",
+    "TranslatedDraft",
     "UnsupportedModel",
     "UnsupportedOption",
     "VocabularyMismatch",
+    "pack_weights",
+    "prune_head",
+    "quantize_draft",
+    "unpack_weights",
 ]
 
 

@@ -46,6 +46,7 @@ class Request:
         inputs: the user's model inputs beside the ids, for the draft.
         stats: filled in as the call goes.
         start: when the call began, by ``perf_counter``.
+        tenants: whose text it is: one for all rows, one each, or None.
     """
 
     proposer: Any
@@ -57,6 +58,7 @@ class Request:
     inputs: dict[str, Any]
     stats: Stats
     start: float
+    tenants: list[str] | None = None
 
 
 Followed = tuple[State, Round, np.ndarray]
@@ -124,7 +126,7 @@ def follow_call(
     if speculates and hasattr(proposer, "begin"):
         prompt = state.tokens[:, : state.prompt_length]
         proposer = proposer.begin(
-            Call(model, prompt, inputs, state.max_length, processing, sampling, length.goes_on)
+            Call(model, prompt, inputs, state.max_length, processing, sampling, length.goes_on, request.tenants)
         )
     watcher = Watcher(stopping_criteria, streamer, state)
     if processing.in_lockstep and watcher.watches:
@@ -228,6 +230,9 @@ def _finish(stats: Stats, state: State, target: Scorer, proposer: Any) -> None:
     stats.target_forwards, stats.layout = target.forwards, target.layout.name
     stats.draft_forwards = getattr(proposer, "forwards", 0)
     stats.draft_layout = getattr(proposer, "layout", "")
+    stats.drafting = getattr(proposer, "drafting", "")
     stats.host_copies = state.host_copies
     stats.row_emitted = state.lengths - state.prompt_length
     stats.emitted = int(stats.row_emitted.sum())
+    if hasattr(proposer, "finish"):
+        proposer.finish(state, stats)

@@ -4,7 +4,7 @@
     ├── InvalidInput          the prompt or an argument cannot be used as given
     ├── UnsupportedOption     an option of ``generate()`` that is not honoured (yet); named
     ├── UnsupportedModel      a model that cannot play the part it was given
-    ├── VocabularyMismatch    draft and target do not share their token ids
+    ├── VocabularyMismatch    draft and target do not share their token ids, and nothing says how to translate
     ├── InvalidProposal       a proposer returned something that is no proposal
     └── InvalidScores         the target's scores hold NaN, or forbid every token
 

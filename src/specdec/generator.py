@@ -27,14 +27,19 @@ from specdec.length.adaptive import ASSUMED_COST, Adaptive, Memory
 from specdec.length.cost import Assumed
 from specdec.length.fixed import Fixed
 from specdec.options import (
+    SELF,
+    WORDS,
     build_proposer,
     check_constructor,
     check_options,
     check_prompt,
     check_seed,
+    check_tenant,
     with_stop_strings,
 )
 from specdec.proposers.draft_model import DraftModel
+from specdec.proposers.fallback import Fallback
+from specdec.proposers.prediction import Prediction, read_predictions
 from specdec.records import Stats
 from specdec.sampling import Sampling, sampling_for
 from specdec.streaming import Tokens, in_threads, told
@@ -45,8 +50,9 @@ class SpeculativeGenerator:
 
     Args:
         target: a Hugging Face model with ``generate()``.
-        draft: what guesses: a smaller model with the same token ids, a ``Proposer``, "ngram" (copies from
-            the text so far), or None (plain decoding through the same loop).
+        draft: what guesses: a smaller model, a ``Proposer``, a word for a draft without a model ("ngram",
+            "suffix", "recycling"), "self-int4" or "self-int8" (the target's own weights with fewer bits), or
+            None (plain decoding through the same loop).
         num_draft_tokens: guesses a round and row: "auto" (default) chooses for every round, 0 included, what is
             fastest by what rounds have cost and how many guesses were kept; a whole number >= 0 is taken as it
             is, and 0 is plain decoding.
@@ -55,13 +61,14 @@ class SpeculativeGenerator:
         seed: for sampling; None draws one from torch's global generator at every sampling call.
         layout: how a ragged batch keeps its keys and values; "auto" chooses, the rest is for tests.
         tokenizer, draft_tokenizer: when both are given, the pair is judged by them instead of by the sizes
-            of the vocabularies; ``tokenizer`` also serves ``stop_strings``.
+            of the vocabularies, and where they differ guesses are translated (``TranslatedDraft``);
+            ``tokenizer`` also serves ``stop_strings``.
 
     Attributes:
         stats: what the last call of ``generate()`` did, a ``Stats``.
 
     Raises:
-        VocabularyMismatch: draft and target do not share their token ids.
+        VocabularyMismatch: draft and target do not share their token ids, and their tokenizers are not given.
         InvalidInput: an argument that does not exist or is out of range.
 
     Example:
@@ -104,7 +111,7 @@ class SpeculativeGenerator:
 
         Args:
             target_id: the target.
-            draft_id: the draft; None, "ngram" and other words of ``draft`` are taken as they are.
+            draft_id: the draft; None and the words of ``draft`` ("ngram", ...) are taken as they are.
             options: keyword arguments of the constructor.
             load_kwargs: for ``from_pretrained`` of both models (dtype, device_map, ...).
         """
@@ -115,7 +122,7 @@ class SpeculativeGenerator:
         target = AutoModelForCausalLM.from_pretrained(target_id, **load_kwargs)
         options.setdefault("tokenizer", AutoTokenizer.from_pretrained(target_id))
         draft: Any = draft_id
-        if draft_id not in (None, "ngram"):
+        if draft_id is not None and draft_id not in (*WORDS, *SELF):
             draft = AutoModelForCausalLM.from_pretrained(draft_id, **load_kwargs)
             options.setdefault("draft_tokenizer", AutoTokenizer.from_pretrained(draft_id))
         return cls(target, draft, **options)
@@ -136,6 +143,8 @@ class SpeculativeGenerator:
         *,
         seed: int | list[int] | None = None,
         tokenizer: Any = None,
+        prediction: Any = None,
+        tenant: str | list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """What ``target.generate()`` does, with the same arguments and return types.
@@ -148,7 +157,11 @@ class SpeculativeGenerator:
                 their companions mean what they mean in transformers.
             synced_gpus, custom_generate: refused unless None (or False).
             seed: overrides the constructor's; with verification="coupled" also one seed a row.
-            tokenizer: for ``stop_strings``; overrides the constructor's.
+            tokenizer: for ``stop_strings`` and ``prediction``; overrides the constructor's.
+            prediction: what the text will probably be, for each row: a text, token ids, or None. It is
+                guessed from where it fits, and the draft guesses elsewhere; the output's law stays as it is.
+                ``stats.prediction_accepted`` and ``prediction_rejected`` count its tokens.
+            tenant: whose text this is, one or one a row, for a draft with a ``Store``.
 
         Returns:
             (B, L) ids, or the output class of ``generate()`` with ``return_dict_in_generate=True``, which
@@ -169,7 +182,8 @@ class SpeculativeGenerator:
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
             "custom_generate": custom_generate,
         }
-        return self._enter(run_call, inputs, {**named, **kwargs}, streamer, seed, tokenizer)
+        ours = {"seed": seed, "tokenizer": tokenizer, "prediction": prediction, "tenant": tenant}
+        return self._enter(run_call, inputs, {**named, **kwargs}, streamer=streamer, **ours)
 
     def stream(
         self,
@@ -177,6 +191,8 @@ class SpeculativeGenerator:
         *,
         seed: int | list[int] | None = None,
         tokenizer: Any = None,
+        prediction: Any = None,
+        tenant: str | list[str] | None = None,
         **kwargs: Any,
     ) -> Generator[Tokens, None, Any]:
         """Yield tokens as they become final, row by row.
@@ -185,8 +201,7 @@ class SpeculativeGenerator:
         or dropping it, ends the call in the middle and leaves nothing behind.
 
         Args:
-            inputs, kwargs: as for ``generate()``, without ``streamer``.
-            seed: as for ``generate()``.
+            inputs, seed, prediction, tenant, kwargs: as for ``generate()``, without ``streamer``.
             tokenizer: for the records' ``text``; overrides the constructor's.
 
         Yields:
@@ -209,7 +224,8 @@ class SpeculativeGenerator:
         def run(*args: Any, **prepared: Any) -> Generator[Tokens, None, Any]:
             return (yield from told(follow_call(*args, **prepared), tokenizer))
 
-        records: Generator[Tokens, None, Any] = self._enter(run, inputs, kwargs, None, seed, tokenizer)
+        ours = {"seed": seed, "tokenizer": tokenizer, "prediction": prediction, "tenant": tenant}
+        records: Generator[Tokens, None, Any] = self._enter(run, inputs, kwargs, streamer=None, **ours)
         return records
 
     def astream(self, inputs: Tensor | None = None, **kwargs: Any) -> AsyncGenerator[Tokens, None]:
@@ -232,15 +248,18 @@ class SpeculativeGenerator:
         decode: Callable[..., Any],
         inputs: Tensor | None,
         options: dict[str, Any],
+        *,
         streamer: Any,
         seed: int | list[int] | None,
         tokenizer: Any,
+        prediction: Any,
+        tenant: str | list[str] | None,
     ) -> Any:
         """What ``decode`` makes of the call that the target's ``generate()`` prepares.
 
         Args:
             decode: ``run_call``, or another function with its arguments.
-            inputs, options, streamer, seed, tokenizer: of the call.
+            inputs, options, streamer, seed, tokenizer, prediction, tenant: of the call.
         """
         start = perf_counter()
         config = options.pop("generation_config", None)
@@ -253,7 +272,7 @@ class SpeculativeGenerator:
 
         seed = check_seed(self.seed if seed is None else seed)
         request = Request(
-            proposer=maker._proposer,
+            proposer=maker._proposer_for(prediction, tokenizer),
             length=maker._length(seed),
             sampling=self._sampling,
             layout=self.layout,
@@ -262,6 +281,7 @@ class SpeculativeGenerator:
             inputs=_model_inputs(self.target, inputs, options),
             stats=stats,
             start=start,
+            tenants=check_tenant(tenant),
         )
 
         @torch.no_grad()
@@ -315,6 +335,15 @@ class SpeculativeGenerator:
             return Adaptive(Assumed(ASSUMED_COST)) if promised else self._memory.recall(batch, do_sample)
 
         return rule
+
+    def _proposer_for(self, prediction: Any, tokenizer: Any) -> Any:
+        """The call's proposer: what the user expects comes before what the draft guesses."""
+        if prediction is None:
+            return self._proposer
+        pad_id = getattr(tokenizer, "pad_token_id", None)
+        if pad_id is None:
+            pad_id = self.target.generation_config.pad_token_id
+        return Fallback(Prediction(read_predictions(prediction, tokenizer, pad_id)), self._proposer)
 
     def _sampling(
         self,

@@ -7,7 +7,7 @@ instead. Knows nothing of rounds. Read next: ``call.py``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,12 @@ from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
 from specdec.proposers.draft_model import DraftModel, embedded
 from specdec.proposers.ngram import NGram
+from specdec.proposers.recycling import Recycling
+from specdec.proposers.suffix import Suffix
+from specdec.proposers.translated import TranslatedDraft
 from specdec.sampling import VERIFICATIONS
 from specdec.scorer import LAYOUTS
+from specdec.weights.quantized import quantize_draft
 
 PLAIN = "call target.generate() for it"
 OURS = "drafting is what SpeculativeGenerator does; set `draft` and `num_draft_tokens` there"
@@ -40,6 +44,10 @@ REFUSED = {
     "dola_layers": PLAIN,
     "compile_config": "leave it unset; the loop is not compiled yet",
 }
+# drafts that are no model, by the word for them
+WORDS: dict[str, Callable[[], Any]] = {"ngram": NGram, "recycling": Recycling, "suffix": Suffix}
+# drafts that are the target itself with fewer bits a weight
+SELF = {"self-int4": "int4", "self-int8": "int8"}
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
 ASSISTANCE = {
     "num_assistant_tokens_schedule": "set num_draft_tokens of SpeculativeGenerator",
@@ -74,9 +82,12 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
     if draft is None:
         return Nothing()
     if isinstance(draft, str):
-        if draft != "ngram":
-            raise InvalidInput(f"draft={draft!r} is no known proposer; use 'ngram', a model, a Proposer or None")
-        return NGram()
+        if draft in SELF:
+            return DraftModel(quantize_draft(target, SELF[draft]))
+        if draft not in WORDS:
+            words = ", ".join(map(repr, (*WORDS, *SELF)))
+            raise InvalidInput(f"draft={draft!r} is no known proposer; use {words}, a model, a Proposer or None")
+        return WORDS[draft]()
     if isinstance(draft, type):
         raise UnsupportedModel(f"the draft is the class {draft.__name__}; give an object: {draft.__name__}()")
     if hasattr(draft, "propose") or hasattr(draft, "begin"):
@@ -84,39 +95,41 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
     if not hasattr(draft, "generate") or not hasattr(draft, "config"):
         raise UnsupportedModel(
             f"the draft is a {type(draft).__name__}; wanted is a Hugging Face model, an object with "
-            "propose(state, limits), 'ngram' or None"
+            f"propose(state, limits), one of {', '.join(map(repr, WORDS))}, or None"
         )
     if draft.config.is_encoder_decoder != target.config.is_encoder_decoder:
         raise UnsupportedModel(
             "draft and target must both be decoder-only or both be encoder-decoder models; "
             f"{type(draft).__name__} and {type(target).__name__} are not"
         )
-    _check_vocabularies(target, draft, tokenizer, draft_tokenizer)
-    return DraftModel(draft)
+    if _shares_ids(target, draft, tokenizer, draft_tokenizer):
+        return DraftModel(draft)
+    if draft.config.is_encoder_decoder:
+        raise VocabularyMismatch(
+            "the tokenizers differ, and only decoder-only models can draft across tokenizers; give an "
+            "encoder-decoder draft of the same family"
+        )
+    return TranslatedDraft(draft, tokenizer, draft_tokenizer)
 
 
-def _check_vocabularies(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> None:
-    """Same token ids, by the tokenizers where given, else by sizes.
+def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> bool:
+    """Whether token ids mean the same to both, by the tokenizers where given; else sizes must agree.
 
     Scores are often padded to a round number of rows (Qwen2.5: 151936 or 152064 for the same tokenizer), so
     sizes may differ by a little; ids past the smaller one are never guessed.
     """
     if tokenizer is not None and draft_tokenizer is not None:
         ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-        other = [t for t, i in theirs.items() if ours.get(t, i) != i]
-        missing = len(ours.keys() - theirs.keys())
-        if other or missing > 0.01 * len(ours):
-            raise VocabularyMismatch(
-                f"the tokenizers differ: {len(other)} tokens have another id and {missing} of the target's "
-                f"{len(ours)} are unknown to the draft; give a draft of the same family"
-            )
-        return
+        others = any(ours.get(token, one) != one for token, one in theirs.items())
+        return not others and len(ours.keys() - theirs.keys()) <= 0.01 * len(ours)
     sizes = [embedded(model) for model in (target, draft)]
     if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
         raise VocabularyMismatch(
-            f"the target has {sizes[0]} token ids and the draft {sizes[1]}; they must share their ids. Give a "
-            "draft of the same family, or pass `tokenizer` and `draft_tokenizer` if they do share them"
+            f"the target has {sizes[0]} token ids and the draft {sizes[1]}, so an id does not mean the same to "
+            "both. Pass both tokenizers, `tokenizer` (the target's) and `draft_tokenizer`: then guesses are "
+            "translated; or give a draft of the same family"
         )
+    return True
 
 
 def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
@@ -162,6 +175,14 @@ def check_seed(seed: Any) -> int | list[int] | None:
     if seed is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in rows):
         raise InvalidInput(f"seed={seed!r}; give a whole number, a list with one a row, or None")
     return list(seed) if isinstance(seed, tuple) else seed
+
+
+def check_tenant(tenant: Any) -> list[str] | None:
+    """Whose text it is: one for all rows or one a row, as a list; None where nobody said."""
+    named = [tenant] if isinstance(tenant, str) else tenant
+    if named is not None and not (isinstance(named, (list, tuple)) and all(isinstance(n, str) for n in named)):
+        raise InvalidInput(f"tenant={tenant!r}; give a string, or a list with one a row")
+    return None if named is None else list(named)
 
 
 def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -> None:

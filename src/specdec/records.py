@@ -6,6 +6,7 @@ Words are defined in ``docs/glossary.md``. Read next: ``errors.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,15 @@ class Proposal:
         """No guess for any of ``batch`` rows: a round with it is one step of plain decoding."""
         tokens = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         return cls(tokens, np.zeros(batch, dtype=np.int64))
+
+    @classmethod
+    def certain(cls, guesses: Sequence[Sequence[int]], device: torch.device) -> Proposal:
+        """Guesses without probabilities, a list for each row; lists may differ in length and be empty."""
+        lengths = np.array([len(row) for row in guesses], dtype=np.int64)
+        tokens = np.zeros((len(guesses), int(lengths.max(initial=0))), dtype=np.int64)
+        for row, guess in enumerate(guesses):
+            tokens[row, : len(guess)] = guess
+        return cls(torch.from_numpy(tokens).to(device), lengths)
 
 
 # name of an output of the model -> for each layer (B, K + 1, ...)
@@ -84,8 +94,11 @@ class Stats:
         target_forwards: forward passes of the target, self-check and replays included.
         draft_forwards: forward passes of the draft model, 0 for a proposer without one.
         host_copies: copies from device to host that the loop made (one a round).
+        prediction_accepted: tokens of the call's ``prediction`` that appeared in the text.
+        prediction_rejected: tokens of the prediction that did not; both 0 without one.
         layout: how the target's batch kept its keys and values.
         draft_layout: the same for the draft model, "" where there is none.
+        drafting: how a draft with another tokenizer was used, and why so; "" for any other.
         row_drafted, row_accepted, row_emitted: the same counts per row, (B,).
         seconds_drafting, seconds_scoring, seconds_verifying, seconds: wall-clock time of the host;
             on a GPU the work is asynchronous and the time falls to whoever waits.
@@ -100,8 +113,11 @@ class Stats:
     target_forwards: int = 0
     draft_forwards: int = 0
     host_copies: int = 0
+    prediction_accepted: int = 0
+    prediction_rejected: int = 0
     layout: str = ""
     draft_layout: str = ""
+    drafting: str = ""
     row_drafted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     row_accepted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     row_emitted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))

@@ -142,8 +142,12 @@ class Scorer:
             found[name] = layers if whole else [self.layout.pick(layer) for layer in layers]
         return found
 
-    def rollback(self, tokens: Tensor, kept: np.ndarray, live: np.ndarray) -> None:
-        """Forget every column from ``kept`` (B,) on; after this the cache agrees with the committed tokens."""
+    def rollback(self, tokens: Tensor, kept: np.ndarray, live: np.ndarray, final: np.ndarray | None = None) -> None:
+        """Forget every column from ``kept`` (B,) on; after this the cache agrees with the committed tokens.
+
+        No later call may go behind ``final`` (B,): ``kept`` itself, unless a draft with another tokenizer may
+        still change its ids for the end of a text.
+        """
         if self._returns_cache:
             # a row that ended earlier holds padding by now, unless it was cut once more
             stays = ~live & (kept >= self._ends)
@@ -151,10 +155,11 @@ class Scorer:
             kept = np.where(stays, self.kept, kept)
             live = np.ones_like(live)
         self.kept = np.minimum(self.kept, kept)
+        final = self.kept if final is None else np.minimum(self.kept, final)
         self.layout.rewind(self.kept, live)
-        self.layout.settle(int(self.kept[live].min()) if live.any() else 0)
+        self.layout.settle(int(final[live].min()) if live.any() else 0)
         if isinstance(self.layout, Columns):
-            self.layout.catch_up(tokens, self.kept, live)
+            self.layout.catch_up(tokens, final, live)
 
     def finish(self, tokens: Tensor, columns: int) -> Any:
         """The cache of transformers with the first ``columns`` of every row, as plain ``generate()`` leaves it."""

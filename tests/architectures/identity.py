@@ -19,6 +19,7 @@ from . import build
 from .build import Case, NotBuilt
 from .corrections import INPUTS
 
+GUESSES = 5
 NEW = 24
 WIDTHS = {"1": (12,), "3": (12, 9, 5)}
 # how lively a random model is depends on where it normalises; the first seed and gain with a varied text wins
@@ -73,7 +74,8 @@ def compare(case: Case, model: Any, widths: tuple[int, ...]) -> dict[str, Any]:
         draft = noisy_copy(model, noise)
         before = configs(draft)
         try:
-            generator = SpeculativeGenerator(model, draft)
+            # a number: a copy of the model as its draft never pays, and "auto" would rightly make little of it
+            generator = SpeculativeGenerator(model, draft, num_draft_tokens=GUESSES)
             ours = generator.generate(**inputs, max_new_tokens=NEW, do_sample=False)
         except Exception as error:
             return {"exact": False, "error": said(error)}

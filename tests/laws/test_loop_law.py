@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import specdec.scorer
-from specdec import NGram, Proposal, SpeculativeGenerator
+from specdec import Proposal, SpeculativeGenerator
 from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
-from specdec.proposers import draft_model
+from specdec.proposers import draft_model, fallback
 from specdec.testing import TableModel
 from specdec.verify import (
     block_acceptance,
@@ -28,9 +28,12 @@ from specdec.verify import (
     verify,
 )
 
+from ..proposers import PROPOSERS
+
 # guesses -> (vocabulary, new tokens): the first token takes no guess, and a bonus must fit
 SIZES = {1: (3, 3), 2: (2, 4), 3: (2, 5)}
 PROMPT = torch.tensor([[1, 0]])
+EXPECTED = [1, 1, 0, 1, 0]  # what a user might predict
 
 
 class Script:
@@ -77,7 +80,7 @@ class Scripted:
         self.rule, self.script = rule, script
 
     def guess(self, scores, positions):
-        return torch.tensor([self.script.decide(scores[0].softmax(-1))])
+        return torch.tensor([self.script.decide(row.softmax(-1)) for row in scores])
 
     def noise(self, accept: torch.Tensor, width: int, *, longest: bool) -> torch.Tensor:
         """Uniforms that keep as many guesses as the script says.
@@ -93,7 +96,7 @@ class Scripted:
         kept = self.script.decide(chances)
         passes = torch.arange(len(accept)) < kept
         uniforms = torch.where(passes, accept / 2, (1 + accept) / 2)
-        return torch.nn.functional.pad(uniforms, (0, width - len(accept)))[None]
+        return torch.nn.functional.pad(uniforms, (0, width - len(accept)))
 
     def verify(self, scores, tokens, lengths, logits, positions):
         target, tokens = scores.double().softmax(-1), tokens.clone()
@@ -103,14 +106,16 @@ class Scripted:
         else:
             accept = token_acceptance(target, tokens, lengths, draft)
             scales = torch.ones_like(target[..., 0])
-        uniforms = self.noise(accept[0, : int(lengths[0])].clamp(0, 1), tokens.shape[1], longest=draft is not None)
+        kept = [row[:length].clamp(0, 1) for row, length in zip(accept, lengths.tolist(), strict=True)]
+        uniforms = torch.stack([self.noise(row, tokens.shape[1], longest=draft is not None) for row in kept])
         draft_logits = None if logits is None else logits.double()
         arguments = (scores.double(), tokens, lengths, draft_logits)
         calm = torch.ones_like(target[:, 0])
         accepted, _ = verify(*arguments, rule=self.rule, uniforms=uniforms, exponentials=calm)
         weights = residual_weights(target, tokens, lengths, draft, accepted, scales)
         forced = torch.full_like(calm, 1e30)
-        forced[0, self.script.decide(weights[0])] = 1e-30
+        for row, chances in enumerate(weights):
+            forced[row, self.script.decide(chances)] = 1e-30
         return verify(*arguments, rule=self.rule, uniforms=uniforms, exponentials=forced)
 
 
@@ -119,6 +124,11 @@ def tables(seed: int, vocabulary: int) -> tuple[TableModel, TableModel]:
     shape = (vocabulary,) * 3
     rows = [torch.randn(shape, generator=generator) * 1.5 for _ in range(2)]
     return TableModel(rows[0]), TableModel(rows[1])
+
+
+def without_token(table: torch.Tensor, token: int) -> torch.Tensor:
+    """A look-up table whose head lacks one token."""
+    return table.index_fill(-1, torch.tensor([token]), -torch.inf)
 
 
 def exact(target: TableModel, new: int, eos: int | None) -> dict[tuple[int, ...], float]:
@@ -169,13 +179,11 @@ def law_error(
     vocabulary, new = SIZES[guesses]
     target, draft = tables(seed, vocabulary)
     current: list[Script] = []
-    drafts = {
-        "model": draft,
-        "self": target,
-        "ngram": NGram(2),
-        "none": None,
-        "own": Stubborn(lambda: current[-1], vocabulary),
-    }
+    pruned = TableModel(without_token(draft.table, vocabulary - 1))
+    drafts = {"self": target, "pruned": pruned, "own": Stubborn(lambda: current[-1], vocabulary)}
+    options = {}
+    if kind in PROPOSERS:
+        drafts[kind], options = PROPOSERS[kind](draft, [EXPECTED[:new]])
     gen = SpeculativeGenerator(target, drafts[kind], num_draft_tokens=guesses, verification=rule, layout="columns")
 
     if controlled:  # with assumed costs, so that every walk meets the same decisions
@@ -184,7 +192,9 @@ def law_error(
     def run(script: Script) -> tuple[int, ...]:
         current.append(script)
         gen._sampling = lambda *_: Scripted(rule, script)
-        out = gen.generate(PROMPT, max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=0)
+        out = gen.generate(
+            PROMPT, max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=0, **options
+        )
         text = out[0, PROMPT.shape[1] :].tolist()
         return tuple(text + [0] * (new - len(text)))
 
@@ -200,7 +210,7 @@ TOLERANCE = 1e-6
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("kind", ["model", "self", "ngram", "none", "own"])
+@pytest.mark.parametrize("kind", ["self", "pruned", "own", *PROPOSERS])
 @pytest.mark.parametrize("guesses", SIZES)
 def test_law_of_whole_texts(rule, kind, guesses):
     assert law_error(rule, kind, guesses) < TOLERANCE
@@ -212,9 +222,49 @@ def test_law_when_a_text_may_end_inside_a_block(rule):
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("kind", ["model", "ngram", "own"])
+@pytest.mark.parametrize("kind", ["model", "ngram", "own", "fallback", "prediction, model"])
 def test_law_with_the_controller(rule, kind):
     assert law_error(rule, kind, 3, controlled=True) < TOLERANCE
+
+
+def error_of_two_rows(rule: str) -> float:
+    """The joint law of two rows, one guessed from a prediction and one by a draft model."""
+    vocabulary, new = 2, 3
+    target, draft = tables(1, vocabulary)
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=1, verification=rule, layout="columns")
+    ids = PROMPT.repeat(2, 1)
+
+    def run(script: Script) -> tuple[int, ...]:
+        gen._sampling = lambda *_: Scripted(rule, script)
+        out = gen.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=True, top_k=0,
+            pad_token_id=0, prediction=[EXPECTED[:new], None],
+        )  # fmt: skip
+        return tuple(out[:, PROMPT.shape[1] :].flatten().tolist())
+
+    law: dict[tuple[int, ...], float] = defaultdict(float)
+    for chance, texts in walk(run):
+        law[texts] += chance
+    row = exact(target, new, None)
+    want = {(*one, *other): row[one] * row[other] for one in row for other in row}
+    return max(abs(law[texts] - want.get(texts, 0.0)) for texts in law.keys() | want.keys())
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_joint_law_of_rows_with_guesses_of_two_kinds(rule):
+    assert error_of_two_rows(rule) < TOLERANCE
+
+
+def test_certain_guesses_shown_with_the_draft_rows_break_the_law(monkeypatch):
+    """Two kinds of guesses in one proposal: the certain ones must not pass for drawn from the other's rows."""
+    right = fallback._rows
+
+    def blurred(part, tokens, vocabulary):
+        rows = right(part, tokens, vocabulary)
+        return rows.clamp(min=-1.0) if part.logits is None else rows
+
+    monkeypatch.setattr(fallback, "_rows", blurred)
+    assert error_of_two_rows("token") > 1e-3
 
 
 # --- mutants: wrong loops that the walk must reject ---------------------------------------------

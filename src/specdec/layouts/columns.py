@@ -82,13 +82,13 @@ class Columns:
 
     def mark(self) -> tuple[Any, ...]:
         """Where the model stands, for ``go_back``; the cache is kept by others."""
-        return dict(self._kwargs), self._outputs, self._columns, self._fed
+        return dict(self._kwargs), dict(self._fed_kwargs), self._outputs, self._columns, self._fed
 
     def go_back(self, mark: tuple[Any, ...], cache: Any) -> None:
         """Stand at ``mark`` again, one-token steps only, with ``cache`` as it was there."""
         self.become("nothing")
-        kwargs, self._outputs, self._columns, self._fed = mark
-        self._kwargs = dict(kwargs)
+        kwargs, fed_kwargs, self._outputs, self._columns, self._fed = mark
+        self._kwargs, self._fed_kwargs = dict(kwargs), dict(fed_kwargs)
         self._put_cache(cache)
 
     def become(self, forget: str, wide: bool = True) -> Columns:
@@ -136,6 +136,8 @@ class Columns:
         """See ``Layout.forward``."""
         upto = int(lengths.max())
         start = self._fed
+        if upto <= start:
+            raise RuntimeError("columns are to be fed that were not forgotten; this is a bug in specdec")
         self._wanted = (first - upto, count)
         if self._wide or upto == start + 1:
             scores = self._feed(tokens, upto)
@@ -253,8 +255,9 @@ class Columns:
     def _put_cache(self, cache: Any) -> None:
         """Go on with ``cache``: the next inputs are built from the last outputs and from the kwargs."""
         for name in CACHE_NAMES:
-            if self._kwargs.get(name) is not None:
-                self._kwargs[name] = cache
+            for kwargs in (self._kwargs, self._fed_kwargs):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = cache
             if self._outputs.get(name) is not None:
                 self._outputs = copy.copy(self._outputs)
                 self._outputs[name] = cache

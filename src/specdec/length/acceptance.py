@@ -51,7 +51,8 @@ class Acceptance:
         self._asked[:asked] += 1
         self._wide[: min(asked, int(lengths.max()))] += 1
         for place, chance in enumerate(chances):
-            judged = (lengths > place) & (accepted >= place)
+            # a row without a chance of its own was guessed for by another proposer (``proposers/fallback.py``)
+            judged = (lengths > place) & (accepted >= place) & (chance > 0)
             bins = _bins(chance[judged])
             np.add.at(self._sure, bins, weight)
             np.add.at(self._right, bins, weight * (accepted[judged] > place))

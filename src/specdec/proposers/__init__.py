@@ -1,11 +1,14 @@
 """Proposers: whatever guesses the next tokens. One method, one file; a draft model is one of them.
 
 A proposer needs one method, ``propose``. Its guesses depend on the committed tokens and its own past, nothing
-of the running round. It may have two more, each asked for once when a call starts:
+of the running round. It may have more, each asked for once when a call starts:
 
 * ``begin(call)`` returns the proposer to use for this call, so that what a call needs (a cache, a table)
   lives as long as the call and nothing is left behind, exception or not;
-* ``observe(round)`` sees every finished round.
+* ``observe(round)`` sees every finished round. One that reads ``round.scores`` there says so with an attribute
+  ``wants_scores = True``; a round may go without them where nobody wants them;
+* ``finish(state, stats)`` is told when a call is over and has not failed: ``state`` holds what came out, stop
+  conditions applied. For what should outlive the call, and for counts.
 
 Read next: ``ngram.py``.
 """
@@ -14,15 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
+from specdec.errors import InvalidInput
 from specdec.processing import Processing
 from specdec.records import Proposal
 from specdec.sampling import Sampling
 from specdec.state import State
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -54,6 +60,7 @@ class Call:
         sampling: how tokens are drawn.
         goes_on: told the draft's own chance (B,) of each guess (0 for rows that made none), says whether one more
             pays; for proposers that can tell without waiting for the device. The guess is submitted anyway.
+        tenants: whose text a row is, one for all rows or one each; None where nobody said.
     """
 
     target: Any
@@ -63,6 +70,24 @@ class Call:
     processing: Processing
     sampling: Sampling
     goes_on: Callable[[np.ndarray], bool] | None = None
+    tenants: list[str] | None = None
+
+
+def one_a_row(values: list[T], rows: int, name: str) -> list[T]:
+    """``values`` with one for each of ``rows``; ``num_return_sequences`` makes several rows of one prompt.
+
+    Raises:
+        InvalidInput: the numbers do not fit.
+    """
+    if not values or rows % len(values):
+        raise InvalidInput(f"{len(values)} of `{name}` for {rows} rows; give one a row")
+    return [value for value in values for _ in range(rows // len(values))]
+
+
+def existing(guess: list[int], vocabulary: int) -> list[int]:
+    """The guesses before the first id that the target lacks: a text of another tokenizer may hold some."""
+    wrong = next((place for place, token in enumerate(guess) if not 0 <= token < vocabulary), len(guess))
+    return guess[:wrong]
 
 
 class Nothing:

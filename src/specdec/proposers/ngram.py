@@ -2,13 +2,12 @@
 
 The last n tokens of a row are looked for earlier in the same row, longest n first, latest occurrence first;
 what followed there is guessed. No model, no probabilities: the guess is judged as certain (one-hot), which is
-exact for any guess. Rows look into their own text only. Read next: ``draft_model.py``.
+exact for any guess. Rows look into their own text only. Read next: ``automaton.py``.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from specdec.errors import InvalidInput
 from specdec.records import Proposal
@@ -26,15 +25,11 @@ class NGram:
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
-        tokens = np.zeros((state.batch, int(limits.max(initial=0))), dtype=np.int64)
-        lengths = np.zeros(state.batch, dtype=np.int64)
+        guesses: list[list[int]] = [[] for _ in limits]
         for row in np.flatnonzero(limits):
             text = state.host_tokens[row, state.starts[row] : state.lengths[row]]
-            guess = self.follow(text, int(limits[row]))
-            tokens[row, : len(guess)] = guess
-            lengths[row] = len(guess)
-        tokens = tokens[:, : int(lengths.max(initial=0))]
-        return Proposal(torch.from_numpy(tokens.copy()).to(state.device), lengths)
+            guesses[row] = self.follow(text, int(limits[row])).tolist()
+        return Proposal.certain(guesses, state.device)
 
     def follow(self, text: np.ndarray, limit: int) -> np.ndarray:
         """Up to ``limit`` tokens that followed the latest earlier occurrence of the end of ``text`` (L,)."""

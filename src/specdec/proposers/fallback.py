@@ -1,0 +1,121 @@
+"""Two proposers, one behind the other: rows for which the first has no guess are guessed by the second.
+
+A row's guesses come from one of the two alone, and which one is settled by the committed tokens, so the law is
+untouched. Where one gives probabilities and the other does not, the certain guesses are shown as rows with all
+weight on the guess. Each of the two sees its own part of a round: rows that the other guessed for look to it
+as if nothing had been guessed. Knows neither of the two. Read next: ``prediction.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from specdec.proposers import Call, Proposer
+from specdec.records import Proposal, Round, Stats
+from specdec.state import State
+
+
+class Fallback:
+    """``first`` where it guesses something, else ``second``.
+
+    Example:
+        >>> Fallback(Suffix(shortest=4), DraftModel(model))  # doctest: +SKIP
+    """
+
+    def __init__(self, first: Any, second: Any) -> None:
+        """Both are proposers, or have a ``begin(call)`` that returns one."""
+        self._first = first
+        self._second = second
+
+    def begin(self, call: Call) -> Proposer:
+        """Begin both."""
+        return _Run(*(part.begin(call) if hasattr(part, "begin") else part for part in (self._first, self._second)))
+
+
+class _Run:
+    """Both proposers during one call."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self._parts = (first, second)
+        self.wants_scores = any(getattr(part, "wants_scores", False) for part in self._parts)
+        self._proposals: tuple[Proposal, Proposal] | None = None
+        self._of_first = np.zeros(0, dtype=bool)
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of draft models."""
+        return sum(getattr(part, "forwards", 0) for part in self._parts)
+
+    @property
+    def layout(self) -> str:
+        """The layout of the draft model, if one of the two is one."""
+        return next((part.layout for part in self._parts if getattr(part, "layout", "")), "")
+
+    def propose(self, state: State, limits: np.ndarray) -> Proposal:
+        """See ``Proposer.propose``; both are asked in every round, the second for the rows that are left."""
+        first: Proposal = self._parts[0].propose(state, limits)
+        self._of_first = np.asarray(first.lengths) > 0
+        second: Proposal = self._parts[1].propose(state, np.where(self._of_first, 0, limits))
+        self._proposals = (first, second)
+        if not self._of_first.any():
+            return second
+        if not np.asarray(second.lengths).any():
+            return first
+        return _merged(first, second, self._of_first, state.vocabulary)
+
+    def observe(self, round_: Round) -> None:
+        """Show each of the two its part of the round."""
+        parts = (self._of_first, ~self._of_first)
+        for number, part in enumerate(self._parts):
+            observe = getattr(part, "observe", None)
+            if observe is None:
+                continue
+            if self._proposals is None or parts[number].all():
+                observe(round_)
+            else:
+                observe(_seen_by(parts[number], self._proposals[number], round_))
+
+    def finish(self, state: State, stats: Stats) -> None:
+        """Tell both that the call is over."""
+        for part in self._parts:
+            if hasattr(part, "finish"):
+                part.finish(state, stats)
+
+
+def _merged(first: Proposal, second: Proposal, of_first: np.ndarray, vocabulary: int) -> Proposal:
+    """One proposal, row by row from the first or the second."""
+    width = max(first.tokens.shape[1], second.tokens.shape[1])
+    choice = torch.from_numpy(of_first).to(first.tokens.device)[:, None]
+    mine, other = (pad(part.tokens, (0, width - part.tokens.shape[1])) for part in (first, second))
+    lengths = np.where(of_first, first.lengths, second.lengths)
+    if first.logits is None and second.logits is None:
+        return Proposal(torch.where(choice, mine, other), lengths)
+    my_rows, other_rows = _rows(first, mine, vocabulary), _rows(second, other, vocabulary)
+    logits = torch.where(choice[..., None], my_rows, other_rows)
+    return Proposal(torch.where(choice, mine, other), lengths, logits)
+
+
+def _rows(part: Proposal, tokens: Tensor, vocabulary: int) -> Tensor:
+    """(B, K, V) scores that ``tokens`` (B, K) were drawn from; of certain guesses all is on the guess."""
+    if part.logits is not None:
+        return pad(part.logits, (0, 0, 0, tokens.shape[1] - part.logits.shape[1]))
+    rows = torch.full((*tokens.shape, vocabulary), -torch.inf, device=tokens.device)
+    # an id that does not exist is left for the verifier to find
+    return rows.scatter(-1, tokens.clamp(0, vocabulary - 1)[..., None], 0.0)
+
+
+def _seen_by(own: np.ndarray, proposal: Proposal, round_: Round) -> Round:
+    """The round as it looks to who guessed for the rows ``own`` (B,) only."""
+    return dataclasses.replace(
+        round_,
+        proposal=proposal,
+        drafted=np.where(own[:, None], round_.drafted, -1),
+        lengths=np.where(own, round_.lengths, 0),
+        accepted=np.where(own, round_.accepted, 0),
+    )

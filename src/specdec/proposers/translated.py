@@ -1,0 +1,285 @@
+"""A draft model with another tokenizer (Timor et al. 2502.05202: token-level intersection, string-level match).
+
+The draft follows the committed text in its own ids (``draft_past.py``). Two ways to guess:
+
+* "tokens" (algorithm 4, TLI): the draft's scores are cut to the ids that both vocabularies have, moved to the
+  target's ids and processed like the target's; guesses are drawn from just these rows, which are what the
+  verifier gets. Exact whatever the pairs are, as long as drawn and recorded rows are one.
+* "strings" (algorithm 2, SLEM): the draft writes its likeliest text freely; what the target's tokenizer makes
+  of it is the guess, without probabilities, which is exact for any guess.
+
+Neither way looks at the running round. Knows nothing of verification. Read next: ``draft_model.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.errors import InvalidInput
+from specdec.proposers import Call, Proposer
+from specdec.proposers.draft_model import _chance, _sound
+from specdec.proposers.draft_past import DraftPast
+from specdec.proposers.rewriting import LOOK_BEHIND, Translator
+from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
+from specdec.records import Proposal, Round
+from specdec.sampling import Greedy
+from specdec.state import State, to_host
+
+METHODS = ("auto", "tokens", "strings")
+# below this part of the draft's vocabulary its rows lose too much by being cut to the shared ids
+ENOUGH = 0.5
+# below this part of the draft's vocabulary the user is told that there is little to gain
+POOR = 0.1
+# a row stops where less than this of the draft's own distribution is on shared ids
+LEAST_MASS = 0.05
+
+
+class TranslatedDraft:
+    """Any Hugging Face causal LM as a draft for a target with another tokenizer.
+
+    Attributes:
+        shared: the ids that stand for the same in both vocabularies, and which fraction they are.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        draft_tokenizer: Any,
+        *,
+        method: str = "auto",
+        confidence: float | None = None,
+        layout: str = "auto",
+    ) -> None:
+        """Draft with ``model``.
+
+        Args:
+            model: the draft, a decoder-only model.
+            tokenizer: the target's.
+            draft_tokenizer: the draft's.
+            method: "tokens" guesses shared ids with their probabilities, "strings" text without; "auto" takes
+                tokens for sampling if they are at least half of the draft's vocabulary, else strings.
+            confidence: a row stops after a guess whose own chance is below this, 0 never stops, None leaves it to
+                the call's draft length; as for ``DraftModel``.
+            layout: forces one, for tests.
+        """
+        if method not in METHODS:
+            raise InvalidInput(f"method={method!r} does not exist; use one of {METHODS}")
+        if confidence is not None and not 0 <= confidence <= 1:
+            raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
+        self.model = model
+        self.shared = shared_ids(tokenizer, draft_tokenizer)
+        self._translator = Translator(Vocabulary(tokenizer), Vocabulary(draft_tokenizer), self.shared)
+        if self.shared.of_draft < POOR:
+            warnings.warn(
+                f"the vocabularies of draft and target have little in common ({self.shared.of_draft:.1%} of the "
+                "draft's tokens), so few guesses may be kept; look at stats.acceptance_rate",
+                stacklevel=2,
+            )
+        self._method = method
+        self._confidence = confidence
+        self._layout = layout
+
+    def choose(self, *, greedy: bool) -> tuple[str, str]:
+        """The method for a call, "tokens" or "strings", and why."""
+        if self._method != "auto":
+            return self._method, "asked for"
+        if greedy:
+            return "strings", "greedy text has no use for probabilities"
+        if self.shared.of_draft >= ENOUGH:
+            return "tokens", "sampling, with enough ids in common"
+        return "strings", "too few ids in common"
+
+    def begin(self, call: Call) -> Proposer:
+        """A drafting run for one call."""
+        stop = _Stop(call, self._confidence, self.model.device)
+        past = DraftPast(self.model, call, self._translator, self._layout)
+        method, reason = self.choose(greedy=isinstance(call.sampling, Greedy))
+        described = f"{method}: {reason}; {self.shared.of_draft:.0%} of the draft's ids are shared"
+        if method == "tokens":
+            return _Tokens(past, call, self.shared, stop, described)
+        return _Strings(past, self._translator, stop, described)
+
+
+class _Stop:
+    """When a row makes no more guesses in a round; asks nothing where a look would have to wait for the device."""
+
+    def __init__(self, call: Call, confidence: float | None, device: torch.device) -> None:
+        self._confidence = confidence or 0.0
+        self._goes_on = call.goes_on if confidence is None and device.type == "cpu" else None
+        self.looks = bool(self._confidence) or self._goes_on is not None
+
+    def after(self, limits: np.ndarray, step: int, chance: Tensor) -> np.ndarray:
+        """(B,) limits, lowered where the guess at ``step``, of ``chance`` (B,) by the draft, is the last."""
+        if self._goes_on is None:
+            sure = (chance >= self._confidence).cpu().numpy()
+            return np.where(sure, limits, np.minimum(limits, step + 1))
+        asked = np.where(limits > step, chance.double().numpy(), 0.0)
+        return limits if self._goes_on(asked) else np.minimum(limits, step + 1)
+
+
+class _Tokens:
+    """Guesses shared ids, drawn from the draft's scores cut to them."""
+
+    def __init__(self, past: DraftPast, call: Call, shared: Shared, stop: _Stop, drafting: str) -> None:
+        self._past, self._call, self._shared = past, call, shared
+        self._stop = stop
+        self.drafting = drafting
+        self._ids: tuple[Tensor, Tensor] | None = None
+        self._proposal: Proposal | None = None
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the draft model."""
+        return self._past.forwards
+
+    @property
+    def layout(self) -> str:
+        """The draft's layout."""
+        return self._past.layout
+
+    def observe(self, round_: Round) -> None:
+        """The guesses as the host saw them: no copy of our own is needed then."""
+        if round_.proposal is self._proposal:
+            self._take(round_.drafted)
+
+    def propose(self, state: State, limits: np.ndarray) -> Proposal:
+        """See ``Proposer.propose``."""
+        if self._proposal is not None:
+            self._take(to_host(self._proposal.tokens))
+        limits = self._past.follow(state, limits)
+        most = int(limits.max(initial=0))
+        if most == 0:
+            return Proposal.empty(state.batch, state.device)
+        sampling, history = self._call.sampling, state.tokens
+        guesses: list[Tensor] = []
+        rows: list[Tensor] = []
+        for step in range(most):
+            scores, mass = self._moved(self._past.scores(step).to(state.device), state.vocabulary)
+            lengths = state.lengths + step
+            scores = self._call.processing.draft(scores, history, lengths, state.vocabulary)
+            guess = sampling.guess(scores, state.device_lengths - state.prompt_length + step)
+            scores, guess = _sound(scores, guess)
+            guesses.append(guess)
+            if sampling.keeps_logits:
+                rows.append(scores)
+            if self._stop.looks:
+                # settled before the draw: where hardly any of the draft's mass is shared, nothing is submitted
+                limits = np.where((mass >= LEAST_MASS).cpu().numpy(), limits, np.minimum(limits, step))
+                limits = self._stop.after(limits, step, _chance(scores, guess) * mass)
+            if step + 1 >= int(limits.max()):
+                break
+            if not step:
+                history = state.tokens.clone()
+            history.scatter_(1, (state.device_lengths + step)[:, None], guess[:, None])
+            self._past.write(self._to_draft[guess], step)
+        width = int(limits.max())
+        if width == 0:
+            return Proposal.empty(state.batch, state.device)
+        logits = torch.stack(rows, dim=1)[:, :width] if rows else None
+        self._proposal = Proposal(torch.stack(guesses, dim=1)[:, :width], limits, logits)
+        return self._proposal
+
+    def _moved(self, logits: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """The draft's scores (B, V of the draft) at the target's ids, (B, V), and the chance (B,) left on them."""
+        if self._ids is None:
+            self._map(logits.shape[1], vocabulary, logits.device)
+        assert self._ids is not None
+        theirs, ours = self._ids
+        logits = logits.float()
+        cut = logits.index_select(1, theirs)
+        moved = logits.new_full((logits.shape[0], vocabulary), -torch.inf)
+        moved.index_copy_(1, ours, cut)
+        return moved, (cut.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
+
+    def _map(self, draft_size: int, vocabulary: int, device: torch.device) -> None:
+        """The pairs on the device, without ids that a model has no scores for."""
+        theirs, ours = self._shared.draft_ids, self._shared.target_ids
+        real = (theirs < draft_size) & (ours < vocabulary)
+        theirs, ours = theirs[real], ours[real]
+        self._ids = (torch.from_numpy(theirs).to(device), torch.from_numpy(ours).to(device))
+        self._host_to_draft = np.zeros(vocabulary, dtype=np.int64)
+        self._host_to_draft[ours] = theirs
+        self._to_draft = torch.from_numpy(self._host_to_draft).to(device)
+
+    def _take(self, guesses: np.ndarray) -> None:
+        self._proposal = None
+        self._past.remember(self._host_to_draft[guesses])
+
+
+class _Strings:
+    """Writes text with the draft and guesses what the target's tokenizer makes of it."""
+
+    def __init__(self, past: DraftPast, translator: Translator, stop: _Stop, drafting: str) -> None:
+        self._past, self._translator, self._stop = past, translator, stop
+        self.drafting = drafting
+        shared = translator.shared
+        self._to_target = dict(zip(shared.draft_ids.tolist(), shared.target_ids.tolist(), strict=True))
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the draft model."""
+        return self._past.forwards
+
+    @property
+    def layout(self) -> str:
+        """The draft's layout."""
+        return self._past.layout
+
+    def propose(self, state: State, limits: np.ndarray) -> Proposal:
+        """See ``Proposer.propose``."""
+        limits = self._past.follow(state, limits)
+        most = int(limits.max(initial=0))
+        if most == 0:
+            return Proposal.empty(state.batch, state.device)
+        written, counts = self._write(limits, most)
+        self._past.remember(written)
+        guesses = self._guesses(state, [ids[:n].tolist() for ids, n in zip(written, counts, strict=True)])
+        lengths = np.minimum([len(ids) for ids in guesses], limits)
+        tokens = np.zeros((state.batch, int(lengths.max(initial=0))), dtype=np.int64)
+        for row, ids in enumerate(guesses):
+            tokens[row, : lengths[row]] = ids[: lengths[row]]
+        return Proposal(torch.from_numpy(tokens).to(state.device), lengths)
+
+    def _write(self, limits: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The draft's likeliest ids (B, K), and how many of each row (B,) count."""
+        counts = limits.copy()
+        steps: list[Tensor] = []
+        for step in range(most):
+            scores = self._past.scores(step).float()
+            ids = scores.argmax(dim=1)
+            steps.append(ids)
+            if self._stop.looks:
+                counts = self._stop.after(counts, step, _chance(scores, ids))
+                if step + 1 >= int(counts.max()):
+                    break
+            if step + 1 < most:
+                self._past.write(ids, step)
+        return to_host(torch.stack(steps, dim=1)), counts
+
+    def _guesses(self, state: State, written: list[list[int]]) -> list[list[int]]:
+        """What the target's tokenizer makes of the ids that the draft wrote in each row."""
+        pieces = self._translator.draft.pieces
+        texts, ends = [], []
+        for ids in written:
+            stop = next((at for at, one in enumerate(ids) if one in pieces.special), None)
+            texts.append(pieces.join(ids[:stop]))
+            ends.append(None if stop is None else self._to_target.get(ids[stop]))
+        committed = [
+            state.host_tokens[b, max(state.starts[b], state.lengths[b] - LOOK_BEHIND[0]) : state.lengths[b]]
+            for b in range(state.batch)
+        ]
+        guesses = self._translator.follow(committed, texts)
+        for row, end in enumerate(ends):
+            if end is not None and (guesses[row] or not texts[row]):
+                guesses[row].append(end)
+            # the last guess might merge with what the draft would write next: it stays all the same, for a wrong
+            # guess costs a column, and dropping it a guess in every round
+            known = (at for at, one in enumerate(guesses[row]) if not 0 <= one < state.vocabulary)
+            guesses[row] = guesses[row][: next(known, None)]
+        return guesses

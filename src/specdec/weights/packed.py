@@ -1,0 +1,215 @@
+"""The weights of linear layers in the order that the processor's kernels read them (oneDNN's blocked layouts).
+
+``torch.nn.functional.linear`` hands a plain matrix to the kernel at every call. Reordered once beforehand, the
+same kernel reads it faster and computes the same numbers. The layers stay ``torch.nn.Linear``; only their
+weight becomes a ``PackedWeight``, which computes from the packed form in ``linear`` and is the plain matrix to
+everything else. CPU only. Knows nothing of drafts. Read next: ``quantized.py``.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import TensorWeakRef
+
+from specdec.errors import UnsupportedModel
+
+# a hint to oneDNN; from 1 to 40 it chose the same order for all layers tried
+ROWS = 16
+
+
+def pack_weights(model: Any) -> Packing:
+    """Pack the weight of every plain ``torch.nn.Linear`` of ``model``, in place, until it is unpacked.
+
+    The packed form replaces the plain one, so memory stays as it is, except for weights that something else
+    holds as well (a head tied to the embedding): those are held twice, and ``doubled_bytes`` says how much.
+    ``state_dict()`` and everything else that reads a weight gets the plain matrix, made on the spot; writing
+    to a packed weight (``load_state_dict``, an optimiser, merging an adapter) is refused. With gradients on,
+    or inputs of another dtype, the plain matrix is made at every call: right, and slow. Subclasses of
+    ``Linear`` are left alone.
+
+    Args:
+        model: any module on the CPU, in float32, or bfloat16 where the processor multiplies it.
+
+    Returns:
+        A handle: ``handle.unpack()``, or use it as a context manager.
+
+    Raises:
+        UnsupportedModel: there is nothing in it that can be packed.
+    """
+    packed: list[PackedWeight] = []
+    by_number: dict[int, PackedWeight] = {}
+    weight = None
+    try:
+        for module in model.modules():
+            if type(module) is torch.nn.Linear and packable(module.weight):
+                weight = module.weight
+                known = by_number.get(id(weight))
+                # a plain weight that nobody else holds is gone by now, and its number may be another's
+                if known is None or known.origin() is not weight:
+                    known = by_number[id(weight)] = PackedWeight(weight)
+                    packed.append(known)
+                _put(module, known)
+    except BaseException:
+        unpack_weights(model)
+        raise
+    del weight
+    if not packed:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no linear layer that can be packed: wanted are torch.nn.Linear on the "
+            "CPU in float32, or in bfloat16 on a processor with instructions for it. Use it as it is"
+        )
+    return Packing(model, packed)
+
+
+def unpack_weights(model: Any) -> None:
+    """Give every packed layer of ``model`` its plain weight back, bit for bit; does nothing to others."""
+    restored: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        packed = vars(module)["_parameters"].get("weight")
+        if isinstance(packed, PackedWeight):
+            if id(packed) not in restored:
+                restored[id(packed)] = packed.restore()
+            _put(module, restored[id(packed)])
+
+
+class Packing:
+    """What ``pack_weights`` did to a model; undoes it with ``unpack()`` or at the end of a ``with`` block.
+
+    Attributes:
+        layers: weights packed.
+        packed_bytes: size of all of them.
+        doubled_bytes: size of those that something else holds in plain form as well.
+    """
+
+    def __init__(self, model: Any, weights: list[PackedWeight]) -> None:
+        self._model = model
+        self.layers = len(weights)
+        self.packed_bytes = sum(w.numel() * w.element_size() for w in weights)
+        self.doubled_bytes = sum(w.numel() * w.element_size() for w in weights if w.origin() is not None)
+
+    def unpack(self) -> None:
+        """See ``unpack_weights``."""
+        unpack_weights(self._model)
+
+    def __enter__(self) -> Packing:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unpack()
+
+    def __repr__(self) -> str:
+        twice = f", {self.doubled_bytes:,} of them held twice" if self.doubled_bytes else ""
+        return f"Packing({self.layers} weights, {self.packed_bytes:,} bytes{twice})"
+
+
+def packable(weight: Any) -> bool:
+    """Whether the kernels take this weight."""
+    if type(weight) is not torch.nn.Parameter or weight.device.type != "cpu" or not weight.numel():
+        return False
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+class PackedWeight(torch.Tensor):
+    """A weight (N, K) that ``linear`` reads in packed form and everything else sees as the plain matrix."""
+
+    packed: Tensor
+    origin: TensorWeakRef
+    learns: bool
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> PackedWeight:
+        """Pack a parameter; it is not kept alive."""
+        self: PackedWeight = torch.Tensor._make_wrapper_subclass(
+            cls, weight.shape, dtype=weight.dtype, device=weight.device, requires_grad=False
+        )
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+        self.origin = TensorWeakRef(weight)
+        self.learns = weight.requires_grad
+        self._is_param = True  # what makes a tensor subclass a torch.nn.Parameter
+        return self
+
+    @property
+    def data(self) -> Tensor:
+        """The plain matrix; giving another one, as ``model.to(dtype)`` does, is refused."""
+        return self.dense()
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        if other is not self:
+            raise _written(self)
+
+    def dense(self) -> Tensor:
+        """The plain matrix (N, K)."""
+        return self.packed.to_dense()
+
+    def restore(self) -> torch.nn.Parameter:
+        """The parameter this was made of, if anybody kept it, or one that is equal bit for bit."""
+        kept = self.origin()
+        return kept if kept is not None else torch.nn.Parameter(self.dense(), requires_grad=self.learns)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear:
+            return _linear(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for wanted, value in zip(func._schema.arguments, args, strict=False):
+            if isinstance(value, cls) and wanted.alias_info is not None and wanted.alias_info.is_write:
+                raise _written(value)
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
+        return torch.nn.Parameter(self.dense().clone(), requires_grad=self.learns)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return torch.nn.Parameter, (self.dense(), self.learns)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear`` with packed weights, where the packed kernel can serve the call."""
+    if isinstance(weight, PackedWeight) and type(input) is Tensor and input.numel() and _agree(input, bias, weight):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight.packed, bias, "none", [], "")
+        return out
+    with torch._C.DisableTorchFunctionSubclass():
+        input, weight = (t.dense() if isinstance(t, PackedWeight) else t for t in (input, weight))
+        return functional.linear(input, weight, bias)
+
+
+def _agree(input: Tensor, bias: Tensor | None, weight: PackedWeight) -> bool:
+    """Whether the call is one that the kernel computes: this dtype, the CPU, nothing to be learnt."""
+    if input.dtype != weight.dtype or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return not (torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)))
+
+
+def _written(weight: Tensor) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"a packed weight of shape {tuple(weight.shape)} cannot be changed, moved or converted; call "
+        "specdec.unpack_weights(model) first"
+    )
+
+
+def _put(module: torch.nn.Module, weight: Any) -> None:
+    """Make ``weight`` the weight of a linear layer."""
+    module._parameters["weight"] = weight

@@ -1,0 +1,193 @@
+"""A draft with 4-bit or 8-bit weights, on the kernels that torch itself has; activations stay as they are.
+
+int8: one scale a row of the matrix. int4: one scale and one zero for every 32 neighbours of a row. A draft
+reads a quarter or half of the bytes and guesses a little worse; the target is never quantised, so the output's
+law is untouched. With the target's own weights this is self-speculation without a second checkpoint (QuantSpec,
+Tiwari et al. 2502.10424, without its cache). Knows nothing of rounds. Read next: ``../proposers/draft_model.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from specdec.errors import InvalidInput, UnsupportedModel
+from specdec.weights.share import shared_copy
+
+GROUP = 32  # neighbours in a row that share scale and zero
+# tokens in a pass from which on the given weights are faster (measured on the CPU with AVX-512, docs/weights.md;
+# a guess for CUDA): the low-bit kernels are written for one token and compute where they should read
+WIDE = {("int4", "cpu"): 8, ("int8", "cpu"): 5, ("int4", "cuda"): 32, ("int8", "cuda"): 32}
+
+
+def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
+    """A draft that shares everything with ``model`` but its linear layers, the head included.
+
+    A tied head gets a quantised matrix of its own; embeddings, norms and buffers are shared, not copied.
+    Layers of sizes that the kernels refuse (int4: rows in 16, columns in 32) stay as they are. Quantise
+    after moving and converting: the result stays on its device and in its dtype.
+
+    Args:
+        model: a decoder-only model in bfloat16, float16 or float32; left as it is.
+        kind: "int4" or "int8".
+        keep: passes over many tokens (prompts, large batches) go through the weights given, which are faster
+            there, and therefore stay in memory. False lets go of them: least memory, slow prompts.
+
+    Returns:
+        The draft, a model of the same class.
+
+    Raises:
+        InvalidInput: no such kind.
+        UnsupportedModel: an encoder-decoder, or a model without linear layers that can be quantised.
+    """
+    if kind not in KINDS:
+        raise InvalidInput(f"kind={kind!r} does not exist; use one of {tuple(KINDS)}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be quantised here. "
+            "Give a smaller model as draft"
+        )
+    layers: dict[torch.nn.Module, torch.nn.Module] = {}
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and KINDS[kind].takes(module):
+            layers[module] = KINDS[kind](module, keep)
+    if not layers:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no linear layer that can be quantised to {kind}: wanted are "
+            "torch.nn.Linear in bfloat16, float16 or float32, for int4 with rows in 16 and columns in "
+            f"{GROUP}. Give a smaller model as draft"
+        )
+    return shared_copy(model, layers)
+
+
+class _Quantized(torch.nn.Module):
+    """A linear layer with few bits a weight; the kernel is the subclass's."""
+
+    kind: str
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: Any, keep: bool) -> None:
+        super().__init__()
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+        # in a tuple, so that it is no part of this module: the given model owns it
+        self._given = (layer,) if keep else ()
+        self._wide = WIDE[self.kind, layer.weight.device.type]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., N) from hidden states (..., K)."""
+        if self._given and states.numel() >= self._wide * self.in_features:
+            given = self._given[0]
+            return functional.linear(states, given.weight, given.bias)
+        out = self._multiply(states.reshape(-1, self.in_features).contiguous())
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*states.shape[:-1], self.out_features)
+
+    def _multiply(self, states: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        now = fn(self.scales)
+        if (now.dtype, now.device) != (self.scales.dtype, self.scales.device):
+            raise UnsupportedModel(
+                f"a quantised draft stays in {self.scales.dtype} on {self.scales.device}; convert or move the "
+                "model first, then call quantize_draft"
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+
+class Int8Linear(_Quantized):
+    """Eight bits a weight and one scale a row: w ≈ q · scale, q in -127 ... 127."""
+
+    kind = "int8"
+    quantized: Tensor
+
+    def __init__(self, layer: torch.nn.Linear, keep: bool) -> None:
+        super().__init__(layer, keep)
+        weight = layer.weight.detach()
+        largest = torch.cat([part.abs().amax(dim=1) for part in torch.split(weight, ROWS)]).float()
+        scales = (largest / 127).clamp(min=1e-12).to(weight.dtype)
+        parts = zip(torch.split(weight, ROWS), torch.split(scales.float(), ROWS), strict=True)
+        self.register_buffer("scales", scales)
+        self.register_buffer("quantized", torch.cat([_int8(part, scale) for part, scale in parts]))
+
+    @staticmethod
+    def takes(layer: torch.nn.Linear) -> bool:
+        """Whether the kernel takes this layer."""
+        return layer.weight.dtype in DTYPES and layer.weight.device.type in ("cpu", "cuda")
+
+    def _multiply(self, states: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(states, self.quantized, self.scales)
+
+
+class Int4Linear(_Quantized):
+    """Four bits a weight, scale and zero for a group of neighbours: w ≈ (q - 8) · scale + zero, q in 0 ... 15."""
+
+    kind = "int4"
+    packed: Tensor
+
+    def __init__(self, layer: torch.nn.Linear, keep: bool) -> None:
+        super().__init__(layer, keep)
+        weight = layer.weight.detach()
+        parts = [_int4(part) for part in torch.split(weight, ROWS)]
+        quantized = torch.cat([part[0] for part in parts])
+        self.on_cpu = weight.device.type == "cpu"
+        if self.on_cpu:
+            packed = torch._convert_weight_to_int4pack_for_cpu(quantized.int(), 1)
+        else:  # pragma: no cover
+            # not run on a GPU yet: two neighbours a byte, the even one in the upper half
+            pairs = (quantized[:, ::2] << 4 | quantized[:, 1::2]).to(torch.uint8)
+            packed = torch._convert_weight_to_int4pack(pairs, INNER)
+        self.register_buffer("packed", packed)
+        # (K / 32, N, 2), as the kernels want it
+        self.register_buffer("scales", torch.cat([part[1] for part in parts]).transpose(0, 1).contiguous())
+
+    @staticmethod
+    def takes(layer: torch.nn.Linear) -> bool:
+        """Whether the kernel takes this layer."""
+        weight = layer.weight
+        rows, columns = weight.shape
+        if weight.device.type == "cuda":  # pragma: no cover
+            return weight.dtype == torch.bfloat16 and rows % 8 == 0 and columns % (16 * INNER) == 0
+        fits = rows % 16 == 0 and columns % GROUP == 0
+        return fits and weight.dtype in DTYPES and weight.device.type == "cpu"
+
+    def _multiply(self, states: Tensor) -> Tensor:
+        if self.on_cpu:
+            return torch._weight_int4pack_mm_for_cpu(states, self.packed, GROUP, self.scales)
+        return torch._weight_int4pack_mm(states, self.packed, GROUP, self.scales)  # pragma: no cover
+
+
+INNER = 8  # tiles of 16 columns that the CUDA kernel packs together
+ROWS = 8192  # rows quantised at a time: a head in float32 need not fit into memory beside the model
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KINDS: dict[str, Any] = {"int4": Int4Linear, "int8": Int8Linear}
+
+
+def _int8(weight: Tensor, scales: Tensor) -> Tensor:
+    """Whole numbers (N, K) for a part of a matrix and its scales (N,)."""
+    return (weight.float() / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+
+
+def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers (N, K) and (N, K / 32, 2) scales and zeros for a part of a matrix.
+
+    Scale and zero are rounded to the matrix's own dtype first, so that the numbers fit what is stored.
+    """
+    groups = weight.float().view(len(weight), -1, GROUP)
+    low, high = groups.aminmax(dim=2)
+    scale = ((high - low) / 15).clamp(min=1e-6).to(weight.dtype)
+    zero = (low + 8 * scale.float()).to(weight.dtype)
+    numbers = (groups - zero.float()[..., None]).div_(scale.float()[..., None]).add_(8).round_().clamp_(0, 15)
+    return numbers.flatten(1).to(torch.uint8), torch.stack([scale, zero], dim=2)

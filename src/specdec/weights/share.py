@@ -1,0 +1,39 @@
+"""A second model out of a first: other layers where wanted, all other tensors shared, the first left as it is.
+
+Read next: ``head.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from specdec.errors import UnsupportedModel
+from specdec.weights.packed import PackedWeight
+
+
+def shared_copy(model: Any, layers: dict[torch.nn.Module, torch.nn.Module]) -> Any:
+    """A copy of ``model`` with ``layers`` exchanged (old: new), wherever the model refers to them.
+
+    Parameters are new objects over the same memory: moving or converting the copy leaves ``model`` alone,
+    and training ``model`` in place reaches the copy.
+
+    Raises:
+        UnsupportedModel: the model's forward passes are patched and would run the old layers.
+    """
+    for module in model.modules():
+        if "forward" in vars(module):
+            raise UnsupportedModel(
+                f"the forward of {type(module).__name__} is patched (as accelerate does to spread a model over "
+                "devices), and a copy would run the old layers; load the draft on one device"
+            )
+    memo: dict[int, Any] = {id(old): new for old, new in layers.items()}
+    for parameter in model.parameters():
+        if id(parameter) not in memo:
+            packed = isinstance(parameter, PackedWeight)
+            view = parameter if packed else torch.nn.Parameter(parameter.detach(), requires_grad=False)
+            memo[id(parameter)] = view
+    memo.update({id(buffer): buffer for buffer in model.buffers()})
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,39 @@
+"""Every proposer of the library, one row each: the list that laws, identity and contract tests run over.
+
+A row makes the draft and what `generate()` is given besides, from a draft model and the texts that the rows of
+the batch are expected to have (right or not).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from specdec import DraftModel, Fallback, NGram, Recycling, Store, Suffix
+
+Texts = list[list[int]]
+Row = Callable[[Any, Texts], tuple[Any, dict[str, Any]]]
+
+
+class Printed(Store):
+    """A store that takes in nothing new: the same guesses however often it is used."""
+
+    def __init__(self, texts: Texts) -> None:
+        super().__init__()
+        for text in texts:
+            super().add("reader", text)
+
+    def add(self, tenant, tokens):
+        pass
+
+
+PROPOSERS: dict[str, Row] = {
+    "none": lambda model, texts: (None, {}),
+    "model": lambda model, texts: (model, {}),
+    "ngram": lambda model, texts: (NGram(2), {}),
+    "suffix": lambda model, texts: (Suffix(), {}),
+    "store": lambda model, texts: (Suffix(store=Printed(texts)), {"tenant": "reader"}),
+    "recycling": lambda model, texts: (Recycling(), {}),
+    "fallback": lambda model, texts: (Fallback(Suffix(shortest=2), DraftModel(model)), {}),
+    "prediction": lambda model, texts: (None, {"prediction": texts}),
+    "prediction, suffix": lambda model, texts: (Suffix(), {"prediction": [*texts[:1], *[None] * (len(texts) - 1)]}),
+    "prediction, model": lambda model, texts: (model, {"prediction": [*texts[:1], *[None] * (len(texts) - 1)]}),
+}

@@ -1,0 +1,134 @@
+"""Every proposer against plain generate(): batches, processors, ends inside a block, shared noise, copies."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+import specdec.state as state_room
+from specdec import Fallback, Recycling, SpeculativeGenerator, Store, Suffix
+from specdec.proposers import draft_model as draft_model_room
+from specdec.proposers import suffix as suffix_room
+from specdec.proposers.prediction import Prediction
+from specdec.testing import assert_lossless
+
+from .contract import NEW, bart, llama, mistral, noisy, plain, prompts, t5
+from .proposers import PROPOSERS, Printed
+
+BATCHES = (1, 3)
+START = 9
+MODEL_FREE = [name for name in PROPOSERS if name not in ("none", "model")]
+
+OPTIONS = {
+    "plainly": lambda text: {},
+    "penalties": lambda text: {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2},
+    "bad words": lambda text: {"bad_words_ids": [[text[1], text[2]], [text[4]]], "suppress_tokens": [text[0]]},
+    "an end inside a block": lambda text: {"eos_token_id": text[3]},
+    "a criterion": lambda text: {"stopping_criteria": [lambda ids, _: ids[:, -1] == text[4]]},
+    "one position after the other": lambda text: {
+        "prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) * 5 + row + i) % 64 for i in range(1, 9)]
+    },
+}  # fmt: skip
+
+
+@cache
+def expected(target, batch):
+    """Plain text of every row with two tokens changed: guesses that are right, wrong and right again."""
+    text = plain(target, prompts(batch))[:, START:].clone()
+    text[:, 2] = 5
+    text[:, 6] = 7
+    return text.tolist()
+
+
+def built(name, target, batch, **options):
+    draft, given = PROPOSERS[name](noisy(target), expected(target, batch))
+    return SpeculativeGenerator(target, draft, **{"num_draft_tokens": 3, **options}), given
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_greedy_text_is_that_of_plain(name, option, batch):
+    text = plain(llama(), prompts(batch))[-1, START:].tolist()
+    options = OPTIONS[option](text)
+    gen, given = built(name, llama(), batch)
+    got = gen.generate(**prompts(batch), max_new_tokens=NEW, do_sample=False, **options, **given)
+    assert got.tolist() == plain(llama(), prompts(batch), **options).tolist()
+    if name in ("model", "store", "prediction") and option == "plainly":
+        assert gen.stats.accepted > 0
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", MODEL_FREE)
+def test_windows_and_a_long_draft(name, batch):
+    gen, given = built(name, mistral(), batch, num_draft_tokens=12)
+    got = gen.generate(**prompts(batch), max_new_tokens=24, do_sample=False, **given)
+    assert got.tolist() == plain(mistral(), prompts(batch), max_new_tokens=24).tolist()
+
+
+@pytest.mark.parametrize("make", [t5, bart])
+@pytest.mark.parametrize("name", MODEL_FREE)
+def test_encoder_decoder(name, make):
+    draft, given = PROPOSERS[name](noisy(make()), [[5, 9, 9, 3]] * 3)
+    gen = SpeculativeGenerator(make(), draft)
+    got = gen.generate(**prompts(3), max_new_tokens=NEW, do_sample=False, **given)
+    assert got.tolist() == plain(make(), prompts(3)).tolist()
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_text_with_shared_noise_is_the_same_for_every_proposer(name, batch, tokens):
+    target = llama(0, torch.float64)
+    options = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 12}
+    wanted = SpeculativeGenerator(target, None, verification="coupled", seed=7).generate(
+        **prompts(batch), **options
+    )
+    # what is expected is right for some rows here, so that guesses are kept as well
+    draft, given = PROPOSERS[name](noisy(target), wanted[:, START:].tolist())
+    gen = SpeculativeGenerator(target, draft, verification="coupled", seed=7, num_draft_tokens=tokens)
+    assert gen.generate(**prompts(batch), **options, **given).tolist() == wanted.tolist()
+    if name.startswith("prediction") or name == "store":
+        assert gen.stats.accepted > 0
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_one_copy_to_the_host_a_round(name, batch, monkeypatch):
+    calls = []
+    original = state_room.to_host
+    for room in (state_room, draft_model_room, suffix_room):
+        monkeypatch.setattr(room, "to_host", lambda tensor: calls.append(1) or original(tensor))
+    gen, given = built(name, llama(), batch)
+    gen.generate(**prompts(batch), max_new_tokens=NEW, do_sample=False, **given)
+    assert gen.stats.host_copies == gen.stats.rounds
+    assert len(calls) == gen.stats.rounds + 1  # and the prompt's
+
+
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_a_call_leaves_nothing_behind(name):
+    """The second call of a generator does what the first did."""
+    gen, given = built(name, llama(), 3)
+    seen = []
+    for _ in range(2):
+        gen.generate(**prompts(3), max_new_tokens=NEW, do_sample=False, **given)
+        seen.append((gen.stats.rounds, gen.stats.drafted, gen.stats.accepted))
+    assert seen[0] == seen[1]
+
+
+TEXT = [3, 4, 1, 2, 3, 1, 4, 4]
+LOSSLESS = {
+    "suffix": lambda: Suffix(),
+    "store": lambda: Suffix(store=Printed([TEXT]), tenant="reader"),
+    "a store that fills up": lambda: Suffix(store=Store(tokens=30), tenant="me"),
+    "recycling": lambda: Recycling(),
+    "fallback": lambda: Fallback(Suffix(shortest=3), Recycling()),
+    "prediction": lambda: Prediction([np.array(TEXT)]),
+    "prediction, suffix": lambda: Fallback(Prediction([np.array(TEXT)]), Suffix()),
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_lossless(name):
+    assert_lossless(LOSSLESS[name](), samples=1000)

@@ -1,0 +1,444 @@
+"""A draft with another tokenizer: the map, the text between two tokenizers, and greedy text equal to plain.
+
+Its law is in `tests/laws/test_translated_law.py`.
+"""
+
+import copy
+import gc
+import warnings
+import weakref
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from specdec import InvalidInput, SpeculativeGenerator, TranslatedDraft, VocabularyMismatch
+from specdec.proposers import draft_past
+from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
+from specdec.proposers.vocabulary import Vocabulary, pair, pieces_of, shared_ids, split_unfinished
+from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+
+from .parrot import TEXTS, Parrot, byte_level, characters, metaspace
+
+KINDS = {
+    "bytes 300": lambda: byte_level(300),
+    "bytes 420": lambda: byte_level(420),
+    "spaces 345": lambda: metaspace(345),
+    "spaces 400": lambda: metaspace(400),
+}
+PAIRS = [(one, other) for one in KINDS for other in KINDS if one != other]
+METHODS = ("tokens", "strings")
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?éß東🌊"
+
+
+@cache
+def tokenizer(kind):
+    return KINDS[kind]()
+
+
+@cache
+def parrot(kind):
+    return Parrot(tokenizer(kind))
+
+
+def translator(target, draft):
+    ours, theirs = tokenizer(target), tokenizer(draft)
+    return Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+
+
+def prompts(kind, cuts=(14, 8, 22)):
+    texts = [text[:cut] for text, cut in zip(TEXTS, cuts, strict=True)]
+    inputs = tokenizer(kind)(texts, return_tensors="pt", padding=True)
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+# --- the map ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_say_what_the_ids_stand_for(kind):
+    vocabulary = Vocabulary(tokenizer(kind))
+    assert vocabulary.pieces.kind == ("byte-level" if kind.startswith("bytes") else "sentencepiece")
+    texts = [*TEXTS, " leading", "  two", "\n\n", "x", "", "🌊東é", "a</s>"]
+    for text, ids in zip(texts, vocabulary.encode(texts), strict=True):
+        assert vocabulary.pieces.join(ids) == text.encode()
+
+
+@pytest.mark.parametrize(("target", "draft"), PAIRS)
+def test_pairs_stand_for_the_same_and_are_one_to_one(target, draft):
+    shared = shared_ids(tokenizer(target), tokenizer(draft))
+    ours, theirs = pieces_of(tokenizer(target)), pieces_of(tokenizer(draft))
+    assert len(set(shared.draft_ids.tolist())) == len(set(shared.target_ids.tolist())) == len(shared.draft_ids)
+    for one, other in zip(shared.draft_ids.tolist(), shared.target_ids.tolist(), strict=True):
+        assert theirs.of[one] == ours.of[other]
+        assert (one in theirs.special) == (other in ours.special)
+    missed = set(theirs.of) & set(ours.of) - {theirs.of[one] for one in shared.draft_ids.tolist()}
+    assert missed <= {b"", b"<unk>"}
+    assert shared.of_draft == len(shared.draft_ids) / len(tokenizer(draft))
+
+
+def test_special_tokens_are_paired_by_content_and_by_role():
+    ours, theirs = byte_level(300), byte_level(300)
+    theirs.add_special_tokens({"eos_token": "<end>", "bos_token": "<begin>"})
+    shared = shared_ids(ours, theirs)
+    pairs = dict(zip(shared.draft_ids.tolist(), shared.target_ids.tolist(), strict=True))
+    # "</s>" is still a special token there, and the same one
+    assert pairs[theirs.convert_tokens_to_ids("</s>")] == ours.eos_token_id
+    assert pairs[theirs.convert_tokens_to_ids("<|turn|>")] == ours.convert_tokens_to_ids("<|turn|>")
+    assert theirs.eos_token_id not in pairs
+    unlike = byte_level(300)
+    unlike.add_special_tokens({"eos_token": "<end>"})
+    other = pair(pieces_of(metaspace(345)), pieces_of(unlike))
+    assert unlike.eos_token_id not in other.draft_ids  # "</s>" has taken the part
+
+
+def test_the_end_of_the_draft_is_the_end_of_the_target():
+    ours, theirs = characters("ab"), characters("ba")
+    ours.add_special_tokens({"eos_token": "<stop>"})
+    theirs.add_special_tokens({"eos_token": "<end>"})
+    shared = shared_ids(ours, theirs)
+    assert dict(zip(shared.draft_ids.tolist(), shared.target_ids.tolist(), strict=True)) == {0: 1, 1: 0, 2: 2}
+
+
+def test_an_ordinary_token_is_no_special_one():
+    ours, theirs = characters("ab"), characters("ba")
+    ours.add_special_tokens({"eos_token": "<x>"})
+    theirs.add_tokens(["<x>"])
+    assert shared_ids(ours, theirs).draft_ids.tolist() == [0, 1]
+
+
+def test_a_map_is_made_once_and_kept_as_long_as_its_tokenizers(monkeypatch):
+    ours, theirs = characters("abc"), characters("cab")
+    first = shared_ids(ours, theirs)
+    assert shared_ids(ours, theirs) is first
+    theirs.add_tokens(["d"])
+    assert shared_ids(ours, theirs) is not first
+    gone = weakref.ref(theirs)
+    del theirs
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_twin_with_its_ids_shuffled_is_always_right():
+    """The same model under a permutation of its vocabulary: every guess must be kept, sampled ones too."""
+    size = len(LETTERS)
+    generator = torch.Generator().manual_seed(3)
+    order = torch.randperm(size, generator=generator)
+    target = tiny_llama(vocabulary=size)
+    draft = copy.deepcopy(target)
+    with torch.no_grad():
+        draft.model.embed_tokens.weight.copy_(target.model.embed_tokens.weight[order])
+        draft.lm_head.weight.copy_(target.lm_head.weight[order])
+    ours, theirs = characters(LETTERS), characters("".join(LETTERS[i] for i in order))
+    prompt = {**ragged_prompt(vocabulary=size), "max_new_tokens": 24}
+    sampled = {"do_sample": True, "top_k": 0, "temperature": 0.8}
+    for method, options in (("tokens", {}), ("strings", {}), ("tokens", sampled)):
+        proposer = TranslatedDraft(draft, ours, theirs, method=method)
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=5, seed=1)
+        gen.generate(**prompt, **options)
+        assert gen.stats.drafted > 20
+        # sampled rows differ by rounding
+        assert gen.stats.acceptance_rate > (0.98 if options else 0.9999)
+
+
+# --- between two tokenizers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "draft"), PAIRS)
+def test_committed_text_becomes_the_ids_that_the_draft_would_have(target, draft):
+    """Token by token, across merges and split characters; what is settled stays."""
+    between = translator(target, draft)
+    theirs = between.draft
+    for text in TEXTS:
+        ids = between.target.encode([text])[0]
+        row, head = DraftRow(5, b""), []
+        for one in ids:
+            said = row.add(between.bytes_of(np.array([one])))
+            head += row.encoded(theirs.encode([said])[0], between)
+            assert row.settled == 5 + len(head)
+            assert len(row.tail) < LONGEST_TAIL
+        assert theirs.pieces.join(head + row.tail) == text.encode()
+        assert row.known
+        assert head + row.tail == theirs.encode([text])[0]
+
+
+def test_a_split_character_is_fed_as_bytes():
+    between = translator("bytes 300", "spaces 345")
+    row = DraftRow(0, b"")
+    said = row.add("é🌊".encode()[:-1])
+    row.encoded(between.draft.encode([said])[0], between)
+    assert row.known
+    assert between.draft.pieces.join(row.tail) == "é🌊".encode()[:-1]
+
+
+def test_without_bytes_a_split_character_stops_the_draft():
+    ours, theirs = byte_level(300), characters("abé")
+    between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+    row = DraftRow(0, b"")
+    row.encoded(between.draft.encode([row.add("aé".encode()[:-1])])[0], between)
+    assert not row.known
+    row.encoded(between.draft.encode([row.add("é".encode()[-1:])])[0], between)
+    assert row.known
+    assert between.draft.pieces.join(row.tail) == "aé".encode()
+
+
+def test_a_text_that_a_tokenizer_cannot_say_is_left_behind():
+    """A normaliser that changes the text: the tail cannot be cut, and does not grow for ever."""
+    ours, theirs = characters("AB"), characters("AB")
+    theirs.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace("B", "A")
+    between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+    row = DraftRow(0, b"")
+    for _ in range(300):
+        row.encoded(between.draft.encode([row.add(b"B")])[0], between)
+        assert len(row.tail) <= LONGEST_TAIL + 1
+    assert row.settled > 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_behind_committed_tokens(kind):
+    between = translator(kind, "bytes 300")
+    vocabulary = between.target
+    for text in TEXTS:
+        ids = vocabulary.encode([text])[0]
+        for cut in range(1, len(ids) - 1):
+            rest = vocabulary.pieces.join(ids[cut:])
+            (found,) = between.follow([np.array(ids[:cut])], [rest])
+            assert found == ids[cut:] or not found
+        found = between.follow([np.array(ids[:6])] * 2, [vocabulary.pieces.join(ids[6:]), b""])
+        assert found == [ids[6:], []]
+
+
+def test_text_that_would_change_a_committed_token_is_no_guess():
+    between = translator("bytes 420", "bytes 300")
+    ids = between.target.encode(["The quick"])[0]
+    assert between.target.pieces.of[ids[-1]] == b" quick"
+    cut = between.target.encode(["The qui"])[0]
+    assert between.follow([np.array(cut)], [b"ck brown"]) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "rest"),
+    [
+        (b"ab", "ab", b""),
+        ("aé".encode()[:-1], "a", b"\xc3"),
+        ("🌊".encode()[:3], "", "🌊".encode()[:3]),
+        (b"\xffa", "\ufffda", b""),
+        (b"a\xe6\x9d", "a", b"\xe6\x9d"),
+    ],
+)
+def test_split_unfinished(data, text, rest):
+    assert split_unfinished(data) == (text, rest)
+
+
+# --- greedy text is that of plain generate() -------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("target", "draft"), PAIRS)
+def test_reciting_the_same_text(target, draft, method):
+    """Target and draft agree in all but their tokens: the text is plain's, and guesses are kept."""
+    model = parrot(target)
+    plain = model.generate(**prompts(target), max_new_tokens=60, do_sample=False)
+    proposer = TranslatedDraft(parrot(draft), tokenizer(target), tokenizer(draft), method=method)
+    gen = SpeculativeGenerator(model, proposer, num_draft_tokens=4)
+    assert gen.generate(**prompts(target), max_new_tokens=60, do_sample=False).tolist() == plain.tolist()
+    least = {"tokens": 0.25, "strings": 0.6}[method]
+    assert gen.stats.acceptance_rate > least
+    assert (gen.stats.row_accepted > 0).all()
+    assert gen.stats.drafting.startswith(f"{method}: asked for; ")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", ["slots", "columns", "snapshot"])
+@pytest.mark.parametrize(
+    ("target", "draft"), [("bytes 300", "spaces 345"), ("spaces 400", "bytes 420"), ("bytes 420", "bytes 300")]
+)
+def test_random_text(target, draft, layout, method):
+    """Random tokens: broken characters, special tokens in the text, rows that no text stands for."""
+    sizes = [len(tokenizer(kind)) for kind in (target, draft)]
+    model = tiny_llama(vocabulary=sizes[0], eos_token_id=7)
+    prompt = ragged_prompt((9, 5, 1, 12), sizes[0])
+    proposer = TranslatedDraft(
+        tiny_llama(1, vocabulary=sizes[1]), tokenizer(target), tokenizer(draft), method=method,
+        confidence=0, layout=layout,
+    )  # fmt: skip
+    plain = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    for guesses in (1, 4):
+        gen = SpeculativeGenerator(model, proposer, num_draft_tokens=guesses)
+        assert gen.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
+        assert gen.stats.drafted > 0
+        name = "columns+snapshot" if layout == "snapshot" else layout
+        assert gen.stats.draft_layout == name
+
+
+def test_what_the_draft_was_fed_is_the_committed_text(monkeypatch):
+    """After every round the draft's past, forgotten and fed again, scores like the same text fed afresh."""
+    sizes = [len(tokenizer(kind)) for kind in ("bytes 420", "bytes 300")]
+    draft = tiny_llama(1, vocabulary=sizes[1])
+    seen = []
+    right = draft_past.DraftPast.scores
+
+    def watched(self, step):
+        scores = right(self, step)
+        if step == 0:
+            for b in np.flatnonzero(self._active):
+                width = int(self.lengths[b])
+                start = int(self._starts[b])
+                with torch.no_grad():
+                    fresh = draft(torch.from_numpy(self._host[b, start:width].copy())[None]).logits[0, -1]
+                seen.append(float((fresh - scores[b]).abs().max()))
+        return scores
+
+    monkeypatch.setattr(draft_past.DraftPast, "scores", watched)
+    model = parrot("bytes 420")
+    for method in METHODS:
+        proposer = TranslatedDraft(
+            draft, tokenizer("bytes 420"), tokenizer("bytes 300"), method=method, confidence=0
+        )
+        gen = SpeculativeGenerator(model, proposer, num_draft_tokens=5)
+        gen.generate(**prompts("bytes 420"), max_new_tokens=30)
+    assert len(seen) > 60
+    assert max(seen) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shared_noise_gives_the_same_text_with_any_draft(method):
+    sizes = [len(tokenizer(kind)) for kind in ("bytes 300", "bytes 420")]
+    model = tiny_llama(vocabulary=sizes[0])
+    options = {"do_sample": True, "max_new_tokens": 20, "top_p": 0.9}
+    plain = SpeculativeGenerator(model, None, verification="coupled", seed=5)
+    proposer = TranslatedDraft(
+        tiny_llama(1, vocabulary=sizes[1]), tokenizer("bytes 300"), tokenizer("bytes 420"), method=method
+    )
+    gen = SpeculativeGenerator(model, proposer, num_draft_tokens=4, verification="coupled", seed=5)
+    prompt = ragged_prompt(vocabulary=sizes[0])
+    assert gen.generate(**prompt, **options).tolist() == plain.generate(**prompt, **options).tolist()
+    assert gen.stats.drafted > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_processors_conditions_and_several_sequences(method):
+    sizes = [len(tokenizer(kind)) for kind in ("spaces 345", "bytes 420")]
+    model = tiny_llama(vocabulary=sizes[0])
+    proposer = TranslatedDraft(
+        noisy_copy(tiny_llama(1, vocabulary=sizes[1])),
+        tokenizer("spaces 345"),
+        tokenizer("bytes 420"),
+        method=method,
+    )
+    prompt = ragged_prompt(vocabulary=sizes[0])
+    options = {
+        "max_new_tokens": 25, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "do_sample": False,
+        "stop_strings": ["e"], "tokenizer": tokenizer("spaces 345"),
+    }  # fmt: skip
+    plain = model.generate(**prompt, **options)
+    gen = SpeculativeGenerator(model, proposer, num_draft_tokens=4)
+    assert gen.generate(**prompt, **options).tolist() == plain.tolist()
+    out = gen.generate(**prompt, do_sample=True, num_return_sequences=2, max_new_tokens=10)
+    assert out.shape == (6, 19)
+
+
+# --- the front door --------------------------------------------------------------------------------
+
+
+def pair_of_models():
+    sizes = [len(tokenizer(kind)) for kind in ("bytes 420", "bytes 300")]
+    return [tiny_llama(seed, vocabulary=size) for seed, size in enumerate(sizes)]
+
+
+def test_both_tokenizers_make_the_pair_work():
+    target, draft = pair_of_models()
+    options = {"tokenizer": tokenizer("bytes 420"), "draft_tokenizer": tokenizer("bytes 300")}
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, **options)
+    prompt = ragged_prompt(vocabulary=400)
+    plain = target.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert gen.generate(**prompt, max_new_tokens=12, do_sample=False).tolist() == plain.tolist()
+    assert gen.stats.drafting == (
+        "strings: greedy text has no use for probabilities; 100% of the draft's ids are shared"
+    )
+    gen.generate(**prompt, max_new_tokens=12, do_sample=True)
+    assert gen.stats.drafting == "tokens: sampling, with enough ids in common; 100% of the draft's ids are shared"
+
+
+def test_without_tokenizers_the_error_asks_for_them():
+    target, draft = pair_of_models()
+    with pytest.raises(VocabularyMismatch, match=r"Pass both tokenizers, `tokenizer`.*`draft_tokenizer`"):
+        SpeculativeGenerator(target, draft, tokenizer=tokenizer("bytes 420"))
+
+
+def test_the_same_ids_need_no_translation():
+    target, draft = (tiny_llama(seed, vocabulary=300) for seed in (0, 1))
+    options = {"tokenizer": byte_level(300), "draft_tokenizer": byte_level(300)}
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, **options)
+    gen.generate(**ragged_prompt(vocabulary=300), max_new_tokens=8)
+    assert gen.stats.drafting == ""
+    assert gen.stats.draft_forwards > 0
+
+
+def test_vocabularies_with_nothing_in_common():
+    target, draft = tiny_llama(vocabulary=4), tiny_llama(1, vocabulary=4)
+    prompt = torch.tensor([[0, 1, 2]])
+    options = {"tokenizer": characters("abcd"), "draft_tokenizer": characters("wxyz")}
+    with pytest.warns(UserWarning, match=r"little in common \(0\.0% of"):
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, **options)
+    for sample in (False, True):
+        gen.generate(prompt, max_new_tokens=8, do_sample=sample)
+        assert gen.stats.drafting.startswith("strings")
+        assert gen.stats.drafted == 0
+    with pytest.warns(UserWarning, match="little in common"):
+        forced = TranslatedDraft(draft, *options.values(), method="tokens")
+    gen = SpeculativeGenerator(target, forced, num_draft_tokens=4)
+    plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert gen.generate(prompt, max_new_tokens=8, do_sample=False).tolist() == plain.tolist()
+
+
+def test_a_draft_that_is_too_short_for_the_text():
+    target = tiny_llama(vocabulary=300)
+    draft = tiny_llama(1, vocabulary=345, max_position_embeddings=24)
+    prompt = ragged_prompt((9, 6), 300)
+    plain = target.generate(**prompt, max_new_tokens=40, do_sample=False)
+    proposer = TranslatedDraft(draft, tokenizer("bytes 300"), tokenizer("spaces 345"), confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
+    assert gen.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
+    assert 0 < gen.stats.drafted < 40
+    long = ragged_prompt((60,), 300)
+    with pytest.warns(UserWarning, match="drafts nothing with LlamaForCausalLM: the prompt has"):
+        gen.generate(**long, max_new_tokens=8, do_sample=False)
+    assert gen.stats.drafted == 0
+
+
+def test_a_tokenizer_that_refuses_a_text_breaks_nothing(monkeypatch):
+    target, draft = pair_of_models()
+    theirs = byte_level(300)
+    calls = []
+    right = type(theirs).__call__
+
+    def moody(self, texts, **options):
+        if self is theirs and calls.append(0) is None and len(calls) > 4:
+            raise ValueError("no")
+        return right(self, texts, **options)
+
+    monkeypatch.setattr(type(theirs), "__call__", moody)
+    proposer = TranslatedDraft(draft, tokenizer("bytes 420"), theirs, confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
+    prompt = ragged_prompt(vocabulary=400)
+    plain = target.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert gen.generate(**prompt, max_new_tokens=12, do_sample=False).tolist() == plain.tolist()
+    assert len(calls) > 6
+
+
+@pytest.mark.parametrize("options", [{"method": "tli"}, {"confidence": 2}])
+def test_arguments_out_of_range(options):
+    _, draft = pair_of_models()
+    with pytest.raises(InvalidInput, match=next(iter(options))):
+        TranslatedDraft(draft, tokenizer("bytes 420"), tokenizer("bytes 300"), **options)
+
+
+def test_nothing_is_warned_about_an_ordinary_pair():
+    target, draft = pair_of_models()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        options = {"tokenizer": tokenizer("bytes 420"), "draft_tokenizer": tokenizer("bytes 300")}
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, **options)
+        gen.generate(**ragged_prompt(vocabulary=400), max_new_tokens=8)

@@ -1,0 +1,338 @@
+"""Packed weights change nothing; quantised and pruned drafts are just drafts; the given models stay as they are."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch.nn import Linear
+
+import specdec.weights.packed as packed
+from specdec import (
+    DraftModel,
+    InvalidInput,
+    SpeculativeGenerator,
+    UnsupportedModel,
+    pack_weights,
+    prune_head,
+    quantize_draft,
+    unpack_weights,
+)
+from specdec.testing import TableModel, assert_lossless, ragged_prompt, tiny_llama
+from specdec.weights.packed import PackedWeight
+
+from .contract import assert_untouched, bart, fingerprint, t5
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+FORMS = {
+    "int8": lambda model: quantize_draft(model, "int8", keep=False),
+    "int4": lambda model: quantize_draft(model, "int4"),
+    "int4 alone": lambda model: quantize_draft(model, "int4", keep=False),
+    "pruned": lambda model: prune_head(model, [3, 3, 7, 7, 7, 9], 32),
+    "pruned int4": lambda model: quantize_draft(prune_head(model, [], 32), "int4", keep=False),
+}
+
+
+def linears(model):
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def plain(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(states, others):
+    return states.keys() == others.keys() and all(torch.equal(states[name], others[name]) for name in states)
+
+
+# --- packed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_packing_is_reversible_and_keeps_the_text(dtype, tied):
+    model = tiny_llama(dtype=dtype, tie_word_embeddings=tied)
+    if not packed.packable(model.lm_head.weight):
+        pytest.skip(f"this processor does not multiply {dtype}")
+    inputs, before, untouched = ragged_prompt(), plain(model), fingerprint(model)
+    parameters = {name: id(value) for name, value in model.named_parameters()}
+    head = model.lm_head.weight if tied else None
+    text = model.generate(**inputs, **GREEDY)
+    handle = pack_weights(model)
+    assert handle.layers == len(linears(model)) == 15
+    assert all(isinstance(module.weight, PackedWeight) for module in linears(model))
+    assert handle.packed_bytes == sum(module.weight.nbytes for module in linears(model))
+    assert handle.doubled_bytes == (head.nbytes if tied else 0)
+    assert torch.equal(model.generate(**inputs, **GREEDY), text)
+    gen = SpeculativeGenerator(model, tiny_llama(seed=0, dtype=dtype), num_draft_tokens=3)
+    assert torch.equal(gen.generate(**inputs, **GREEDY), text)
+    assert gen.stats.drafted > 0
+    assert model.dtype == dtype
+    assert model.device.type == "cpu"
+    assert model.num_parameters() == tiny_llama(dtype=dtype, tie_word_embeddings=tied).num_parameters() + (
+        handle.doubled_bytes // before["lm_head.weight"].element_size()
+    )
+    assert same(model.state_dict(), before)
+    handle.unpack()
+    assert {type(module.weight) for module in linears(model)} == {torch.nn.Parameter}
+    assert_untouched(model, untouched)
+    assert head is None or model.lm_head.weight is model.model.embed_tokens.weight is head
+    assert parameters.keys() == dict(model.named_parameters()).keys()
+
+
+def test_scores_are_those_of_the_plain_weights():
+    model, inputs = tiny_llama(), ragged_prompt()
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        with pack_weights(model):
+            torch.testing.assert_close(model(**inputs).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_only_plain_linear_layers_are_packed():
+    class Adapter(Linear):
+        pass
+
+    model = torch.nn.Sequential(Linear(32, 32), Adapter(32, 32), torch.nn.Embedding(4, 32), Linear(32, 32).half())
+    assert pack_weights(model).layers == 1
+    assert not isinstance(model[1].weight, PackedWeight)
+    with pytest.raises(UnsupportedModel, match="no linear layer that can be packed"):
+        pack_weights(model[1:])
+
+
+def test_packing_twice_leaves_what_is_packed():
+    model = torch.nn.Sequential(Linear(32, 32), Linear(32, 32))
+    with pack_weights(model), pytest.raises(UnsupportedModel):
+        pack_weights(model)
+    assert type(model[0].weight) is torch.nn.Parameter
+
+
+def test_shared_weights_stay_shared():
+    model = torch.nn.Sequential(Linear(32, 32), Linear(32, 32), Linear(32, 32))
+    model[2].weight = model[0].weight
+    before = plain(model)
+    handle = pack_weights(model)
+    assert handle.layers == 2
+    assert handle.doubled_bytes == 0
+    assert model[2].weight is model[0].weight
+    handle.unpack()
+    assert model[2].weight is model[0].weight
+    assert same(plain(model), before)
+
+
+def test_packed_weights_refuse_to_be_written_and_read_as_plain():
+    model = torch.nn.Sequential(Linear(32, 16))
+    before = plain(model)
+    weight = model[0].weight.detach().clone()
+    with pack_weights(model):
+        for write in (
+            lambda: model.load_state_dict(before),
+            lambda: model.half(),
+            lambda: model[0].weight.copy_(weight),
+            lambda: setattr(model[0].weight, "data", weight),
+            lambda: model[0].weight.add_(1),
+        ):
+            with torch.no_grad(), pytest.raises((UnsupportedModel, RuntimeError), match=r"packed|dimensions"):
+                write()
+        assert model.to("cpu") is model
+        assert torch.equal(model[0].weight.T @ torch.eye(16), weight.T)
+        assert torch.equal(torch.zeros(16, 32).copy_(model[0].weight), weight)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert type(copied[0].weight) is torch.nn.Parameter
+            assert same(plain(copied), before)
+    assert same(plain(model), before)
+
+
+def test_what_the_kernel_cannot_compute_goes_through_the_plain_matrix():
+    layer = torch.nn.Sequential(Linear(32, 16))
+    states = torch.randn(3, 32)
+    wanted = torch.autograd.functional.jacobian(layer, states)
+    with pack_weights(layer):
+        assert torch.allclose(torch.autograd.functional.jacobian(layer, states), wanted)
+        assert layer(torch.zeros(0, 32)).shape == (0, 16)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert layer(states).dtype == torch.bfloat16
+        with torch.no_grad():
+            slanted = torch.randn(2, 32, 5).transpose(1, 2)  # not contiguous
+            torch.testing.assert_close(layer(slanted), layer(slanted.contiguous()))
+
+
+def test_nothing_is_left_packed_after_an_exception(monkeypatch):
+    model = tiny_llama()
+    before = plain(model)
+    with pytest.raises(KeyError), pack_weights(model):
+        raise KeyError
+    assert not any(isinstance(module.weight, PackedWeight) for module in linears(model))
+    right, calls = packed._put, []
+
+    def fails(module, weight):
+        calls.append(module)
+        if len(calls) == 4:
+            raise MemoryError
+        right(module, weight)
+
+    monkeypatch.setattr(packed, "_put", fails)
+    with pytest.raises(MemoryError):
+        pack_weights(model)
+    unpack_weights(model)
+    assert not any(isinstance(module.weight, PackedWeight) for module in linears(model))
+    assert same(plain(model), before)
+
+
+# --- quantised -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "levels"), [("int8", 254), ("int4", 15)])
+def test_quantised_weights_are_within_half_a_step(kind, levels, dtype):
+    layer = Linear(64, 48, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.mul_(torch.linspace(0.1, 3, 64)).add_(0.2)
+        model = tiny_llama(hidden_size=64, vocabulary=48, dtype=dtype)
+        model.lm_head = layer
+        head = quantize_draft(model, kind, keep=False).lm_head
+        got = torch.cat([head(row[None]) for row in torch.eye(64, dtype=dtype)]).float() - layer.bias.float()
+    weight = layer.weight.detach().float().T
+    groups = weight.T.view(48, -1, 32 if kind == "int4" else 64)
+    spread = groups.amax(2) - groups.amin(2) if kind == "int4" else 2 * groups.abs().amax(2)
+    step = (spread / levels).repeat_interleave(groups.shape[2], 1).T
+    rounding = 0.02 * weight.abs().max() if dtype == torch.bfloat16 else 1e-5
+    assert ((got - weight).abs() <= step / 2 + rounding).all()
+    assert (got - weight).abs().max() > 0
+
+
+def test_a_draft_shares_all_but_linear_weights_and_leaves_the_model_alone():
+    model = tiny_llama(tie_word_embeddings=True)
+    before = fingerprint(model)
+    for make in FORMS.values():
+        draft = make(model)
+        assert type(draft) is type(model)
+        assert draft.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+        assert draft.model.norm.weight.data_ptr() == model.model.norm.weight.data_ptr()
+        draft.config.pad_token_id = 5
+        draft.generation_config.pad_token_id = 5
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            draft.model.embed_tokens.half()
+        assert_untouched(model, before)
+
+
+def test_a_quantised_draft_stays_where_it_is():
+    draft = quantize_draft(tiny_llama(), "int4")
+    assert draft.to(torch.float32) is draft
+    with pytest.raises(UnsupportedModel, match=r"stays in torch\.float32 on cpu"):
+        draft.bfloat16()
+
+
+def test_wide_passes_go_through_the_given_weights():
+    model = tiny_llama()
+    states = torch.randn(2, 16, 32)
+    with torch.no_grad():
+        wanted = model.lm_head(states)
+        assert torch.equal(quantize_draft(model, "int4").lm_head(states), wanted)
+        assert not torch.equal(quantize_draft(model, "int4", keep=False).lm_head(states), wanted)
+        draft = quantize_draft(model, "int4")
+        with pack_weights(model):
+            torch.testing.assert_close(draft.lm_head(states), wanted)
+
+
+def test_sizes_that_the_kernel_refuses_stay_as_they_are():
+    model = tiny_llama(vocabulary=50)
+    draft = quantize_draft(model, "int4")
+    assert type(draft.lm_head) is Linear
+    assert type(draft.model.layers[0].mlp.up_proj) is not Linear
+    assert type(quantize_draft(model, "int8").lm_head) is not Linear
+
+
+def test_models_that_cannot_be_quantised_are_refused():
+    with pytest.raises(InvalidInput, match="kind='int3'"):
+        quantize_draft(tiny_llama(), "int3")
+    for word in ("self-int4", "self-int8"):
+        for target in (t5(), bart()):
+            with pytest.raises(UnsupportedModel, match="encoder-decoder"):
+                SpeculativeGenerator(target, word)
+    with pytest.raises(UnsupportedModel, match="no linear layer that can be quantised"):
+        SpeculativeGenerator(TableModel(torch.zeros(3, 3, 3)), "self-int4")
+    with pytest.raises(UnsupportedModel, match="no linear layer that can be quantised"):
+        quantize_draft(tiny_llama(dtype=torch.float64), "int8")
+    patched = tiny_llama()
+    patched.model.forward = patched.model.forward
+    with pytest.raises(UnsupportedModel, match="patched"):
+        quantize_draft(patched, "int8")
+
+
+# --- pruned ----------------------------------------------------------------------------------------
+
+
+def test_a_pruned_head_scores_special_then_frequent_then_low_tokens():
+    model = tiny_llama()
+    model.generation_config.eos_token_id = [60, 61]
+    draft = prune_head(model, torch.tensor([[40, 41, 41], [50, 50, 50]]), 8)
+    # padding 0, beginning 1, ends 60 and 61; then 50 and 41 and 40; then the lowest left
+    assert draft.lm_head.kept.tolist() == [0, 1, 2, 40, 41, 50, 60, 61]
+    ids = ragged_prompt()["input_ids"]
+    with torch.no_grad():
+        got, wanted = draft(ids).logits, model(ids).logits
+    kept = torch.zeros(64, dtype=torch.bool)
+    kept[draft.lm_head.kept] = True
+    assert got.shape == wanted.shape
+    torch.testing.assert_close(got[..., kept], wanted[..., kept])
+    assert (got[..., ~kept] == -torch.inf).all()
+
+
+def test_what_cannot_be_pruned_is_refused():
+    model = tiny_llama()
+    for n in (0, 65, True, 2.5):
+        with pytest.raises(InvalidInput, match="n="):
+            prune_head(model, [], n)
+    for ids in ([64], [-1], [0.5]):
+        with pytest.raises(InvalidInput, match="text_ids"):
+            prune_head(model, ids, 8)
+    with pytest.raises(UnsupportedModel, match="Prune before quantising"):
+        prune_head(quantize_draft(model, "int8"), [], 8)
+
+
+# --- just drafts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_text_is_the_targets_own(form):
+    target, inputs = tiny_llama(tie_word_embeddings=True), ragged_prompt()
+    gen = SpeculativeGenerator(target, FORMS[form](target), num_draft_tokens=3)
+    assert torch.equal(gen.generate(**inputs, **GREEDY), target.generate(**inputs, **GREEDY))
+    assert 0 < gen.stats.accepted < gen.stats.drafted or form == "int8"
+    options = {"do_sample": True, "max_new_tokens": 12, "seed": 3}
+    texts = [
+        SpeculativeGenerator(target, draft, verification="coupled").generate(**inputs, **options)
+        for draft in (None, FORMS[form](target))
+    ]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("word", ["self-int4", "self-int8"])
+def test_the_targets_own_weights_as_its_draft(word):
+    target, inputs = tiny_llama(), ragged_prompt((9,))
+    before = fingerprint(target)
+    gen = SpeculativeGenerator(target, word)
+    assert torch.equal(gen.generate(**inputs, **GREEDY), target.generate(**inputs, **GREEDY))
+    assert gen.stats.acceptance_rate > 0.1
+    assert_untouched(target, before)
+
+
+class OfTheTarget:
+    """A proposer made of whatever target the call brings."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def begin(self, call):
+        return DraftModel(self.make(call.target)).begin(call)
+
+
+@pytest.mark.parametrize("form", ["int8", "pruned int8"])
+def test_the_law_of_sampled_text(form):
+    def make(target):
+        draft = prune_head(target, [2, 3, 3], 3) if form == "pruned int8" else target
+        return quantize_draft(draft, "int8", keep=False)
+
+    assert_lossless(OfTheTarget(make))
