@@ -324,6 +324,12 @@ def test_a_static_cache_has_room_for_no_more_than_the_text(new):
     assert_same_cache(got.past_key_values, wanted.past_key_values)
 
 
+def test_the_size_of_a_static_cache():
+    options = {**DICT, "cache_implementation": "static", "max_cache_len": 77}
+    for run in (llama().generate, speculative(llama(), "noisy").generate):
+        assert run(**prompts(3), **options).past_key_values.get_max_length() == 77
+
+
 @pytest.mark.parametrize("layout", ["slots", "snapshot", "plain"])
 @pytest.mark.parametrize("make", [llama, gemma])
 def test_a_static_cache_of_the_callers(make, layout):

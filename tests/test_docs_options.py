@@ -10,7 +10,10 @@ from transformers import GenerationConfig, GenerationMixin
 from specdec import SpeculativeGenerator
 from specdec.options import ASSISTANCE, REFUSED
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+from .contract import NEW, llama, plain, prompts, speculative
+
+TESTS = Path(__file__).resolve().parent
+PAGE = TESTS.parent / "docs" / "options.md"
 VERDICTS = {"honoured", "refused", "no effect"}
 
 
@@ -56,3 +59,50 @@ def test_what_the_page_says_is_refused_is_refused(fields, arguments):
     assert set(verdicts.values()) == VERDICTS
     refused = {name for name, verdict in verdicts.items() if verdict == "refused"}
     assert refused == {*REFUSED, *ASSISTANCE, "num_beams", "cache_implementation"}
+
+
+def named_tests():
+    """(file, function) of every test that the page names."""
+    return re.findall(r"`(test_\w+\.py)::(\w+)`", PAGE.read_text())
+
+
+def test_every_row_names_a_test(fields, arguments):
+    rows_with_tests = re.findall(r"^\| `[*\w]+` \|.*\| `test_\w+\.py::\w+` \|$", PAGE.read_text(), re.MULTILINE)
+    assert len(rows_with_tests) == len(fields) + len(arguments)
+
+
+def test_tests_that_the_page_names_exist():
+    missing = [
+        f"{file}::{function}"
+        for file, function in named_tests()
+        if f"\ndef {function}(" not in (TESTS / file).read_text()
+    ]
+    assert not missing
+    assert len(named_tests()) > 100
+
+
+WITHOUT_EFFECT = {
+    "early_stopping": True,
+    "length_penalty": 3.0,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "low_memory": True,
+    "cache_config": {},
+    "disable_compile": True,
+    "assistant_lookbehind": 3,
+    "target_lookbehind": 3,
+    "trust_remote_code": True,
+}
+# what generate() itself takes no value for, or fails with
+WITHOUT_VALUE = {"continuous_batching_config", "is_assistant", "transformers_version"}
+
+
+def test_fields_without_effect(fields, arguments):
+    verdicts = {**fields, **arguments}
+    named = {name for name, verdict in verdicts.items() if verdict == "no effect"}
+    assert named == WITHOUT_EFFECT.keys() | WITHOUT_VALUE
+    wanted = plain(llama(), prompts(3))
+    for name, value in WITHOUT_EFFECT.items():
+        for run in (llama().generate, speculative(llama(), "noisy").generate):
+            got = run(**prompts(3), **{name: value}, max_new_tokens=NEW, do_sample=False)
+            assert got.tolist() == wanted.tolist(), name

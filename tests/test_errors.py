@@ -107,15 +107,12 @@ def test_ngram_sizes(longest, shortest):
 
 REFUSED = {
     "num_beams": 2,
-    "prompt_lookup_num_tokens": 3,
     "assistant_early_exit": 1,
     "cache_implementation": "quantized",
-    "token_healing": True,
     "penalty_alpha": 0.6,
     "dola_layers": "high",
 }
 ARGUMENTS = {
-    "assistant_model": lambda: noisy(llama()),
     "cache_params": DynamicCache,
     "custom_generate": lambda: print,
     "synced_gpus": lambda: True,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from specdec.proposers.suffix import Suffix
     from specdec.proposers.translated import TranslatedDraft
     from specdec.records import Proposal, Round, Stats
+    from specdec.streaming import Tokens
     from specdec.weights.head import prune_head
     from specdec.weights.packed import Packing, pack_weights, unpack_weights
     from specdec.weights.quantized import quantize_draft
@@ -58,6 +59,7 @@ _HOMES = {
     "specdec.proposers.suffix": ("Suffix",),
     "specdec.proposers.translated": ("TranslatedDraft",),
     "specdec.records": ("Proposal", "Round", "Stats"),
+    "specdec.streaming": ("Tokens",),
     "specdec.weights.head": ("prune_head",),
     "specdec.weights.packed": ("Packing", "pack_weights", "unpack_weights"),
     "specdec.weights.quantized": ("quantize_draft",),
@@ -80,6 +82,7 @@ __all__ = [
     "Stats",
     "Store",
     "Suffix",
+    "Tokens",
     "TranslatedDraft",
     "UnsupportedModel",
     "UnsupportedOption",

@@ -6,9 +6,10 @@ exception in mid-round leaves nothing half-done behind. Knows no option by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from hashlib import blake2b
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from specdec.loop import decode
 from specdec.outputs import Collector
 from specdec.processing import Processing
 from specdec.proposers import Call, Nothing
-from specdec.records import Stats
+from specdec.records import Round, Stats
 from specdec.sampling import Sampling
 from specdec.scorer import Scorer, warn_plain
 from specdec.state import State, to_host
@@ -44,6 +45,7 @@ class Request:
         streamer: told of every step, or None.
         inputs: the user's model inputs beside the ids, for the draft.
         stats: filled in as the call goes.
+        start: when the call began, by ``perf_counter``.
         tenants: whose text it is: one for all rows, one each, or None.
     """
 
@@ -55,10 +57,24 @@ class Request:
     streamer: Any
     inputs: dict[str, Any]
     stats: Stats
+    start: float
     tenants: list[str] | None = None
 
 
-def run_call(
+Followed = tuple[State, Round, np.ndarray]
+
+
+def run_call(request: Request, model: Any, input_ids: Tensor, **prepared: Any) -> Any:
+    """Decode what ``generate()`` prepared, to the end; see ``follow_call``."""
+    rounds = follow_call(request, model, input_ids, **prepared)
+    while True:
+        try:
+            next(rounds)
+        except StopIteration as end:
+            return end.value
+
+
+def follow_call(
     request: Request,
     model: Any,
     input_ids: Tensor,
@@ -67,8 +83,11 @@ def run_call(
     stopping_criteria: Any,
     generation_config: Any,
     **model_kwargs: Any,
-) -> Any:
-    """Decode what ``generate()`` prepared; the arguments are those of its ``custom_generate``.
+) -> Generator[Followed, None, Any]:
+    """Decode what ``generate()`` prepared, round by round; the arguments are those of its ``custom_generate``.
+
+    Yields after every round the state, the round, and (B,) the columns of each row that nothing will take back;
+    returns what ``generate()`` returns. A generator that is closed in the middle leaves nothing behind.
 
     Args:
         request: what the user asked.
@@ -127,6 +146,7 @@ def run_call(
     for round_ in rounds:
         collector.add(round_)
         watcher.follow(state, collector.scores)
+        yield state, round_, watcher.final(state)
     if streamer is not None:
         streamer.end()
     _finish(stats, state, target, proposer)
@@ -136,6 +156,7 @@ def run_call(
     cache = None
     if _cache_is_seen(generation_config, model_kwargs):
         cache = target.finish(state.tokens, int(state.lengths.max()) - 1)
+    stats.seconds = perf_counter() - request.start
     return collector.output(sequences, stats, cache)
 
 
@@ -185,7 +206,7 @@ def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
             continue
         for row, prompt in enumerate(prompts):
             part = value[row]
-            if name == "input_ids" and mask is not None and mask.shape == value.shape:
+            if name in ("input_ids", "inputs_embeds") and mask is not None and mask.shape == value.shape[:2]:
                 part = part[mask[row].bool()]
             content = to_host(part.contiguous().flatten().view(torch.uint8)).tobytes()
             prompt.append(int.from_bytes(blake2b(content, digest_size=7).digest(), "big"))

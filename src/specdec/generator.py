@@ -8,14 +8,20 @@ that door would drop in silence is closed over here; what we do not honour is re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
-from specdec.call import Request, run_call
+from specdec.assistance import Assistance, read_assistance
+from specdec.attaching import attached, healing_with
+from specdec.call import Request, follow_call, run_call
+from specdec.errors import UnsupportedOption
 from specdec.length import DraftLength
 from specdec.length.adaptive import ASSUMED_COST, Adaptive, Memory
 from specdec.length.cost import Assumed
@@ -31,10 +37,12 @@ from specdec.options import (
     check_tenant,
     with_stop_strings,
 )
+from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.fallback import Fallback
 from specdec.proposers.prediction import Prediction, read_predictions
 from specdec.records import Stats
 from specdec.sampling import Sampling, sampling_for
+from specdec.streaming import Tokens, in_threads, told
 
 
 class SpeculativeGenerator:
@@ -88,9 +96,11 @@ class SpeculativeGenerator:
         self.seed = seed
         self.layout = layout
         self.tokenizer = tokenizer
+        self.draft_tokenizer = draft_tokenizer
         self.stats = Stats()
         self._proposer = build_proposer(target, draft, tokenizer, draft_tokenizer)
         self._memory = Memory()
+        self._memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()  # of drafts given to a call
 
     @classmethod
     def from_pretrained(
@@ -143,7 +153,9 @@ class SpeculativeGenerator:
             inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn,
             streamer, negative_prompt_ids, negative_prompt_attention_mask, kwargs: as for
                 ``target.generate()``.
-            synced_gpus, assistant_model, custom_generate: refused unless None (or False).
+            assistant_model: the draft for this call; ``num_assistant_tokens``, ``prompt_lookup_num_tokens`` and
+                their companions mean what they mean in transformers.
+            synced_gpus, custom_generate: refused unless None (or False).
             seed: overrides the constructor's; with verification="coupled" also one seed a row.
             tokenizer: for ``stop_strings`` and ``prediction``; overrides the constructor's.
             prediction: what the text will probably be, for each row: a text, token ids, or None. It is
@@ -159,52 +171,157 @@ class SpeculativeGenerator:
             UnsupportedOption: an option that is not honoured, named.
             InvalidInput: a prompt that cannot be used as given.
         """
-        start = perf_counter()
-        given = {
+        named = {
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
             "synced_gpus": synced_gpus,
             "assistant_model": assistant_model,
+            "negative_prompt_ids": negative_prompt_ids,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
             "custom_generate": custom_generate,
         }
-        check_options(self.target, generation_config, {**given, **kwargs})
-        check_prompt(self.target, generation_config, inputs, kwargs)
+        ours = {"seed": seed, "tokenizer": tokenizer, "prediction": prediction, "tenant": tenant}
+        return self._enter(run_call, inputs, {**named, **kwargs}, streamer=streamer, **ours)
+
+    def stream(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        seed: int | list[int] | None = None,
+        tokenizer: Any = None,
+        prediction: Any = None,
+        tenant: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> Generator[Tokens, None, Any]:
+        """Yield tokens as they become final, row by row.
+
+        Options are judged at once, the model runs when the first record is asked for. Closing the generator,
+        or dropping it, ends the call in the middle and leaves nothing behind.
+
+        Args:
+            inputs, seed, prediction, tenant, kwargs: as for ``generate()``, without ``streamer``.
+            tokenizer: for the records' ``text``; overrides the constructor's.
+
+        Yields:
+            ``Tokens``: a row, its new ids, which of them the draft guessed, the text they add.
+
+        Returns:
+            what ``generate()`` returns, as the value of ``StopIteration``.
+
+        Raises:
+            UnsupportedOption: an option that is not honoured, or a model whose own ``generate()`` works on the
+                finished text.
+        """
+        if kwargs.get("streamer") is not None:
+            raise UnsupportedOption("streamer", "stream() is one itself; give it to generate()")
+        if getattr(type(self.target), "generate", None) is not GenerationMixin.generate:
+            raise UnsupportedOption("stream", f"{type(self.target).__name__}.generate() wants the whole text")
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
+
+        @torch.no_grad()
+        def run(*args: Any, **prepared: Any) -> Generator[Tokens, None, Any]:
+            return (yield from told(follow_call(*args, **prepared), tokenizer))
+
+        ours = {"seed": seed, "tokenizer": tokenizer, "prediction": prediction, "tenant": tenant}
+        records: Generator[Tokens, None, Any] = self._enter(run, inputs, kwargs, streamer=None, **ours)
+        return records
+
+    def astream(self, inputs: Tensor | None = None, **kwargs: Any) -> AsyncGenerator[Tokens, None]:
+        """``stream()`` for ``async for``: every round runs in a thread of the event loop's pool.
+
+        A task that is cancelled waits for the round that is under way, no longer.
+        """
+        return in_threads(self.stream(inputs, **kwargs))
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Make ``target.generate`` itself speculative inside ``with``, for pipelines and any code that calls it.
+
+        The attribute is set on the target object and put back whatever happens, so every thread that uses the
+        object sees it; blocks may be nested. A ``custom_generate`` of the caller's goes to the plain one.
+        """
+        return attached(self.target, self.generate)
+
+    def _enter(
+        self,
+        decode: Callable[..., Any],
+        inputs: Tensor | None,
+        options: dict[str, Any],
+        *,
+        streamer: Any,
+        seed: int | list[int] | None,
+        tokenizer: Any,
+        prediction: Any,
+        tenant: str | list[str] | None,
+    ) -> Any:
+        """What ``decode`` makes of the call that the target's ``generate()`` prepares.
+
+        Args:
+            decode: ``run_call``, or another function with its arguments.
+            inputs, options, streamer, seed, tokenizer, prediction, tenant: of the call.
+        """
+        start = perf_counter()
+        config = options.pop("generation_config", None)
+        check_options(self.target, config, options)
+        check_prompt(self.target, config, inputs, options)
+        tokenizer = tokenizer if tokenizer is not None else self.tokenizer
+        asked = read_assistance(self.draft is not None, config, self.target.generation_config, options)
+        maker = self if asked is None else self._for(asked, tokenizer)
         stats = self.stats = Stats()
 
         seed = check_seed(self.seed if seed is None else seed)
         request = Request(
-            proposer=self._proposer_for(prediction, tokenizer),
-            length=self._length(seed),
+            proposer=maker._proposer_for(prediction, tokenizer),
+            length=maker._length(seed),
             sampling=self._sampling,
             layout=self.layout,
             seed=seed,
             streamer=streamer,
-            inputs=_model_inputs(self.target, inputs, kwargs),
+            inputs=_model_inputs(self.target, inputs, options),
             stats=stats,
+            start=start,
             tenants=check_tenant(tenant),
         )
 
         @torch.no_grad()
         def run(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
-            out = run_call(request, model, input_ids, **prepared)
-            stats.seconds = perf_counter() - start
-            return out
+            return decode(request, model, input_ids, **prepared)
 
-        with with_stop_strings(self.target, generation_config, stopping_criteria, tokenizer, kwargs) as (
-            generation_config,
-            stopping_criteria,
-            options,
-        ):
+        settings = (config, self.target.generation_config)
+        heals = options.get("token_healing") or any(getattr(c, "token_healing", None) for c in settings)
+        lent = healing_with(self.target, tokenizer) if heals else nullcontext()
+        criteria = options.pop("stopping_criteria", None)
+        door = with_stop_strings(self.target, config, criteria, tokenizer, options)
+        with lent, door as (config, criteria, options):
             return self.target.generate(
                 *([] if inputs is None else [inputs]),
-                generation_config=generation_config,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-                negative_prompt_ids=negative_prompt_ids,
-                negative_prompt_attention_mask=negative_prompt_attention_mask,
-                custom_generate=run,
-                **options,
+                generation_config=config,
+                stopping_criteria=criteria,
+                **{**options, "custom_generate": run},
             )
+
+    def _for(self, asked: Assistance, tokenizer: Any) -> SpeculativeGenerator:
+        """A generator with the draft that a call asks for."""
+        number = self.num_draft_tokens if asked.num_draft_tokens is None else asked.num_draft_tokens
+        draft = self.draft if asked.draft is None else asked.draft
+        other = SpeculativeGenerator(
+            self.target,
+            draft,
+            num_draft_tokens=number,
+            verification=self.verification,
+            tokenizer=tokenizer,
+            draft_tokenizer=self.draft_tokenizer if asked.draft is None else asked.tokenizer,
+        )
+        if asked.draft is None:
+            other._proposer, other._memory = self._proposer, self._memory
+        elif isinstance(draft, torch.nn.Module):
+            other._memory = self._memories.setdefault(draft, other._memory)
+        if asked.confidence is not None:
+            if not isinstance(other._proposer, DraftModel):
+                raise UnsupportedOption("assistant_confidence_threshold", "it needs a draft that is a model")
+            other._proposer = DraftModel(other._proposer.model, confidence=asked.confidence)
+        return other
 
     def _length(self, seed: Any) -> Callable[[int, bool], DraftLength]:
         """The rule of draft lengths, from (batch, do_sample)."""
@@ -242,7 +359,8 @@ class SpeculativeGenerator:
 def _model_inputs(target: Any, inputs: Tensor | None, given: dict[str, Any]) -> dict[str, Any]:
     """The user's model inputs beside the decoder's ids, for a draft that prepares its own."""
     fields = vars(target.generation_config)
-    tensors = {n: v for n, v in given.items() if isinstance(v, Tensor) and v.ndim and n not in fields}
+    others = ("negative_prompt_ids", "negative_prompt_attention_mask")
+    tensors = {n: v for n, v in given.items() if isinstance(v, Tensor) and v.ndim and n not in (*fields, *others)}
     if not target.config.is_encoder_decoder:
         tensors.pop("input_ids", None)
     elif inputs is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
+from specdec.assistance import UNDERSTOOD
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
 from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
@@ -32,14 +33,11 @@ PLAIN = "call target.generate() for it"
 OURS = "drafting is what SpeculativeGenerator does; set `draft` and `num_draft_tokens` there"
 # names of arguments and config fields that are refused when they hold something
 REFUSED = {
-    "assistant_model": OURS,
-    "prompt_lookup_num_tokens": "give draft='ngram' to SpeculativeGenerator",
     "assistant_early_exit": OURS,
     "use_mtp": OURS,
     "custom_generate": "SpeculativeGenerator is one itself; " + PLAIN,
     "synced_gpus": PLAIN,
     "cache_params": "give the whole conversation as input_ids, or " + PLAIN,
-    "token_healing": "heal the prompt before the call, or " + PLAIN,
     "constraints": PLAIN,
     "force_words_ids": PLAIN,
     "penalty_alpha": PLAIN,
@@ -52,14 +50,12 @@ WORDS: dict[str, Callable[[], Any]] = {"ngram": NGram, "recycling": Recycling, "
 SELF = {"self-int4": "int4", "self-int8": "int8"}
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
 ASSISTANCE = {
-    "num_assistant_tokens": "set num_draft_tokens of SpeculativeGenerator",
     "num_assistant_tokens_schedule": "set num_draft_tokens of SpeculativeGenerator",
-    "assistant_confidence_threshold": OURS,
     "assistant_ensemble_weight": "it changes the output distribution, which this library never does",
-    "max_matching_ngram_size": "give draft=NGram(longest=...) to SpeculativeGenerator",
     "speculation_type": OURS,
-    "assistant_tokenizer": "give tokenizer and draft_tokenizer to SpeculativeGenerator",
 }
+# fields that the door of generate() cannot take
+HIDDEN = ("stop_strings", "prompt_lookup_num_tokens", "max_matching_ngram_size")
 # "hybrid" comes with old checkpoints, and generate() itself unsets it
 CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 
@@ -151,7 +147,7 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
         if isinstance(found, Tensor) or found not in (None, False):
             raise UnsupportedOption(name, instead)
     for name, instead in ASSISTANCE.items():
-        if given.get(name) is not None:
+        if given.get(name) not in (None, "constant"):
             raise UnsupportedOption(name, instead)
     if value("cache_implementation") not in CACHES:
         raise UnsupportedOption(
@@ -243,38 +239,46 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
 def with_stop_strings(
     target: Any, config: Any, criteria: Any, tokenizer: Any, given: dict[str, Any]
 ) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
-    """Turn ``stop_strings`` into a criterion of our own: the door of ``generate()`` loses the tokenizer.
+    """Turn ``stop_strings`` into a criterion of our own, and take out what ``generate()`` must not see.
 
+    The door of ``generate()`` loses the tokenizer, and takes ``prompt_lookup_num_tokens`` for its own decoding.
     Yields the generation config, the criteria and the keyword arguments to call ``generate()`` with.
     """
-    given = dict(given)
+    given = {name: value for name, value in given.items() if name not in UNDERSTOOD}
     own = target.generation_config
     strings = given.pop("stop_strings", None)
     if strings is None:
         strings = getattr(config, "stop_strings", None)
     if strings is None:
         strings = own.stop_strings
-    if strings is None:
-        yield config, criteria, given
-        return
-    if tokenizer is None:
-        raise InvalidInput(
-            "stop_strings needs a tokenizer: pass tokenizer=... to generate() or to SpeculativeGenerator"
-        )
-    user = list(criteria or [])
-    if not any(isinstance(c, StopStringCriteria) for c in user):
-        user.insert(0, StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
-    if config is not None and config.stop_strings is not None:
-        config = copy.deepcopy(config)
-        config.stop_strings = None
-    if own.stop_strings is None:
-        yield config, StoppingCriteriaList(user), given
-        return
+    user = criteria
+    if strings is not None:
+        if tokenizer is None:
+            raise InvalidInput(
+                "stop_strings needs a tokenizer: pass tokenizer=... to generate() or to SpeculativeGenerator"
+            )
+        user = StoppingCriteriaList(criteria or [])
+        if not any(isinstance(c, StopStringCriteria) for c in user):
+            user.insert(0, StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+    if config is not None:
+        config = _without(config)
     # the model's own default would come back under the one we took out: lend it a copy without
-    lent = copy.deepcopy(own)
-    lent.stop_strings = None
+    lent = _without(own)
+    if lent is own:
+        yield config, user, given
+        return
     target.generation_config = lent
     try:
-        yield config, StoppingCriteriaList(user), given
+        yield config, user, given
     finally:
         target.generation_config = own
+
+
+def _without(config: Any) -> Any:
+    """``config``, or a copy, without what ``generate()`` must not see."""
+    if all(getattr(config, name, None) is None for name in HIDDEN):
+        return config
+    config = copy.deepcopy(config)
+    for name in HIDDEN:
+        setattr(config, name, None)
+    return config

@@ -44,6 +44,12 @@ class Watcher:
         """There are conditions to judge."""
         return bool(self._watched)
 
+    def final(self, state: State) -> np.ndarray:
+        """(B,) columns of each row that no condition will take back."""
+        if not self._watched:
+            return state.lengths.copy()
+        return np.where(state.live, np.minimum(state.lengths, self._front), state.lengths)
+
     def follow(self, state: State, scores: list[Tensor] | None) -> None:
         """Judge every step that has become common to all rows; end the rows that should have ended."""
         if not self._watched and self._streamer is None:

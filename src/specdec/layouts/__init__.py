@@ -18,7 +18,11 @@ class Layout(Protocol):
 
     name: str
     forwards: int
-    outputs: Any  # of the last forward
+
+    @property
+    def outputs(self) -> Any:
+        """What the model returned in the last forward."""
+        ...
 
     def pick(self, states: Tensor) -> Tensor:
         """Of ``states`` (B, W, ...) of the last forward the part (B, count, ...) that its scores are."""

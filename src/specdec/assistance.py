@@ -1,0 +1,106 @@
+"""transformers' own options for assisted decoding, understood where they mean the same here.
+
+``assistant_model=``, ``prompt_lookup_num_tokens=`` and their companions name a draft, how many tokens it guesses
+and when it stops. They hold for the call they are given to, before what ``SpeculativeGenerator`` was made with.
+Knows no rounds. Read next: ``options.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from specdec.errors import InvalidInput, UnsupportedOption
+from specdec.proposers.ngram import NGram
+
+# arguments that are read here and that generate() must not see: it would take them for its own assisted decoding
+UNDERSTOOD = (
+    "assistant_model",
+    "assistant_tokenizer",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+)
+MATCHED = 2  # tokens that prompt lookup matches at most when nothing is said
+
+
+@dataclass(frozen=True)
+class Assistance:
+    """What a call asks for.
+
+    Attributes:
+        draft: what guesses, as for ``SpeculativeGenerator``; None keeps the generator's own.
+        tokenizer: the draft's, or None.
+        num_draft_tokens: guesses a round and row, or None for the generator's own.
+        confidence: a model stops guessing below this chance, or None.
+    """
+
+    draft: Any = None
+    tokenizer: Any = None
+    num_draft_tokens: int | None = None
+    confidence: float | None = None
+
+
+def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any]) -> Assistance | None:
+    """What a call asks for, or None for nothing.
+
+    Args:
+        has_draft: the generator has a draft; it counts before ``own``.
+        config: the ``generation_config`` of the call, or None.
+        own: the target's ``generation_config``.
+        given: arguments of the call.
+
+    Raises:
+        InvalidInput: a number out of range, or two drafts at once.
+        UnsupportedOption: a knob without the draft that it belongs to.
+    """
+    sources = [given, config] if has_draft else [given, config, own]
+    lookup = _first(sources, "prompt_lookup_num_tokens")
+    model = given.get("assistant_model")
+    number = given.get("num_assistant_tokens")
+    confidence = given.get("assistant_confidence_threshold")
+    matched = given.get("max_matching_ngram_size")
+    if model is not None and lookup is not None:
+        raise InvalidInput("assistant_model and prompt_lookup_num_tokens are two drafts; give one of them")
+    if lookup is not None:
+        longest = _whole("max_matching_ngram_size", _first(sources, "max_matching_ngram_size") or MATCHED)
+        number = lookup if number is None else number
+        return Assistance(
+            NGram(longest=longest),
+            num_draft_tokens=_whole("prompt_lookup_num_tokens", number),
+            confidence=confidence,
+        )
+    if matched is not None:
+        raise UnsupportedOption(
+            "max_matching_ngram_size", "give prompt_lookup_num_tokens with it, or draft=NGram(longest=...)"
+        )
+    if model is not None:
+        settings = getattr(model, "generation_config", None)
+        if number is None:
+            number = getattr(settings, "num_assistant_tokens", None)
+        if confidence is None:
+            confidence = getattr(settings, "assistant_confidence_threshold", None)
+    if model is None and given.get("assistant_tokenizer") is not None:
+        raise UnsupportedOption(
+            "assistant_tokenizer", "give assistant_model with it, or draft_tokenizer to SpeculativeGenerator"
+        )
+    if model is None and number is None and confidence is None:
+        return None
+    number = None if number is None else _whole("num_assistant_tokens", number)
+    return Assistance(model, given.get("assistant_tokenizer"), number, confidence)
+
+
+def _first(sources: list[Any], name: str) -> Any:
+    for source in sources:
+        found = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+        if found is not None:
+            return found
+    return None
+
+
+def _whole(name: str, number: Any) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise InvalidInput(f"{name}={number!r}; give a whole number >= 1")
+    return number
