@@ -10,7 +10,7 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Contestant:
         draft: the model that drafts, whose forwards are to be counted, or None.
         generator: ours, for its statistics; None for the others.
         predicts: it needs prompts that come with a prediction of the answer.
+        packed: it finds the weights packed that the command line wants packed.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Contestant:
     draft: Any = None
     generator: Any = None
     predicts: bool = False
+    packed: bool = False
 
     def stats(self) -> Any:
         """Statistics of the last call, or None."""
@@ -56,6 +58,8 @@ def line_up(pair: Pair, options: argparse.Namespace) -> list[Contestant]:
         SpecdecError: a draft or number of draft tokens that the library does not know.
     """
     chosen = [plain(pair, options)]
+    if options.pack:
+        chosen.append(replace(chosen[0], name="packed plain", packed=True))
     lengths = options.k or [None]
     whole = [k for k in lengths if isinstance(k, int) and k > 0]
     if pair.draft is not None and not options.ours_only:
@@ -159,4 +163,4 @@ def ours(pair: Pair, options: argparse.Namespace, word: str, k: int | str | None
         return generator.generate(**inputs, **how, streamer=streamer)
 
     name = f"specdec {word}" if k is None else f"specdec {word}, k={k}"
-    return Contestant(name, call, draft=model, generator=generator, predicts=predicts)
+    return Contestant(name, call, draft=model, generator=generator, predicts=predicts, packed=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from specdec import prune_head, quantize_draft
+from specdec import pack_weights, prune_head, quantize_draft, unpack_weights
 
 GROUP = 32  # weights that share a scale in the 4-bit files that the noise imitates
 
@@ -31,7 +31,7 @@ class Pair:
 def load(options: argparse.Namespace) -> Pair:
     """Load what the command line names.
 
-    ``options`` has target, draft, dtype, device, noise, useless_draft, draft_head and draft_bits.
+    ``options`` has target, draft, dtype, device, noise, useless_draft, and perhaps draft_head and draft_bits.
     """
     torch.manual_seed(0)
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
@@ -51,10 +51,11 @@ def load(options: argparse.Namespace) -> Pair:
     for number, model in enumerate((target, draft)):
         if model is not None and options.noise:
             add_noise(model, seed=number)
-    if draft is not None and options.draft_head:
-        draft = prune_head(draft, [], options.draft_head)
-    if draft is not None and options.draft_bits:
-        draft = quantize_draft(draft, options.draft_bits)
+    head, bits = (getattr(options, name, None) for name in ("draft_head", "draft_bits"))
+    if draft is not None and head:
+        draft = prune_head(draft, [], head)
+    if draft is not None and bits:
+        draft = quantize_draft(draft, bits)
     return Pair(target, draft, tokenizer, draft_tokenizer)
 
 
@@ -82,6 +83,21 @@ def steps(weight: Tensor) -> Tensor:
     groups = padded.unflatten(1, (-1, GROUP))
     step = (groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)) / 15
     return step.expand_as(groups).reshape(rows, -1)[:, :columns]
+
+
+class Dress:
+    """Models whose weights are packed for some contestants and plain for others; changed outside the timing."""
+
+    def __init__(self, models: list[Any]) -> None:
+        self._models = models
+        self._packed = False
+
+    def wear(self, packed: bool) -> None:
+        """Pack all models, or unpack them, if they are not so already."""
+        if packed != self._packed:
+            for model in self._models:
+                (pack_weights if packed else unpack_weights)(model)
+            self._packed = packed
 
 
 @dataclass(frozen=True, slots=True)

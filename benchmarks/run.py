@@ -23,7 +23,7 @@ from costs import cost_curve
 from exactness import divergences
 from machine import provenance
 from measure import measured
-from models import Pair, load, weights_of
+from models import Dress, Pair, load, weights_of
 from plots import draw
 from report import show
 from rich.console import Console
@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from summary import Case, summarise
 from workload import Prompt, batches, classes, encode, prompts_of
 
-from specdec import SpecdecError, pack_weights
+from specdec import SpecdecError
 
 WARM_UP = 8  # new tokens
 REFUSALS = (SpecdecError, ValueError, TypeError, NotImplementedError)
@@ -64,7 +64,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--draft-bits", choices=["int4", "int8"], help="quantise the draft model with specdec.quantize_draft")
     add("--draft-head", type=int, metavar="N", help="first leave it the N lowest token ids (specdec.prune_head)")
     add("--useless-draft", action="store_true", help="give the draft model random weights")
-    add("--pack", action="store_true", help="pack the target's weights with specdec.pack_weights")
+    add("--pack", action="store_true",
+        help="ours, and a contestant 'packed plain', find the target's weights packed with specdec.pack_weights; "
+             "transformers' own find them as they are")  # fmt: skip
     add("--pack-draft", action="store_true", help="the same for the draft")
     add("--no-stream", dest="stream", action="store_false", help="no streamer: nothing about single tokens")
     add("--curve", action="store_true", help="measure a pass of the target against its width, 1 to 16")
@@ -91,12 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pair = load(options)
         weights = {model: weights_of(model) for model in (pair.target, pair.draft) if model is not None}
         contestants = line_up(pair, options)
-        # a draft that the library made of the target is counted before the target's weights are packed
         weights |= {c.draft: weights_of(c.draft) for c in contestants if c.draft not in {None, *weights}}
-        if options.pack:
-            pack_weights(pair.target)
-        if options.pack_draft and pair.draft is not None:
-            pack_weights(pair.draft)
     except (SpecdecError, ValueError, OSError) as error:
         print(f"The benchmark cannot start: {error}", file=sys.stderr)
         return 2
@@ -126,6 +123,9 @@ def contest(
 ) -> tuple[list[Case], dict[str, str], dict[str, Any]]:
     """Run everything: the cases, who did not take part and why, the cost curve (empty unless wanted)."""
     device = torch.device(options.device)
+    dress = Dress(
+        [m for m, wanted in ((pair.target, options.pack), (pair.draft, options.pack_draft)) if wanted and m]
+    )
     todo = [
         (Case(kind, number), batch, encode(pair.tokenizer, batch, device))
         for kind, prompts in work.items()
@@ -140,6 +140,7 @@ def contest(
         skipped: dict[str, str] = {}
         for contestant in contestants:
             bar.update(task, description=f"warming up: {contestant.name}", refresh=True)
+            dress.wear(contestant.packed)
             reason = warm_up(contestant, todo)
             if reason is not None:
                 skipped[contestant.name] = reason
@@ -152,6 +153,7 @@ def contest(
                     if suits(contestant, batch):
                         at = f"{case.kind} {case.number + 1}: {contestant.name}"
                         bar.update(task, description=at, refresh=True)
+                        dress.wear(contestant.packed)
                         torch.manual_seed(1000 * place + repeat)
                         run = measured(
                             lambda streamer, c=contestant, i=inputs, b=batch: c.call(i, b, streamer, options.new),
@@ -160,6 +162,7 @@ def contest(
                         )  # fmt: skip
                         case.runs.setdefault(contestant.name, []).append(run)
                         bar.advance(task)
+            dress.wear(False)
             if not options.sample:
                 bar.update(task, description="comparing the texts", refresh=True)
                 plain = case.runs[PLAIN][0].sequences

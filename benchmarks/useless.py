@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options.noise, options.draft_bits, options.draft_head = False, None, None
+    options.noise = False
     out: dict[str, Any] = {}
     try:
         for part in (useless, switching):

@@ -246,14 +246,16 @@ def test_memory_is_the_peak():
 
 
 def test_both_models_are_packed(monkeypatch, saved, capsys):
+    import models
     import run
 
     packed = []
-    monkeypatch.setattr(run, "pack_weights", packed.append)
+    right = models.pack_weights
+    monkeypatch.setattr(models, "pack_weights", lambda model: packed.append(right(model)))
     command = [*saved, "--drafts", "model", "--classes", "chat", "--prompts", "1", "--new", "3", "--ours-only"]
-    assert run.main([*command, "--pack", "--pack-draft", "--draft-bits", "int8"]) == 0
-    assert len(packed) == 2
-    assert set(last_line(capsys)["summary"]["chat"]) == {"plain", "specdec model", "specdec none"}
+    assert run.main([*command, "--pack", "--pack-draft", "--dtype", "float32"]) == 0
+    assert len(packed) >= 2
+    assert set(last_line(capsys)["summary"]["chat"]) == {"plain", "packed plain", "specdec model", "specdec none"}
 
 
 def test_shares_of_8grams():
