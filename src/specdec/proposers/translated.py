@@ -165,10 +165,10 @@ class _Tokens:
             lengths = state.lengths + step
             scores = self._call.processing.draft(scores, history, lengths, state.vocabulary)
             guess = sampling.guess(scores, state.device_lengths - state.prompt_length + step)
-            scores, guess = _sound(scores, guess)
-            guesses.append(guess)
             if sampling.keeps_logits:
-                rows.append(scores)
+                rows.append(_sound(scores, guess < 0))
+            guess = guess.clamp(min=0)
+            guesses.append(guess)
             if self._stop.looks:
                 # settled before the draw: where hardly any of the draft's mass is shared, nothing is submitted
                 limits = np.where((mass >= LEAST_MASS).cpu().numpy(), limits, np.minimum(limits, step))
