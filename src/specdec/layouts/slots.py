@@ -103,7 +103,9 @@ class Slots:
             offset = torch.from_numpy(starts).to(tokens.device, non_blocking=True)
             columns = offset[:, None] + torch.arange(width, device=tokens.device)
             ids = tokens.gather(1, columns)
-        self._cache.place(columns + self._hidden if self._hidden else columns, lowest + self._hidden, longest + self._hidden)
+        self._cache.place(
+            columns + self._hidden if self._hidden else columns, lowest + self._hidden, longest + self._hidden
+        )
         inputs = self._inputs(ids, columns)
         skipped = int((first - starts).min())  # nobody wants their scores
         if "logits_to_keep" in inputs:
