@@ -152,12 +152,12 @@ def test_a_model_that_fails_the_self_check_decodes_plainly_and_says_so():
 
 def test_the_check_sees_what_it_is_for():
     truth = torch.randn(3, 50)
-    assert check._close(truth + 1e-5, truth)
-    assert not check._close(truth + 7e-4, truth)
-    assert not check._close(truth * torch.nan, truth)
+    assert check.close(truth + 1e-5, truth)
+    assert not check.close(truth + 7e-4, truth)
+    assert not check.close(truth * torch.nan, truth)
     half = truth.bfloat16()
-    assert check._close((truth * 1.01).bfloat16(), half)
-    assert not check._close((truth + 0.2 * torch.randn(3, 50)).bfloat16(), half)
+    assert check.close((truth * 1.01).bfloat16(), half)
+    assert not check.close((truth + 0.2 * torch.randn(3, 50)).bfloat16(), half)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from transformers.generation import logits_process as hf
 
 import specdec.sampling
 from specdec import Fallback, Recycling, Suffix
+from specdec.layouts import compiled
+from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
 from specdec.processing import Processing
@@ -121,7 +123,7 @@ PROCESSORS = [
 ]
 
 
-def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4, guesser=DraftModel):
+def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4, guesser=DraftModel, steps=None):
     """Run ``count`` rounds; returns the shapes that were copied to the host."""
     target, draft = tiny_llama(vocabulary=VOCABULARY), tiny_llama(1, vocabulary=VOCABULARY)
     # the prompt is transformers' own business, and looks for padding by reading the mask
@@ -160,7 +162,7 @@ def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4, g
         processing = Processing(processors)
         call = Call(target, prompt, {}, PROMPT + NEW, processing, sampling)
         proposer = guesser(draft, layout=layout).begin(call)
-        scorer = Scorer(target, kwargs, config, max_length=PROMPT + NEW, layout=layout)
+        scorer = Scorer(target, kwargs, config, max_length=PROMPT + NEW, layout=layout, steps=steps)
         stats = Stats()
         rounds = decode(state, scorer, proposer, Fixed(GUESSES), processing, sampling, stats)
         with torch.no_grad():
@@ -202,6 +204,25 @@ WITHOUT_A_MODEL = {
 def test_one_copy_a_round_without_a_model(monkeypatch, guesser, name):
     calls = rounds_on_fake_cuda(monkeypatch, SAMPLINGS[name], "slots", [], guesser=WITHOUT_A_MODEL[guesser])
     assert len(calls) == 2 + 4
+
+
+def test_graphs_add_no_copy(monkeypatch):
+    """What stands around a captured graph, on fake CUDA tensors; the graph itself is replaced by its eager pass."""
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    monkeypatch.setattr(compiled, "close", lambda scores, truth: True)  # reads, once a graph
+    monkeypatch.setattr(compiled, "check_compiler", lambda model: None)
+    steps = CompiledSteps()
+    calls = rounds_on_fake_cuda(
+        monkeypatch,
+        SAMPLINGS["block"],
+        "slots",
+        PROCESSORS,
+        guesser=lambda draft, layout: DraftModel(draft, layout=layout, compile=True),
+        steps=steps,
+    )
+    assert len(calls) == 1 + 4
+    assert steps.graphs > 0
+    assert not steps.refused
 
 
 def test_a_hidden_read_would_be_seen(monkeypatch):

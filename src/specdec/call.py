@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from specdec.errors import InvalidInput
+from specdec.layouts.compiled import CompiledSteps
 from specdec.layouts.handover import is_callers
 from specdec.length import DraftLength
 from specdec.length.fixed import Fixed
@@ -44,6 +45,7 @@ class Request:
         seed: None, one, or one a row.
         streamer: told of every step, or None.
         inputs: the user's model inputs beside the ids, for the draft.
+        steps: the target's graphs, or None to run it eagerly.
         stats: filled in as the call goes.
         start: when the call began, by ``perf_counter``.
         tenants: whose text it is: one for all rows, one each, or None.
@@ -56,6 +58,7 @@ class Request:
     seed: int | list[int] | None
     streamer: Any
     inputs: dict[str, Any]
+    steps: CompiledSteps | None
     stats: Stats
     start: float
     tenants: list[str] | None = None
@@ -121,6 +124,7 @@ def follow_call(
         max_length=state.max_length,
         layout=request.layout,
         returns_cache=_cache_is_seen(generation_config, model_kwargs),
+        steps=request.steps,
     )
     proposer = request.proposer if speculates else Nothing()
     if speculates and hasattr(proposer, "begin"):

@@ -22,6 +22,7 @@ from specdec.assistance import Assistance, read_assistance
 from specdec.attaching import attached, healing_with
 from specdec.call import Request, follow_call, run_call
 from specdec.errors import UnsupportedOption
+from specdec.layouts.compiled import compiled_steps
 from specdec.length import DraftLength
 from specdec.length.adaptive import ASSUMED_COST, Adaptive, Memory
 from specdec.length.cost import Assumed
@@ -30,6 +31,7 @@ from specdec.options import (
     SELF,
     WORDS,
     build_proposer,
+    check_compile,
     check_constructor,
     check_options,
     check_prompt,
@@ -60,6 +62,8 @@ class SpeculativeGenerator:
             seed and prompt alone, whatever the draft, its length or the batch).
         seed: for sampling; None draws one from torch's global generator at every sampling call.
         layout: how a ragged batch keeps its keys and values; "auto" chooses, the rest is for tests.
+        compile: run the steps of target and draft model as graphs (torch.compile), and as CUDA graphs on a GPU.
+            Takes a minute or so at the first rounds; worth it for many calls of similar length and batch.
         tokenizer, draft_tokenizer: when both are given, the pair is judged by them instead of by the sizes
             of the vocabularies, and where they differ guesses are translated (``TranslatedDraft``);
             ``tokenizer`` also serves ``stop_strings``.
@@ -85,22 +89,26 @@ class SpeculativeGenerator:
         verification: str = "block",
         seed: int | None = None,
         layout: str = "auto",
+        compile: bool = False,
         tokenizer: Any = None,
         draft_tokenizer: Any = None,
     ) -> None:
         check_constructor(target, num_draft_tokens, verification, layout)
+        check_compile(compile, num_draft_tokens, layout)
         self.target = target
         self.draft = draft
         self.num_draft_tokens = num_draft_tokens
         self.verification = verification
         self.seed = seed
         self.layout = layout
+        self.compile = compile
         self.tokenizer = tokenizer
         self.draft_tokenizer = draft_tokenizer
         self.stats = Stats()
-        self._proposer = build_proposer(target, draft, tokenizer, draft_tokenizer)
+        self._proposer = build_proposer(target, draft, tokenizer, draft_tokenizer, compile)
         self._memory = Memory()
         self._memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()  # of drafts given to a call
+        self._steps = compiled_steps(target) if compile else None
 
     @classmethod
     def from_pretrained(
@@ -279,6 +287,7 @@ class SpeculativeGenerator:
             seed=seed,
             streamer=streamer,
             inputs=_model_inputs(self.target, inputs, options),
+            steps=self._steps,
             stats=stats,
             start=start,
             tenants=check_tenant(tenant),

@@ -12,13 +12,13 @@ Knows no option of ``generate()``. Read next: ``records.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.errors import InvalidProposal
+from specdec.layouts.compiled import clock
 from specdec.length import DraftLength
 from specdec.lockstep import verify_in_lockstep
 from specdec.processing import Processing
@@ -43,7 +43,6 @@ def decode(
 ) -> Iterator[Round]:
     """Yield rounds until every row has ended. Rows may also be ended from outside, between rounds."""
     observe: Callable[[Round], None] | None = getattr(proposer, "observe", None)
-    clock = perf_counter
     proposal = Proposal.empty(state.batch, state.device)
     start = clock()
     logits = target.prefill(state.tokens[:, : state.prompt_length], speculate=length.most > 0)

@@ -42,7 +42,7 @@ REFUSED = {
     "force_words_ids": PLAIN,
     "penalty_alpha": PLAIN,
     "dola_layers": PLAIN,
-    "compile_config": "leave it unset; the loop is not compiled yet",
+    "compile_config": "give compile=True to SpeculativeGenerator",
 }
 # drafts that are no model, by the word for them
 WORDS: dict[str, Callable[[], Any]] = {"ngram": NGram, "recycling": Recycling, "suffix": Suffix}
@@ -77,13 +77,27 @@ def check_constructor(target: Any, num_draft_tokens: Any, verification: Any, lay
         raise InvalidInput(f"layout={layout!r} does not exist; use one of {LAYOUTS}")
 
 
-def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> Any:
+def check_compile(compile: Any, num_draft_tokens: Any, layout: str) -> None:
+    """Refuse ``compile=True`` where nothing would be compiled, or nothing could be."""
+    if not isinstance(compile, bool):
+        raise InvalidInput(f"compile={compile!r}; give True or False")
+    if not compile:
+        return
+    if num_draft_tokens == 0:
+        raise InvalidInput("compile=True needs guesses to verify, and num_draft_tokens=0 makes none")
+    if layout not in ("auto", "slots"):
+        raise InvalidInput(
+            f"compile=True needs the layout 'slots', whose shapes stay; layout={layout!r} forces another"
+        )
+
+
+def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any, compile: bool = False) -> Any:
     """The proposer that ``draft`` names; a model is checked against the target first."""
     if draft is None:
         return Nothing()
     if isinstance(draft, str):
         if draft in SELF:
-            return DraftModel(quantize_draft(target, SELF[draft]))
+            return DraftModel(quantize_draft(target, SELF[draft]), compile=compile)
         if draft not in WORDS:
             words = ", ".join(map(repr, (*WORDS, *SELF)))
             raise InvalidInput(f"draft={draft!r} is no known proposer; use {words}, a model, a Proposer or None")
@@ -103,13 +117,13 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
             f"{type(draft).__name__} and {type(target).__name__} are not"
         )
     if _shares_ids(target, draft, tokenizer, draft_tokenizer):
-        return DraftModel(draft)
+        return DraftModel(draft, compile=compile)
     if draft.config.is_encoder_decoder:
         raise VocabularyMismatch(
             "the tokenizers differ, and only decoder-only models can draft across tokenizers; give an "
             "encoder-decoder draft of the same family"
         )
-    return TranslatedDraft(draft, tokenizer, draft_tokenizer)
+    return TranslatedDraft(draft, tokenizer, draft_tokenizer, compile=compile)
 
 
 def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> bool:

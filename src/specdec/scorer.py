@@ -17,6 +17,7 @@ from specdec.errors import InvalidInput
 from specdec.layouts import Layout
 from specdec.layouts.check import Candidate, Trial
 from specdec.layouts.columns import Columns
+from specdec.layouts.compiled import CompiledSteps
 from specdec.layouts.facts import counts_the_cache, one_token_reason
 from specdec.layouts.slots import Slots
 from specdec.records import States
@@ -43,6 +44,7 @@ class Scorer:
         layout: str = "auto",
         is_draft: bool = False,
         returns_cache: bool = False,
+        steps: CompiledSteps | None = None,
     ) -> None:
         """Wrap ``model`` with the inputs that ``generate()`` prepared for it.
 
@@ -55,6 +57,7 @@ class Scorer:
             is_draft: a draft is rolled back even where it can only take one-token steps.
             returns_cache: the caller gets the cache, so rows that have ended go on in padding as they do in
                 plain ``generate()``; in a pass that is run for the others anyway.
+            steps: graphs to run through where the layout is slots; None is eager.
         """
         self.model = model
         self._columns = Columns(model, kwargs, config)
@@ -68,6 +71,7 @@ class Scorer:
         self._at_prompt = True
         self._returns_cache = returns_cache
         self._ends = np.zeros(0, dtype=np.int64)  # (B,) what ``kept`` was when a row ended
+        self._steps = steps
 
     @property
     def forwards(self) -> int:
@@ -108,6 +112,8 @@ class Scorer:
         if known is None:
             self._trial = trial
         self.layout = known or self._columns
+        if known is not None and speculate:
+            self._compile()
         return scores
 
     def score(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
@@ -125,6 +131,7 @@ class Scorer:
         """Settle the layout once the first steps were seen; to be called before ``rollback``."""
         if self._ready and self._trial is not None:
             self.layout, self._trial = self._trial.decide(tokens), None
+            self._compile()
 
     def states(self, names: tuple[str, ...]) -> States | None:
         """The outputs called ``names`` for the columns that the last scores belong to.
@@ -183,6 +190,14 @@ class Scorer:
     def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
         """(B,) guesses that each row may have scored in the next forward."""
         return self.layout.reach(lengths, live)
+
+    def _compile(self) -> None:
+        """Run the layout, now settled, through the graphs; say so once where it cannot be."""
+        steps = self._steps
+        if steps is not None and isinstance(self.layout, Slots):
+            self.layout.compile_with(steps, self._max_length)
+        elif steps is not None and not steps.refused:
+            steps.refuse(self.model, f"its layout is {self.layout.name!r}, and only slots keep their shapes")
 
     def _with_padding(self, lengths: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(lengths, first) with ended rows going on in padding as far as the pass is wide."""

@@ -139,18 +139,19 @@ def _agrees(layout: Layout, tokens: Tensor, width: int, truth: list[Tensor]) -> 
     tokens[:, width + 2] = wrong[:, width + 1]
     first = np.full(batch, width, dtype=np.int64)
     rows = layout.forward(tokens, first + 3, first, 3)
-    if not _close(rows[:, 0], truth[0]):
+    if not close(rows[:, 0], truth[0]):
         return False
-    if odd.any() and not _close(rows[odd_rows, 1], truth[1][odd_rows]):
+    if odd.any() and not close(rows[odd_rows, 1], truth[1][odd_rows]):
         return False
     layout.rewind(first + 1 + odd, live)
     # one token a row now: some models build another mask for that (led, udop)
     tokens[:, width + 1] = right[:, width + 1]
     rows = layout.forward(tokens, first + 2 + odd, first + 1 + odd, 1)
-    return _close(rows[~odd_rows, 0], truth[1][~odd_rows])
+    return close(rows[~odd_rows, 0], truth[1][~odd_rows])
 
 
-def _close(scores: Tensor, truth: Tensor) -> bool:
+def close(scores: Tensor, truth: Tensor) -> bool:
+    """Whether ``scores`` are ``truth`` up to what kernels of another shape may change."""
     if scores.shape != truth.shape:
         return False
     half = scores.dtype in (torch.bfloat16, torch.float16)

@@ -7,7 +7,7 @@ were all written by this row. Each model builds its own masks; ``masks.py`` give
 offset. Positions continue from those of the prompt.
 
 Exact where positions come from ``position_ids`` and layers keep plain keys and values: 228 of 295 architectures
-measured; the self-check finds out. Knows nothing of proposals. Read next: ``masks.py``.
+measured; the self-check finds out. Knows nothing of proposals. Read next: ``slot_cache.py``.
 """
 
 from __future__ import annotations
@@ -18,23 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, GenerationMixin
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import DummyLayer, StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specdec.layouts import masks
 from specdec.layouts.columns import Columns
-from specdec.layouts.handover import cached_columns, give_back, is_callers, newest
+from specdec.layouts.compiled import CompiledSteps
+from specdec.layouts.handover import cached_columns, give_back, is_callers
 from specdec.layouts.picking import rows_from_the_end
+from specdec.layouts.slot_cache import SlotCache, SlotLayer, slot_layer
 
 BLOCK = 64
-# layers of plain keys and values
-KINDS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 class Slots:
@@ -61,7 +55,7 @@ class Slots:
             raise ValueError("slots need a transformers cache of layers")
         held = cached_columns(native)
         self._hidden = held - self._width
-        layers = [_slot_layer(layer, held) for layer in own.layers]
+        layers = [slot_layer(layer, held) for layer in own.layers]
         self._cache = SlotCache(layers)
         for layer in own.layers:
             if not isinstance(layer, (DummyLayer, StaticLayer)) and not is_callers(native):
@@ -83,6 +77,13 @@ class Slots:
         self._ids_key = "decoder_input_ids" if columns.encoder_decoder else "input_ids"
         self._reuses = _prepares_as_usual(self._model)
         self._prepared: dict[int, dict[str, Any]] = {}
+        self._steps: CompiledSteps | None = None
+        self._least_room = 0
+
+    def compile_with(self, steps: CompiledSteps, max_length: int) -> None:
+        """Make passes through the graphs of ``steps`` from now on; rows reach ``max_length`` columns at most."""
+        self._steps, self._least_room = steps, steps.room(max_length + self._hidden)
+        self.name = "slots" if steps.refused else "slots+compiled"
 
     def prefill(self, prompt: Tensor) -> Tensor:
         """Prompts are fed natively, before the slots exist."""
@@ -94,24 +95,27 @@ class Slots:
             self._starts = np.full_like(lengths, self._width)
         starts = np.minimum(self._starts, lengths - 1)
         lowest, longest = int(starts.min()), int(starts.max())
-        width = int((lengths - starts).max())
+        needed = width = int((lengths - starts).max())
+        if self._steps is not None:
+            width = self._steps.width(needed)
         self._grow(tokens.shape[0], longest + width + self._hidden)
-        if lowest == longest:
+        if self._steps is None and lowest == longest:
             columns = torch.arange(lowest, lowest + width, device=tokens.device).expand(tokens.shape[0], -1)
-            ids = tokens[:, lowest : lowest + width]
+            inputs = self._inputs(tokens[:, lowest : lowest + width], columns)
         else:
-            offset = torch.from_numpy(starts).to(tokens.device, non_blocking=True)
-            columns = offset[:, None] + torch.arange(width, device=tokens.device)
-            ids = tokens.gather(1, columns)
-        self._cache.place(
-            columns + self._hidden if self._hidden else columns, lowest + self._hidden, longest + self._hidden
-        )
-        inputs = self._inputs(ids, columns)
-        skipped = int((first - starts).min())  # nobody wants their scores
+            where = starts[:, None] + np.arange(width)
+            # rows that feed less than others are filled up with their last token
+            read = torch.from_numpy(np.minimum(where, lengths[:, None] - 1)).to(tokens.device, non_blocking=True)
+            inputs = self._inputs(tokens.gather(1, read), read)
+            columns = torch.from_numpy(where).to(tokens.device, non_blocking=True)
+        hidden = self._hidden
+        place = (columns + hidden if hidden else columns, lowest + hidden, longest + hidden)
+        self._cache.place(*place)
+        # nobody wants the scores before the first; a graph has one number of rows
+        skipped = int((first - starts).min()) if self._steps is None else 0
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = width - skipped
-        self.outputs = self._model(**inputs, return_dict=True)
-        self.forwards += 1
+        self.outputs = self._pass(inputs, place, needed)
         self._starts = lengths.copy()
         self._wanted = (first - starts - width, count)
         return self.pick(self.outputs.logits)
@@ -143,6 +147,19 @@ class Slots:
             return dict(inputs)
         return inputs
 
+    def _pass(self, inputs: dict[str, Any], place: tuple[Tensor, int, int], needed: int) -> Any:
+        """One forward pass, compiled or not; ``needed`` of its columns mean something."""
+        self.forwards += 1
+        if self._steps is not None:
+            graphs = self._steps.graphs
+            scores = self._steps.run(self._model, inputs, self._cache, needed)
+            self.forwards += self._steps.graphs > graphs  # a new graph is compared with an eager pass
+            if scores is not None:
+                return CausalLMOutputWithPast(logits=scores)
+            self._cache.place(*place)
+            self.name = "slots" if self._steps.refused else self.name
+        return self._model(**inputs, return_dict=True)
+
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``: what is forgotten will be overwritten."""
         if len(self._starts):
@@ -157,7 +174,10 @@ class Slots:
         own = native.self_attention_cache if isinstance(native, EncoderDecoderCache) else native
         for layer, slots in zip(own.layers, self._cache.layers, strict=True):
             if isinstance(slots, SlotLayer):
-                give_back(layer, slots.keys, slots.values, columns + self._hidden)
+                keys, values = slots.keys, slots.values
+                if self._steps is not None:  # which may lend the buffers to the next call
+                    keys, values = keys.clone(), values.clone()
+                give_back(layer, keys, values, columns + self._hidden)
         return native
 
     def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -173,107 +193,19 @@ class Slots:
 
     def _grow(self, batch: int, columns: int) -> None:
         """Room for ``columns`` columns, in blocks: attention cost follows the room."""
-        if columns <= self._cache.room:
+        if columns <= self._cache.room >= self._least_room:
             return
-        room = -(-columns // BLOCK) * BLOCK
+        room = max(-(-columns // BLOCK) * BLOCK, self._least_room)
         self._prepared.clear()  # they hold the mask
         self._cache.grow(room)
+        if self._steps is not None:
+            self._steps.lend(self._cache)
         prompt = self._prompt_mask
         if prompt is None:
             device = self._model.device
             self._mask = torch.ones(batch, room, dtype=torch.int64, device=device)
         else:
             self._mask = torch.nn.functional.pad(prompt, (0, room - prompt.shape[1]), value=1)
-
-
-class SlotCache(Cache):  # type: ignore[misc]
-    """A cache whose rows stand at columns of their own."""
-
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__(layers=layers)
-        self.room = 0
-        self._offset: Tensor | None = None
-
-    def place(self, columns: Tensor, lowest: int, longest: int) -> None:
-        """The next forward writes at ``columns`` (B, W), rows beginning between ``lowest`` and ``longest``."""
-        self._offset = columns[:, 0]
-        uniform = longest if lowest == longest else None
-        for layer in self.layers:
-            if isinstance(layer, SlotLayer):
-                layer.columns, layer.start, layer.length = columns, uniform, longest
-
-    def grow(self, room: int) -> None:
-        """Make every layer ``room`` columns wide."""
-        self.room = room
-        for layer in self.layers:
-            if isinstance(layer, SlotLayer):
-                layer.grow(room)
-
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        """(B,) the column of the first query of each row; ``masks.py`` understands it."""
-        return self._offset
-
-
-class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values (B, heads, room, head size), written at given columns."""
-
-    is_sliding = False
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-        self.columns: Tensor | None = None
-        self.start: int | None = None
-        self.length = int(keys.shape[-2])
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The prompt is there already."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write (B, heads, W, head size) at the round's columns; return the whole buffer."""
-        width = key_states.shape[-2]
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if self.start is not None:
-                buffer[:, :, self.start : self.start + width] = states
-            else:
-                where = self.columns[:, None, :, None].expand(states.shape)  # type: ignore[index]
-                buffer.scatter_(2, where, states)
-        return self.keys, self.values
-
-    def grow(self, room: int) -> None:
-        """Fill up with zeros to ``room`` columns."""
-        missing = room - self.keys.shape[-2]
-        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
-        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The whole buffer, from column 0."""
-        return int(self.keys.shape[-2]), 0
-
-    def get_seq_length(self) -> int:
-        """Columns of the longest row; exact for rows that stand together."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """The buffer grows."""
-        return -1
-
-
-def _slot_layer(layer: Any, width: int) -> Any:
-    """A slot layer with the prompt's keys and values of ``layer``."""
-    if isinstance(layer, DummyLayer):
-        return layer
-    if type(layer) not in KINDS:
-        raise ValueError(f"a {type(layer).__name__} does not fit into slots")
-    if layer.keys is None:
-        return DummyLayer()
-    # a sliding layer has kept its last columns only
-    keys, values = newest(layer, width)
-    missing = width - keys.shape[-2]
-    keys, values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (keys, values))
-    return SlotLayer(keys, values)
 
 
 def _prepares_as_usual(model: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from specdec.errors import InvalidInput, UnsupportedModel
+from specdec.layouts.compiled import CompiledSteps, compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
@@ -27,7 +28,9 @@ from specdec.state import State, put, to_host
 class DraftModel:
     """Any Hugging Face causal LM (or encoder-decoder, for such a target) that shares the token ids."""
 
-    def __init__(self, model: Any, *, confidence: float | None = None, layout: str = "auto") -> None:
+    def __init__(
+        self, model: Any, *, confidence: float | None = None, layout: str = "auto", compile: bool = False
+    ) -> None:
         """Draft with ``model``.
 
         Args:
@@ -37,12 +40,14 @@ class DraftModel:
                 so the output's law is untouched. None leaves it to the call's draft length, which is told the
                 chances where reading a number costs nothing, on the CPU.
             layout: forces one, for tests.
+            compile: run the model's steps as graphs, as ``SpeculativeGenerator(compile=True)`` does.
         """
         if confidence is not None and not 0 <= confidence <= 1:
             raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
         self.model = model
         self._confidence = confidence
         self._layout = layout
+        self._steps = compiled_steps(model) if compile else None
 
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call: the draft's prompt is prepared by its own ``generate()``."""
@@ -50,7 +55,7 @@ class DraftModel:
         if encodes and self.model.main_input_name not in call.inputs:
             return self._refuse(f"the call gives no {self.model.main_input_name} for its encoder")
         try:
-            return _Run(self.model, call, self._layout, self._confidence)
+            return _Run(self.model, call, self._layout, self._confidence, self._steps)
         except UnsupportedModel:
             raise
         except (TypeError, ValueError) as error:
@@ -65,7 +70,9 @@ class DraftModel:
 class _Run:
     """The draft's cache and tokens during one call."""
 
-    def __init__(self, model: Any, call: Call, layout: str, confidence: float | None) -> None:
+    def __init__(
+        self, model: Any, call: Call, layout: str, confidence: float | None, steps: CompiledSteps | None
+    ) -> None:
         self._call = call
         self._confidence = confidence
         self._device = model.device
@@ -80,7 +87,9 @@ class _Run:
             )
         text = model.config.get_text_config(decoder=True)
         self._longest = getattr(text, "max_position_embeddings", None) or call.max_length
-        self._scorer = Scorer(inner, kwargs, config, max_length=call.max_length, layout=layout, is_draft=True)
+        self._scorer = Scorer(
+            inner, kwargs, config, max_length=call.max_length, layout=layout, is_draft=True, steps=steps
+        )
         # fed with the first guess that is asked for: a draft that does not pay must not even cost that
         self._prompt: Tensor | None = prompt.to(self._device)
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
@@ -143,7 +152,7 @@ class _Run:
 
     def _next_scores(self, state: State, step: int) -> Tensor:
         """Processed scores (B, V) for guess ``step`` of every row, on the target's device."""
-        lengths = state.lengths + step
+        lengths = np.minimum(state.lengths + step, self._longest)  # rows that have ended go no further
         if step:
             self._scorer.hold(state.live)
         logits = self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0].to(state.device)

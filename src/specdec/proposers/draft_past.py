@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.layouts.compiled import CompiledSteps
 from specdec.proposers import Call
 from specdec.proposers.draft_model import _prepare, embedded
 from specdec.proposers.rewriting import DraftRow, Translator
@@ -31,9 +32,12 @@ class DraftPast:
         lengths: (B,) the committed text in columns of the draft, padding included.
     """
 
-    def __init__(self, model: Any, call: Call, translator: Translator, layout: str) -> None:
+    def __init__(
+        self, model: Any, call: Call, translator: Translator, layout: str, steps: CompiledSteps | None = None
+    ) -> None:
         """Nothing is fed before the first guess is asked for: only then is the prompt's padding known."""
         self._model, self._call, self._translator, self._layout = model, call, translator, layout
+        self._steps = steps
         self.device = model.device
         self._embeds = embedded(model)
         self._scorer: Scorer | None = None
@@ -110,7 +114,10 @@ class DraftPast:
         prepared, kwargs, config, inner = _prepare(self._model, call, self._embeds)
         if prepared.shape != prompt_ids.shape:
             raise ValueError("its generate() changes the prompt")
-        scorer = Scorer(inner, kwargs, config, max_length=call.max_length, layout=self._layout, is_draft=True)
+        longest = call.max_length
+        scorer = Scorer(
+            inner, kwargs, config, max_length=longest, layout=self._layout, is_draft=True, steps=self._steps
+        )
         scorer.prefill(prepared, speculate=True)
         self._scorer = scorer
         self._host, self._tokens = ids, torch.from_numpy(ids.copy()).to(self.device)

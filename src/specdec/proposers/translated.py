@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InvalidInput
+from specdec.layouts.compiled import compiled_steps
 from specdec.proposers import Call, Proposer
 from specdec.proposers.draft_model import _chance, _sound
 from specdec.proposers.draft_past import DraftPast
@@ -55,6 +56,7 @@ class TranslatedDraft:
         method: str = "auto",
         confidence: float | None = None,
         layout: str = "auto",
+        compile: bool = False,
     ) -> None:
         """Draft with ``model``.
 
@@ -67,6 +69,7 @@ class TranslatedDraft:
             confidence: a row stops after a guess whose own chance is below this, 0 never stops, None leaves it to
                 the call's draft length; as for ``DraftModel``.
             layout: forces one, for tests.
+            compile: run the draft's steps as graphs; as for ``DraftModel``.
         """
         if method not in METHODS:
             raise InvalidInput(f"method={method!r} does not exist; use one of {METHODS}")
@@ -85,6 +88,7 @@ class TranslatedDraft:
         self._method = method
         self._confidence = confidence
         self._layout = layout
+        self._steps = compiled_steps(model) if compile else None
 
     def choose(self, *, greedy: bool) -> tuple[str, str]:
         """The method for a call, "tokens" or "strings", and why."""
@@ -99,7 +103,7 @@ class TranslatedDraft:
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call."""
         stop = _Stop(call, self._confidence, self.model.device)
-        past = DraftPast(self.model, call, self._translator, self._layout)
+        past = DraftPast(self.model, call, self._translator, self._layout, self._steps)
         method, reason = self.choose(greedy=isinstance(call.sampling, Greedy))
         described = f"{method}: {reason}; {self._part:.0%} of the smaller vocabulary is shared"
         if method == "tokens":

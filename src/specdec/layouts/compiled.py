@@ -1,0 +1,219 @@
+"""Compiled steps: a model's forward pass over slots as one graph for each width (torch.compile, CUDA graphs).
+
+A graph is made for one shape. In slots nothing has to change shape: the buffer is given its whole room at the
+start of a call, every row writes at columns that are data, and a pass is filled up on the right to one of a few
+``WIDTHS``. The columns that fill it up are overwritten by later passes like rejected guesses, their scores are not
+looked at. So a draft step and a verify step of any length run through at most six graphs, without graph breaks
+and without recompilation between rounds.
+
+A graph must earn its trust: before its first use the same pass is made eagerly, and scores that do not agree,
+or a model that cannot be compiled, send the model back to eager passes, with one warning. Passes may be made
+twice because writing a slot again changes nothing.
+
+On CUDA the graphs are captured (mode "reduce-overhead"). What they write in place must not move between two
+replays: the buffers of a call are marked as static and lent to the next call of the same shape. *This part has
+not been run on a GPU.* Knows nothing of proposals. Read next: ``slots.py``.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.errors import InvalidInput
+from specdec.layouts.check import close
+from specdec.layouts.slot_cache import SlotCache
+
+# one token; one or two for a draft that has not seen its own last guess; guesses + 1 for a verify step
+WIDTHS = (1, 2, 3, 5, 9, 17)
+# room is rounded up to this many columns, so that calls of similar length share their graphs
+ROOM = 256
+BACKEND = "inductor"  # of torch.compile; tests take others, which need no compiler
+
+_left_out = threading.local()
+
+
+def clock() -> float:
+    """Seconds, those spent on compiling in this thread left out: what a round costs is what the next one will."""
+    seconds: float = perf_counter() - getattr(_left_out, "seconds", 0.0)
+    return seconds
+
+
+class CompiledSteps:
+    """The graphs of one model, made when first needed and kept as long as this object.
+
+    Attributes:
+        graphs: how many there are.
+        refused: why the model runs eagerly after all, or "".
+    """
+
+    def __init__(self) -> None:
+        """Nothing is compiled yet."""
+        self.refused = ""
+        self._graphs: dict[tuple[int, ...], Callable[..., Tensor]] = {}
+        self._free: dict[Any, list[Tensor]] = {}
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs there are."""
+        return len(self._graphs)
+
+    def width(self, needed: int) -> int:
+        """The width of a pass over ``needed`` tokens a row; wider passes than the widest graph run eagerly."""
+        return next((width for width in WIDTHS if width >= needed and not self.refused), needed)
+
+    def room(self, columns: int) -> int:
+        """Room of the buffer for a call whose rows may reach ``columns``: filled up columns need some, too."""
+        return -(-(columns + WIDTHS[-1]) // ROOM) * ROOM
+
+    def run(self, model: Any, inputs: dict[str, Any], cache: SlotCache, needed: int) -> Tensor | None:
+        """Scores (B, W, V) of ``model`` for ``inputs``, or None where this pass has to run eagerly.
+
+        A graph gives scores and nothing else, so a pass that is asked for states is not one.
+
+        Args:
+            model: the model.
+            inputs: its prepared inputs, for W tokens a row.
+            cache: the slots in them, placed for an eager pass.
+            needed: columns of the pass whose scores mean something.
+        """
+        shape = cache.shape
+        asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
+        if self.refused or asked or shape[1] not in WIDTHS:
+            return None
+        try:
+            graph = self._graphs.get(shape)
+            if graph is None:
+                return self._first(model, inputs, cache, needed)
+            return _replay(graph, model, inputs, cache)
+        except Exception as error:
+            # whatever the compiler met: an eager pass writes the same slots again
+            self.refuse(model, f"{type(error).__name__}: {_short(error)}")
+            return None
+
+    def lend(self, cache: SlotCache) -> None:
+        """Move ``cache`` to buffers that captured graphs know, if some of its shape are free.
+
+        They come back when the cache is gone.
+        """
+        buffers = cache.buffers()
+        if not buffers or not captures(buffers[0].device):
+            return
+        key = tuple((tuple(one.shape), one.dtype, one.device) for one in buffers)
+        kept = self._free.pop(key, None)
+        if kept is None:
+            kept = buffers
+            for one in kept:
+                torch._dynamo.mark_static_address(one, guard=False)
+        else:
+            for one, new in zip(kept, buffers, strict=True):
+                one.copy_(new)
+            cache.move(kept)
+        weakref.finalize(cache, _keep, self._free, key, kept)
+
+    def _first(self, model: Any, inputs: dict[str, Any], cache: SlotCache, needed: int) -> Tensor | None:
+        """Make the graph for a shape and compare its scores with those of an eager pass."""
+        eager = _step(model, inputs).clone()
+        start = perf_counter()  # the clock shall see the eager pass only
+        try:
+            return self._checked(model, inputs, cache, eager[:, :needed])
+        finally:
+            _left_out.seconds = getattr(_left_out, "seconds", 0.0) + perf_counter() - start
+
+    def _checked(self, model: Any, inputs: dict[str, Any], cache: SlotCache, eager: Tensor) -> Tensor | None:
+        captured = BACKEND == "inductor" and captures(eager.device)
+        settings: dict[str, Any] = {
+            "fullgraph": True,
+            "dynamic": False,
+            "backend": BACKEND,
+            "mode": "reduce-overhead" if captured else None,
+            "isolate_recompiles": True,  # every shape has a cache of its own: nothing is searched, no limit is met
+        }
+        graph = torch.compile(_step, **settings)
+        scores = _replay(graph, model, inputs, cache)
+        if not close(scores[:, : eager.shape[1]], eager):
+            self.refuse(model, "a compiled pass did not give the scores of an eager one")
+            return None
+        self._graphs[cache.shape] = graph
+        return scores
+
+    def refuse(self, model: Any, reason: str) -> None:
+        """Run ``model`` eagerly from now on, and say why."""
+        self.refused = reason
+        self._graphs.clear()
+        warnings.warn(
+            f"specdec runs {type(model).__name__} eagerly, compile=True has no effect on it: {reason}",
+            stacklevel=2,
+        )
+
+
+def compiled_steps(model: Any) -> CompiledSteps:
+    """No graphs yet, and the certainty that a compiler for them is there; raises ``InvalidInput`` if not."""
+    check_compiler(model)
+    return CompiledSteps()
+
+
+def check_compiler(model: Any) -> None:
+    """Refuse early what torch.compile could only fail at, with many lines: no compiler for the model's device.
+
+    Raises:
+        InvalidInput: saying what to install.
+    """
+    device = getattr(model, "device", torch.device("cpu")).type
+    if device == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise InvalidInput(
+                "compile=True needs a C++ compiler on the CPU and none was found; install g++ or clang++, or name "
+                "one in the environment variable CXX, or leave compile=False"
+            ) from None
+    elif device == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise InvalidInput(
+                "compile=True needs Triton on CUDA and it is not usable here; install triton, or leave "
+                "compile=False"
+            )
+
+
+def captures(device: torch.device) -> bool:
+    """Whether graphs are captured and replayed on ``device``, from fixed addresses."""
+    return device.type == "cuda"
+
+
+def _step(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """What is compiled: one forward pass, masks and cache included."""
+    scores: Tensor = model(**inputs, return_dict=True).logits
+    return scores
+
+
+def _replay(graph: Callable[..., Tensor], model: Any, inputs: dict[str, Any], cache: SlotCache) -> Tensor:
+    cache.place_by_data()
+    if not captures(cache.device):
+        return graph(model, inputs)
+    # a captured graph writes its scores to one place: take them away before the next replay
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+    return graph(model, inputs).clone()
+
+
+def _keep(free: dict[Any, list[Tensor]], key: Any, buffers: list[Tensor]) -> None:
+    """Keep ``buffers`` for the next call; one set only, the last one."""
+    free.clear()
+    free[key] = buffers
+
+
+def _short(error: Exception) -> str:
+    """What an error says, without the pages that compilers add."""
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,144 @@
+"""The cache of the slots: buffers of columns that rows write at places of their own.
+
+What a model sees of the slots is this ``Cache`` of transformers. Where the next pass writes is said once, in
+``place``, for all layers. Knows nothing of lengths and guesses. Read next: ``masks.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from specdec.layouts.handover import newest
+
+# layers of plain keys and values
+KINDS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """A cache whose rows stand at columns of their own."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.room = 0
+        self._columns = torch.zeros(0, 0, dtype=torch.int64)
+
+    def place(self, columns: Tensor, lowest: int, longest: int) -> None:
+        """The next forward writes at ``columns`` (B, W), rows beginning between ``lowest`` and ``longest``."""
+        self._columns = columns
+        uniform = longest if lowest == longest else None
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.columns, layer.start, layer.length = columns, uniform, longest
+
+    def place_by_data(self) -> None:
+        """Say the same in tensors only, so that a graph made for one place serves every place."""
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.start, layer.length = None, self.room
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, W, room) of the next forward."""
+        batch, width = self._columns.shape
+        return batch, width, self.room
+
+    @property
+    def device(self) -> torch.device:
+        """Where the next forward writes."""
+        return self._columns.device
+
+    def buffers(self) -> list[Tensor]:
+        """Keys and values of every layer."""
+        return [one for layer in self.layers if isinstance(layer, SlotLayer) for one in (layer.keys, layer.values)]
+
+    def move(self, buffers: list[Tensor]) -> None:
+        """Go on in ``buffers``, which hold the same."""
+        layers = [layer for layer in self.layers if isinstance(layer, SlotLayer)]
+        for layer, keys, values in zip(layers, buffers[::2], buffers[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+
+    def grow(self, room: int) -> None:
+        """Make every layer ``room`` columns wide."""
+        self.room = room
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.grow(room)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """(B,) column of the first query of each row; ``masks.py`` understands it."""
+        return self._columns[:, 0]
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values (B, heads, room, head size), written at given columns."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+        self.columns: Tensor | None = None
+        self.start: int | None = None
+        self.length = int(keys.shape[-2])
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The prompt is there already."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write (B, heads, W, head size) at the round's columns; return the whole buffer."""
+        width = key_states.shape[-2]
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if self.start is not None:
+                buffer[:, :, self.start : self.start + width] = states
+            else:
+                # not scatter_: compiled, that copies the whole buffer
+                rows = torch.arange(len(states), device=states.device)[:, None]
+                buffer[rows, :, self.columns] = states.transpose(1, 2)
+        return self.keys, self.values
+
+    def grow(self, room: int) -> None:
+        """Fill up with zeros to ``room`` columns."""
+        missing = room - self.keys.shape[-2]
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The whole buffer, from column 0."""
+        return int(self.keys.shape[-2]), 0
+
+    def get_seq_length(self) -> int:
+        """Columns of the longest row; exact for rows that stand together."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """The buffer grows."""
+        return -1
+
+
+def slot_layer(layer: Any, width: int) -> Any:
+    """A slot layer with the prompt's keys and values of ``layer``."""
+    if isinstance(layer, DummyLayer):
+        return layer
+    if type(layer) not in KINDS:
+        raise ValueError(f"a {type(layer).__name__} does not fit into slots")
+    if layer.keys is None:
+        return DummyLayer()
+    # a sliding layer has kept its last columns only
+    keys, values = newest(layer, width)
+    missing = width - keys.shape[-2]
+    keys, values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (keys, values))
+    return SlotLayer(keys, values)

@@ -1,0 +1,284 @@
+"""compile=True: the same text through a few graphs, none of them made twice, and a way back where it cannot be.
+
+Mostly with backends that trace and do not compile, so that tests stay quick; one test runs inductor.
+"""
+
+import gc
+import time
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from specdec import SpeculativeGenerator
+from specdec.errors import InvalidInput
+from specdec.layouts import compiled
+from specdec.layouts.compiled import WIDTHS, CompiledSteps
+from specdec.proposers.draft_model import DraftModel
+from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+
+from .architectures import identity
+from .architectures.build import Case
+from .contract import qwen3_next, t5
+
+GREEDY = {"max_new_tokens": 24, "do_sample": False}
+LENGTHS = {"alone": (7,), "padded": (9, 6, 3)}
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs are traced and run as they are; a recompilation is an error."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+def pair(layers=1):
+    target = tiny_llama(num_hidden_layers=layers)
+    return target, noisy_copy(target, 0.15)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_same_text_through_few_graphs(traced, lengths):
+    target, draft = pair()
+    prompt = ragged_prompt(lengths)
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, compile=True)
+    plain = target.generate(**prompt, **GREEDY)
+    assert torch.equal(gen.generate(**prompt, **GREEDY), plain)
+    assert gen.stats.layout == gen.stats.draft_layout == "slots+compiled"
+    assert gen.stats.accepted > 0
+    gen.generate(**prompt, **GREEDY)  # without the steps by which the first call settled its layout
+    made = counters["stats"]["unique_graphs"]
+    assert torch.equal(gen.generate(**prompt, **GREEDY), plain)
+    assert counters["stats"]["unique_graphs"] == made, "a second call of the same kind makes no graph"
+    # another length of prompt and text is the same shape
+    longer = ragged_prompt(tuple(length + 5 for length in lengths))
+    gen.generate(**longer, max_new_tokens=31, do_sample=False)
+    assert counters["stats"]["unique_graphs"] <= made + 1, "a width may be new, a room is not"
+    assert gen._steps.graphs <= len(WIDTHS)
+    assert not gen._steps.refused
+
+
+def test_same_sampled_text(traced):
+    target, draft = pair()
+    prompt = ragged_prompt()
+    options = {"max_new_tokens": 20, "do_sample": True, "temperature": 0.8, "top_k": 20, "seed": 3}
+    texts = [
+        SpeculativeGenerator(target, d, num_draft_tokens=3, verification="coupled", **more).generate(
+            **prompt, **options
+        )
+        for d, more in ((None, {}), (draft, {"compile": True}))
+    ]
+    assert torch.equal(*texts)
+
+
+def test_rows_that_end_in_mid_round(traced):
+    target, draft = pair()
+    prompt = ragged_prompt()
+    text = target.generate(**prompt, **GREEDY)
+    ends = [int(text[0, 12]), int(text[1, 17])]
+    options = {**GREEDY, "eos_token_id": ends, "pad_token_id": 0}
+    plain = target.generate(**prompt, **options)
+    gen = SpeculativeGenerator(target, DraftModel(draft), num_draft_tokens=5, compile=True)
+    assert torch.equal(gen.generate(**prompt, **options), plain)
+    assert gen.stats.layout == "slots+compiled"
+
+
+@pytest.mark.slow
+def test_the_controller_goes_through_graphs_too(traced):
+    target, draft = pair()
+    prompt = ragged_prompt()
+    gen = SpeculativeGenerator(target, draft, compile=True)
+    assert torch.equal(gen.generate(**prompt, **GREEDY), target.generate(**prompt, **GREEDY))
+    assert gen.stats.layout == "slots+compiled"
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_position_past_the_end_is_never_read(traced, compile):
+    """Columns that fill up a pass, and rows that have ended, would stand past the last position of the model."""
+    name = "causal/gpt2"
+    model, _ = identity.varied_model(Case(*name.split("/")))
+    last = model.config.max_position_embeddings
+    prompt = {"input_ids": torch.randint(3, 100, (2, last - 12), generator=torch.Generator().manual_seed(0))}
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(**prompt, **options)
+    gen = SpeculativeGenerator(model, noisy_copy(model, 0.05), num_draft_tokens=6, compile=compile)
+    assert torch.equal(gen.generate(**prompt, **options), plain)
+    assert gen.stats.layout == ("slots+compiled" if compile else "slots")
+
+
+QUICK = ("gemma2",)
+ALL = (
+    "gpt2", "mixtral", "qwen2", "qwen3", "mistral", "gemma3_text", "opt", "gpt_neox", "phi3", "olmo2", "smollm3",
+    "cohere2", "gpt_oss", "granite", "deepseek_v3", "bloom", "falcon", "qwen3_moe", "whisper",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ALL)])
+def test_architectures(traced, name):
+    case = Case("causal", name)
+    model, _ = identity.varied_model(case)
+    for lengths in identity.WIDTHS.values():
+        inputs = identity.inputs_for(case, lengths)
+        # a twin keeps every guess: few graphs, all of them used
+        gen = SpeculativeGenerator(model, DraftModel(model), num_draft_tokens=4, compile=True)
+        ours = gen.generate(**inputs, max_new_tokens=12, do_sample=False)
+        assert torch.equal(ours, model.generate(**inputs, max_new_tokens=12, do_sample=False))
+        assert gen.stats.layout == "slots+compiled", gen._steps.refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductor(dtype):
+    target = tiny_llama(num_hidden_layers=1, dtype=dtype)
+    draft = noisy_copy(target, 0.15)
+    prompt = ragged_prompt()
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=2, compile=True)
+    ours = gen.generate(**prompt, **GREEDY)
+    assert gen.stats.layout == gen.stats.draft_layout == "slots+compiled"
+    if dtype == torch.float32:
+        assert torch.equal(ours, target.generate(**prompt, **GREEDY))
+
+
+# --- the way back ---
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"), [(qwen3_next, "only slots"), (t5, "did not give the scores")], ids=["layout", "scores"]
+)
+def test_what_cannot_be_compiled_runs_eagerly_and_says_so(traced, model, reason):
+    model = model()
+    prompt = ragged_prompt((7,))
+    gen = SpeculativeGenerator(model, DraftModel(noisy_copy(model, 0.02)), num_draft_tokens=3, compile=True)
+    with pytest.warns(UserWarning, match=f"eagerly.*{reason}"):
+        ours = gen.generate(**prompt, **GREEDY)
+    assert torch.equal(ours, model.generate(**prompt, **GREEDY))
+    assert "compiled" not in gen.stats.layout
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gen.generate(**prompt, **GREEDY)  # once is enough
+
+
+def broken(graph, inputs):
+    raise RuntimeError("the compiler is out of order")
+
+
+def wrong(graph, inputs):
+    return lambda *args: [out + 0.1 if out.is_floating_point() else out for out in graph(*args)]
+
+
+@pytest.mark.parametrize(("backend", "reason"), [(broken, "out of order"), (wrong, "did not give the scores")])
+def test_a_compiler_that_fails_or_errs_is_not_used(monkeypatch, backend, reason):
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    target, draft = pair()
+    prompt = ragged_prompt()
+    gen = SpeculativeGenerator(target, DraftModel(draft), num_draft_tokens=3, compile=True)
+    with pytest.warns(UserWarning, match="eagerly") as told:
+        ours = gen.generate(**prompt, **GREEDY)
+    assert torch.equal(ours, target.generate(**prompt, **GREEDY))
+    assert gen.stats.layout == "slots"
+    assert len([one for one in told if reason in str(one.message)]) == 1
+
+
+def test_compiling_is_not_what_a_round_costs(monkeypatch):
+    def slow(graph, inputs):
+        time.sleep(1)
+        return graph
+
+    monkeypatch.setattr(compiled, "BACKEND", slow)
+    target, draft = pair()
+    gen = SpeculativeGenerator(target, DraftModel(draft), num_draft_tokens=3, compile=True)
+    gen.generate(**ragged_prompt(), **GREEDY)
+    stats = gen.stats
+    assert gen._steps.graphs > 0
+    assert stats.seconds > 1 > stats.seconds_scoring + stats.seconds_drafting + stats.seconds_verifying
+
+
+# --- what is kept ---
+
+
+def test_captured_graphs_find_their_buffers_again(traced, monkeypatch):
+    monkeypatch.setattr(compiled, "captures", lambda device: True)
+    target, draft = pair()
+    prompt = ragged_prompt()
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=3, compile=True)
+    plain = target.generate(**prompt, **GREEDY)
+    places = []
+    for _ in range(2):
+        assert torch.equal(gen.generate(**prompt, **GREEDY), plain)
+        gc.collect()  # tracing leaves cycles behind
+        (buffers,) = gen._steps._free.values()
+        places.append([one.data_ptr() for one in buffers])
+    assert places[0] == places[1]
+
+
+def test_two_calls_at_once_do_not_share_buffers(monkeypatch):
+    monkeypatch.setattr(compiled, "captures", lambda device: True)
+
+    class Cache:
+        def __init__(self):
+            self.held = [torch.zeros(2, 3)]
+
+        def buffers(self):
+            return self.held
+
+        def move(self, buffers):
+            self.held = buffers
+
+    steps = CompiledSteps()
+    first, second = Cache(), Cache()
+    steps.lend(first)
+    steps.lend(second)
+    place = first.held[0].data_ptr()
+    assert place != second.held[0].data_ptr()
+    del second, first
+    third = Cache()
+    third.held[0] += 1
+    steps.lend(third)
+    assert third.held[0].data_ptr() == place
+    assert (third.held[0] == 1).all()
+
+
+def test_a_model_is_not_kept_alive(traced):
+    target, draft = pair()
+    gen = SpeculativeGenerator(target, DraftModel(draft), num_draft_tokens=2, compile=True)
+    gen.generate(**ragged_prompt(), **GREEDY)
+    gone = weakref.ref(target)
+    del target, draft, gen
+    gc.collect()
+    assert gone() is None
+
+
+# --- refusals ---
+
+
+def test_where_nothing_would_be_compiled_it_is_refused():
+    target, draft = pair()
+    for given in ({"num_draft_tokens": 0}, {"layout": "columns"}, {"compile": "max-autotune"}):
+        options = {"draft": draft, "compile": True, **given}
+        with pytest.raises(InvalidInput, match="compile="):
+            SpeculativeGenerator(target, **options)
+
+
+def test_a_missing_compiler_is_named_at_once(monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def absent():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", absent)
+    target, draft = pair()
+    with pytest.raises(InvalidInput, match=r"C\+\+ compiler.*install g\+\+"):
+        SpeculativeGenerator(target, draft, compile=True)
+    with pytest.raises(InvalidInput, match=r"C\+\+ compiler"):
+        DraftModel(draft, compile=True)
+
+
+def test_widths_and_rooms_are_few():
+    steps = CompiledSteps()
+    assert [steps.width(n) for n in (1, 2, 3, 4, 5, 6, 9, 10, 17, 18)] == [1, 2, 3, 5, 5, 9, 9, 17, 17, 18]
+    assert {steps.room(columns) for columns in range(1, 240)} == {256}
+    assert all(steps.room(columns) >= columns + WIDTHS[-1] for columns in range(1, 2000))
