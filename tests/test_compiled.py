@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import DynamicCache
 
 from specdec import SpeculativeGenerator
 from specdec.errors import InvalidInput
@@ -282,3 +283,43 @@ def test_widths_and_rooms_are_few():
     assert [steps.width(n) for n in (1, 2, 3, 4, 5, 6, 9, 10, 17, 18)] == [1, 2, 3, 5, 5, 9, 9, 17, 17, 18]
     assert {steps.room(columns) for columns in range(1, 240)} == {256}
     assert all(steps.room(columns) >= columns + WIDTHS[-1] for columns in range(1, 2000))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_caches_and_hidden_states(traced, lengths):
+    """What the caller gets of a call, and gives to the next, is plain's with graphs as well."""
+    target, draft = pair()
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, compile=True)
+    asked = {"return_dict_in_generate": True, **GREEDY}
+    found = []
+    for run in (target.generate, gen.generate):
+        prompt, cache = ragged_prompt(lengths), DynamicCache(config=target.config)
+        for turn in range(3):
+            # a pass that is asked for states is an eager one
+            out = run(**prompt, past_key_values=cache, output_hidden_states=turn == 2, **asked)
+            ids = torch.cat([out.sequences, torch.full((len(lengths), 2), 20 + turn)], dim=1)
+            added = ids.shape[1] - prompt["input_ids"].shape[1]
+            mask = torch.nn.functional.pad(prompt["attention_mask"], (0, added), value=1)
+            prompt = {"input_ids": ids, "attention_mask": mask}
+        found.append((ids, cache, out))
+    assert gen.stats.layout == "slots+compiled"
+    assert gen._steps.graphs > 0
+    (ids, cache, out), (our_ids, our_cache, ours) = found
+    assert our_ids.tolist() == ids.tolist()
+    for one, other in zip(our_cache.layers, cache.layers, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one.values, other.values, atol=1e-4, rtol=1e-4)
+    for one, other in zip(ours.hidden_states, out.hidden_states, strict=True):
+        torch.testing.assert_close(one[-1], other[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_streams_that_are_closed(traced):
+    target, draft = pair()
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, compile=True)
+    wanted = target.generate(**ragged_prompt(), **GREEDY)
+    for number in range(8):
+        stream = gen.stream(**ragged_prompt(), **GREEDY)
+        for _ in range(3 * number):
+            next(stream)
+        stream.close()
+        assert torch.equal(gen.generate(**ragged_prompt(), **GREEDY), wanted)
