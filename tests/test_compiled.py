@@ -118,6 +118,7 @@ ALL = (
 )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # what dynamo does to bloom's activation
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ALL)])
 def test_architectures(traced, name):
     case = Case("causal", name)

@@ -220,7 +220,7 @@ def test_graphs_add_no_copy(monkeypatch):
         guesser=lambda draft, layout: DraftModel(draft, layout=layout, compile=True),
         steps=steps,
     )
-    assert len(calls) == 1 + 4
+    assert len(calls) == 2 + 4
     assert steps.graphs > 0
     assert not steps.refused
 
