@@ -13,6 +13,7 @@ from specdec.verify import (
     token_acceptance,
     verify,
 )
+from specdec.verify.reference import verify_reference
 
 from .law import FAMILIES, Candidate, Kind, Rows, World, blocks, cells, examine, repeat, world
 
@@ -20,10 +21,15 @@ RULES = ("token", "block")
 KINDS = ("sampled", "certain", "unknown")
 
 
-def shipped(rule: str) -> Candidate:
-    """What users get. The pure half tells where to look; all decisions are those of `verify`."""
+def shipped(rule: str, *, reference: bool = False) -> Candidate:
+    """What users get. The pure half tells where to look; all decisions are those of `verify`.
+
+    On a CPU that is the lean form; other devices get the fused one or the reference.
+    """
 
     def decide(rows: Rows, uniforms: Tensor, exponentials: Tensor) -> tuple[Tensor, Tensor]:
+        if reference:
+            return verify_reference(*rows, rule, uniforms, exponentials)
         return verify(*rows, rule=rule, uniforms=uniforms, exponentials=exponentials)
 
     def chances(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -56,6 +62,14 @@ def worlds(seeds: int = 1) -> list[World]:
 def test_law_of_a_round(rule: str, kind: Kind) -> None:
     for number, place in enumerate(worlds(seeds=3)):
         findings = examine(shipped(rule), place, kind)
+        assert findings.lossless, (number, findings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", RULES)
+def test_law_of_the_reference(rule: str, kind: Kind) -> None:
+    for number, place in enumerate(worlds()):
+        findings = examine(shipped(rule, reference=True), place, kind)
         assert findings.lossless, (number, findings)
 
 
