@@ -46,7 +46,7 @@ def main():
     expected = plain[0, 8:].numpy().copy()
     expected[[11, 25]] = 3, 4  # the text came out a little different from what was expected
 
-    gen = SpeculativeGenerator(target, Expected(expected))
+    gen = SpeculativeGenerator(target, Expected(expected), num_draft_tokens=8)
     ours = gen.generate(**inputs, max_new_tokens=40, do_sample=False)
     print("same as generate():", torch.equal(ours, plain))
     print(f"{gen.stats.emitted} tokens in {gen.stats.rounds} rounds")
