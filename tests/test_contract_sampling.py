@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specdec import DraftModel, InvalidInput, SpeculativeGenerator
-from specdec.testing import ragged_prompt
+from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, noisy, oracle, prompts, speculative, t5
 
@@ -217,3 +217,15 @@ def test_shared_noise_of_an_encoder_decoder_model_is_keyed_by_what_the_encoder_r
     assert together.tolist() == turned.flip(0).tolist()
     alone = {name: value[:1] for name, value in inputs.items()}
     assert gen.generate(**alone, **options)[0].tolist() == together[0].tolist()
+
+
+@pytest.mark.parametrize("rule", ["block", "token", "coupled"])
+@pytest.mark.parametrize("tokens", ["auto", 3])
+def test_a_seed_means_the_same_text_on_the_first_call_of_a_model_and_later(tokens, rule):
+    """The self-check of the first call must not change how many guesses are made."""
+    model = tiny_llama(11)
+    gen = SpeculativeGenerator(model, noisy_copy(model, 0.1), num_draft_tokens=tokens, verification=rule)
+    options = {**WARM, "max_new_tokens": 24}
+    texts = [gen.generate(**inputs(1), **options, seed=5).tolist() for _ in range(3)]
+    assert gen.stats.drafted > 0
+    assert texts[0] == texts[1] == texts[2]

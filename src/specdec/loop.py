@@ -45,7 +45,10 @@ def decode(
     observe: Callable[[Round], None] | None = getattr(proposer, "observe", None)
     proposal = Proposal.empty(state.batch, state.device)
     start = clock()
-    logits = target.prefill(state.tokens[:, : state.prompt_length], speculate=length.most > 0)
+    # where the text depends on the number of guesses, a seed must not meet another one on a model's first call
+    logits = target.prefill(
+        state.tokens[:, : state.prompt_length], speculate=length.most > 0, at_once=sampling.keeps_logits
+    )
     state.vocabulary = int(logits.shape[-1])
     stats.seconds_scoring += clock() - start
     began = None  # the prompt's round says nothing about the rounds to come

@@ -88,7 +88,7 @@ class Scorer:
         """Columns of the cache before the first id of a row: a past that was given, or embeddings."""
         return self._columns.hidden
 
-    def prefill(self, prompt: Tensor, *, speculate: bool) -> Tensor:
+    def prefill(self, prompt: Tensor, *, speculate: bool, at_once: bool = False) -> Tensor:
         """Feed the whole prompt (B, P) alone; scores of its last column, (B, 1, V).
 
         The first call with a model and kind of batch settles the layout two steps later (``decide``).
@@ -96,6 +96,7 @@ class Scorer:
         Args:
             prompt: the prompt, left padding included.
             speculate: False when no guess will ever be scored: then no self-check is needed.
+            at_once: settle the layout now, on steps made up for it: two passes more, and no plain rounds.
         """
         scores = self._columns.prefill(prompt).clone()
         self.kept = np.full(prompt.shape[0], prompt.shape[1], dtype=np.int64)
@@ -107,7 +108,7 @@ class Scorer:
             candidates = self._candidates(int(prompt.shape[1]) + hidden, self._max_length + hidden, len(prompt))
         trial = Trial(self._columns, prompt, candidates)
         known = trial.known()
-        if known is None and self._is_draft:
+        if known is None and (self._is_draft or at_once):
             known = trial.decide_at_once(scores)
         if known is None:
             self._trial = trial

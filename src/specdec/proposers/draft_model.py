@@ -132,14 +132,14 @@ class _Run:
             scores = self._next_scores(state, step)
             guess = self._call.sampling.guess(scores, start + step if step else start)
             if self._call.sampling.keeps_logits:
-                rows.append(_sound(scores, guess < 0))
+                rows.append(sound(scores, guess < 0))
                 guess = guess.clamp(min=0)
             guesses.append(guess)
             if self._confidence:
-                sure = (_chance(scores, guess) >= self._confidence).cpu().numpy()
+                sure = (chance_of(scores, guess) >= self._confidence).cpu().numpy()
                 limits = np.where(sure, limits, np.minimum(limits, step + 1))
             elif self._goes_on is not None:
-                chance = _chance(scores, guess).double().numpy()
+                chance = chance_of(scores, guess).double().numpy()
                 if not self._goes_on(np.where(limits > step, chance, 0.0)):
                     limits = np.minimum(limits, step + 1)
             if step + 1 >= int(limits.max()):
@@ -269,13 +269,13 @@ def _newest(name: str, value: Tensor, columns: int) -> Tensor:
     return value[..., -columns:] if name in along and value.shape[-1] > columns else value
 
 
-def _chance(scores: Tensor, guess: Tensor) -> Tensor:
+def chance_of(scores: Tensor, guess: Tensor) -> Tensor:
     """(B,) the draft's own probability of its guesses (B,)."""
     # on a CPU softmax takes half of logsumexp's time
     return scores.softmax(dim=1).gather(1, guess.clamp(min=0)[:, None])[:, 0].nan_to_num(0)
 
 
-def _sound(scores: Tensor, bad: Tensor) -> Tensor:
+def sound(scores: Tensor, bad: Tensor) -> Tensor:
     """Where a draft's scores are no distribution (NaN) it has guessed token 0, and says that it was certain."""
     scores = scores.masked_fill(bad[:, None], -torch.inf)
     scores[:, 0] = scores[:, 0].masked_fill(bad, 0)

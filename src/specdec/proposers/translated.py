@@ -23,7 +23,7 @@ from torch import Tensor
 from specdec.errors import InvalidInput
 from specdec.layouts.compiled import compiled_steps
 from specdec.proposers import Call, Proposer
-from specdec.proposers.draft_model import _chance, _sound
+from specdec.proposers.draft_model import chance_of, sound
 from specdec.proposers.draft_past import DraftPast
 from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
@@ -170,13 +170,13 @@ class _Tokens:
             scores = self._call.processing.draft(scores, history, lengths, state.vocabulary)
             guess = sampling.guess(scores, state.device_lengths - state.prompt_length + step)
             if sampling.keeps_logits:
-                rows.append(_sound(scores, guess < 0))
+                rows.append(sound(scores, guess < 0))
             guess = guess.clamp(min=0)
             guesses.append(guess)
             if self._stop.looks:
                 # settled before the draw: where hardly any of the draft's mass is shared, nothing is submitted
                 limits = np.where((mass >= LEAST_MASS).cpu().numpy(), limits, np.minimum(limits, step))
-                limits = self._stop.after(limits, step, _chance(scores, guess) * mass)
+                limits = self._stop.after(limits, step, chance_of(scores, guess) * mass)
             if step + 1 >= int(limits.max()):
                 break
             if not step:
@@ -260,7 +260,7 @@ class _Strings:
             ids = scores.argmax(dim=1)
             steps.append(ids)
             if self._stop.looks:
-                counts = self._stop.after(counts, step, _chance(scores, ids))
+                counts = self._stop.after(counts, step, chance_of(scores, ids))
                 if step + 1 >= int(counts.max()):
                     break
             if step + 1 < most:

@@ -93,17 +93,7 @@ def _verify(
     return verify_reference(target_logits, draft_tokens, draft_lengths, draft_logits, rule, uniforms, exponentials)
 
 
-@_verify.register_kernel("cpu")
-def _verify_cpu(
-    target_logits: Tensor,
-    draft_tokens: Tensor,
-    draft_lengths: Tensor,
-    draft_logits: Tensor | None,
-    rule: str,
-    uniforms: Tensor,
-    exponentials: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return verify_lean(target_logits, draft_tokens, draft_lengths, draft_logits, rule, uniforms, exponentials)
+_verify.register_kernel("cpu")(verify_lean)
 
 
 @_verify.register_kernel("cuda")
