@@ -45,7 +45,7 @@ def block_acceptance(
     """
     width = draft_tokens.shape[1]
     real = drafted(draft_lengths, width)
-    scales = _scales(likelihood_ratio(target_probs, draft_tokens, draft_probs), real)
+    scales = block_scales(target_probs, draft_tokens, draft_lengths, draft_probs)
 
     # S and h after guesses 1 .. K - 1: the rows at those places are the ones that follow the guess.
     ours, theirs, scale = target_probs[:, 1:width], draft_probs[:, 1:], scales[:, 1:width]
@@ -59,8 +59,10 @@ def block_acceptance(
     return torch.where(real, acceptance, 0), scales
 
 
-def _scales(ratio: Tensor, real: Tensor) -> Tensor:
-    """The running product of ratios (B, K), capped at 1 after every step: (B, K + 1)."""
+def block_scales(target_probs: Tensor, draft_tokens: Tensor, draft_lengths: Tensor, draft_probs: Tensor) -> Tensor:
+    """The target's scale c after each number of guesses, (B, K + 1): ratios multiplied, capped at every step."""
+    ratio = likelihood_ratio(target_probs, draft_tokens, draft_probs)
+    real = drafted(draft_lengths, draft_tokens.shape[1])
     scales = [ratio.new_ones(ratio.shape[0])]
     for step, counts in zip(ratio.unbind(1), real.unbind(1), strict=True):
         scales.append(torch.where(counts, (scales[-1] * step).clamp(max=1), scales[-1]))

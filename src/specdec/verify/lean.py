@@ -14,7 +14,7 @@ It does not know the rules: acceptance and selection are those of `token.py` and
 import torch
 from torch import Tensor
 
-from specdec.verify.block import block_acceptance, longest_success
+from specdec.verify.block import block_scales
 from specdec.verify.draw import highest, race
 from specdec.verify.residual import usable
 from specdec.verify.token import leading_successes, token_acceptance
@@ -35,17 +35,50 @@ def verify_lean(
     target_probs = _probabilities(target_logits)
     draft_probs = None if draft_logits is None else _probabilities(draft_logits)
     rows = target_probs, draft_tokens, draft_lengths, draft_probs
-    scales = None
     if rule == "block" and draft_probs is not None:
-        acceptance, scales = block_acceptance(target_probs, draft_tokens, draft_lengths, draft_probs)
-        accepted = longest_success(uniforms < acceptance)
+        scales = block_scales(target_probs, draft_tokens, draft_lengths, draft_probs)
+        accepted, weights = _by_block(target_probs, draft_probs, draft_lengths, scales, uniforms)
     else:
-        acceptance = token_acceptance(*rows)
-        accepted = leading_successes(uniforms < acceptance)
-    weights = _residual(*rows, accepted, scales)
+        accepted = leading_successes(uniforms < token_acceptance(*rows))
+        weights = _residual(*rows, accepted)
     next_token = _race(weights, exponentials)
     judged = usable(*rows)
     return torch.where(judged, accepted, 0), torch.where(judged, next_token, -1)
+
+
+def _by_block(
+    target_probs: Tensor, draft_probs: Tensor, draft_lengths: Tensor, scales: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The last success of the block rule (B,), looked for from the end, and the weights (B, V) that follow it.
+
+    Only what decides is computed: h_i <= c_i, because S_i <= c_i, so noise above the scale is a failure whatever
+    the rows hold; and the rows of a success are its residual already.
+    """
+    batch, vocabulary = len(target_probs), target_probs.shape[-1]
+    weights = target_probs.new_empty(
+        batch, vocabulary, dtype=torch.promote_types(target_probs.dtype, draft_probs.dtype)
+    )
+    accepted = torch.zeros_like(draft_lengths)
+    noise, chances, lengths = uniforms.tolist(), scales.tolist(), draft_lengths.tolist()
+    for row, length in enumerate(lengths):
+        for kept in range(length, -1, -1):
+            scale = chances[row][kept]
+            if kept and not noise[row][kept - 1] < scale:
+                continue
+            ours, out = target_probs[row, kept], weights[row]
+            if kept == length:
+                out.copy_(ours)
+                break
+            torch.mul(ours, scale, out=out).sub_(draft_probs[row, kept]).clamp_(min=0)
+            mass = float(out.sum())
+            room = mass + 1 - scale
+            if kept and not noise[row][kept - 1] < (mass / room if room > 0 else 1):
+                continue
+            if not mass > 0:  # p = q up to rounding
+                out.copy_(ours)
+            break
+        accepted[row] = kept
+    return accepted, weights
 
 
 def _residual(
@@ -54,9 +87,8 @@ def _residual(
     draft_lengths: Tensor,
     draft_probs: Tensor | None,
     accepted: Tensor,
-    scales: Tensor | None,
 ) -> Tensor:
-    """`residual.residual_weights` in place, on a copy of one row a sequence; no scales are all 1."""
+    """`residual.residual_weights` of the token rule in place, on a copy of one row a sequence."""
     weights = _row_at(target_probs, accepted)
     refused = accepted < draft_lengths
     if not refused.any():
@@ -67,8 +99,6 @@ def _residual(
         weights.scatter_(1, guess, weights.gather(1, guess).masked_fill(refused[:, None], 0))
     else:
         theirs = _row_at(draft_probs, at)
-        if scales is not None:
-            weights.mul_(scales.gather(1, accepted[:, None]).where(refused[:, None], 1))
         # a row that refused nothing loses nothing; what stands there may be no number
         theirs[~refused] = 0
         weights = weights.sub_(theirs) if weights.dtype == theirs.dtype else weights - theirs
