@@ -21,7 +21,7 @@ from transformers import Cache, EncoderDecoderCache, GenerationMixin
 from transformers.cache_utils import DummyLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from specdec.layouts import masks
+from specdec.layouts import grouped, masks
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
 from specdec.layouts.handover import cached_columns, give_back, is_callers
@@ -43,6 +43,7 @@ class Slots:
             ValueError: the cache has layers that are no plain keys and values, or no mask can be given.
         """
         masks.install()
+        grouped.install()
         self._plain = columns
         self._model = columns.model
         self.forwards = columns.forwards
@@ -158,7 +159,8 @@ class Slots:
                 return CausalLMOutputWithPast(logits=scores)
             self._cache.place(*place)
             self.name = "slots" if self._steps.refused else self.name
-        return self._model(**inputs, return_dict=True)
+        with grouped.attending():
+            return self._model(**inputs, return_dict=True)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``: what is forgotten will be overwritten."""

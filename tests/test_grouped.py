@@ -1,0 +1,99 @@
+"""Attention by groups: the sums of transformers' "sdpa", no copies of keys and values, and only in our passes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from specdec import SpeculativeGenerator
+from specdec.layouts import grouped
+from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """How often transformers copies keys or values for the heads of a group."""
+    seen = []
+    right = sdpa_attention.repeat_kv
+
+    def watched(states, groups):
+        seen.append(groups)
+        return right(states, groups)
+
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", watched)
+    return seen
+
+
+def arguments(dtype, boolean, *, batch=3, groups=3, keys=2, queries=4, columns=11):
+    maker = torch.Generator().manual_seed(0)
+
+    def some(*shape):
+        return torch.randn(*shape, generator=maker, dtype=torch.float64).to(dtype)
+
+    mask = torch.rand(batch, 1, queries, columns, generator=maker) < 0.6
+    mask[..., 0] = True
+    if not boolean:
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    module = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
+    query = some(batch, groups * keys, queries, 8)
+    return module, query, some(batch, keys, columns, 8), some(batch, keys, columns, 6), mask
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
+)
+def test_the_sums_of_transformers(dtype, error, boolean, copies):
+    grouped.install()
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    given = arguments(dtype, boolean)
+    expected, _ = attend(*given, scaling=0.3)
+    assert copies == [3, 3]  # outside our passes nothing changes
+    with grouped.attending():
+        found, weights = attend(*given, scaling=0.3)
+    assert copies == [3, 3]
+    assert weights is None
+    assert found.shape == expected.shape
+    assert found.is_contiguous()
+    assert (found - expected).abs().max() <= error
+
+
+def test_one_mask_a_pass_and_none_after_it():
+    given = arguments(torch.float32, True)
+    with grouped.attending():
+        for _ in range(3):
+            ALL_ATTENTION_FUNCTIONS["sdpa"](*given)
+        assert len(grouped._here.masks) == 1
+    assert grouped._here.masks is None
+
+
+@pytest.mark.parametrize("change", [{"softcap": 30.0}, {"position_bias": torch.zeros(1)}, {"dropout": 0.1}])
+def test_what_it_does_not_know_goes_to_transformers(change, monkeypatch):
+    told = []
+
+    def original(*args, **kwargs):
+        told.append(kwargs)
+        return torch.zeros(1), None
+
+    attend = grouped._wrapped(original)
+    with grouped.attending():
+        attend(*arguments(torch.float32, True), **change)
+    assert told
+    assert told[0].items() >= change.items()
+
+
+def test_a_call_makes_no_copies(copies):
+    """The prompt is fed natively; with a mask of left padding it copies, our passes do not."""
+    target = tiny_llama()
+    assert target.config.num_attention_heads > target.config.num_key_value_heads
+    generator = SpeculativeGenerator(target, noisy_copy(target), num_draft_tokens=3)
+    prompt = ragged_prompt((9, 6, 3))
+    generator.generate(**prompt, max_new_tokens=4, do_sample=False)  # includes the self-check
+    copies.clear()
+    out = generator.generate(**prompt, max_new_tokens=20, do_sample=False)
+    assert generator.stats.layout == "slots"
+    layers = target.config.num_hidden_layers
+    assert len(copies) == 2 * 2 * layers  # keys and values, target and draft, one pass each: the prompt's
+    assert out.equal(target.generate(**prompt, max_new_tokens=20, do_sample=False))
