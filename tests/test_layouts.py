@@ -202,3 +202,15 @@ def test_every_row_has_its_own_query_offset(by_vmap):
         for query in range(3):
             want = [int(offset[row]) + query >= key and bool(padding[row, key]) for key in range(8)]
             assert mask[row, 0, query].tolist() == want
+
+
+def test_what_all_scores_of_a_row_share_is_no_difference_in_half_precision():
+    truth = (3 * torch.randn(2, 400, generator=torch.Generator().manual_seed(0))).bfloat16()
+    truth[0, :7] = -torch.inf
+    noise = 0.05 * torch.randn(2, 400, generator=torch.Generator().manual_seed(1))
+    shift = torch.tensor([[0.5], [-1.0]])
+    assert check.close((truth.float() + noise + shift).bfloat16(), truth)
+    assert not check.close((truth.float() + 8 * noise).bfloat16(), truth)
+    assert not check.close(truth.roll(1, dims=1).where(truth.isfinite(), truth), truth)
+    assert not check.close(truth.where(truth.isfinite(), 0), truth)
+    assert not check.close(truth.float() + 0.01, truth.float())

@@ -24,7 +24,8 @@ from specdec.layouts.snapshot import Snapshots
 
 # float32: the good cases of 295 architectures stay below 7e-5, the bad ones start at 6.9e-4
 FLOAT32_TOLERANCE = 2e-4
-# half precision: root mean square of the difference over that of the scores; kernels of other widths reach .02
+# half precision: root mean square of the difference over that of the scores; kernels of other widths reach .035.
+# What all scores of a row share is left out, no softmax sees it: SmolLM2 in bfloat16 shifts by .13, and parts by .03
 HALF_TOLERANCE = 0.06
 
 Candidate = Callable[[Columns], Layout]
@@ -156,12 +157,15 @@ def close(scores: Tensor, truth: Tensor) -> bool:
         return False
     half = scores.dtype in (torch.bfloat16, torch.float16)
     finite = torch.isfinite(truth)
-    truth, difference = truth[finite].double(), (scores - truth)[finite].double()
+    difference = (scores.double() - truth.double()).where(finite, 0)
     if not bool(torch.isfinite(difference).all()):
         return False
     if half:
-        spread = (truth - truth.mean()).square().mean().sqrt()
+        shared = difference.sum(dim=-1, keepdim=True) / finite.sum(dim=-1, keepdim=True).clamp(min=1)
+        difference = (difference - shared)[finite]
+        spread = truth[finite].double().std(correction=0)
         return bool(difference.square().mean().sqrt() <= HALF_TOLERANCE * spread)
+    truth = truth[finite].double()
     scale = max(1.0, float(truth.abs().max()) / 8)
     return bool(difference.abs().max() <= FLOAT32_TOLERANCE * scale)
 
