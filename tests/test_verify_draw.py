@@ -1,4 +1,4 @@
-"""Drawing and matching: the law of the race, greedy choices, rows that cannot be drawn from."""
+"""Drawing and matching: shares of the noise, greedy choices, rows that cannot be drawn from."""
 
 import math
 from itertools import product
@@ -6,46 +6,54 @@ from itertools import product
 import pytest
 import torch
 
-from specdec.verify import choose, match, race
+from specdec.verify import choose, draw, match, sample
 
 NAN, INF = math.nan, math.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_first_to_arrive_wins(dtype: torch.dtype) -> None:
-    """arrival = exponential / weight, and unnormalised logits change nothing."""
-    weights = torch.tensor([0.5, 0.25, 0.25, 0.0])
-    for shift in (-20.0, 0.0, 20.0):
+def test_noise_falls_into_a_share(dtype: torch.dtype) -> None:
+    """Unnormalised logits change nothing."""
+    weights = torch.tensor([0.5, 0.0, 0.25, 0.25])
+    for shift in (-8.0, 0.0, 8.0):
         logits = (weights.log() + shift).to(dtype)
-        for times, winner in (([1, 1, 1, 1], 0), ([1, 0.4, 1, 0], 1), ([9, 9, 1, 0], 2)):
-            assert race(logits, torch.tensor(times, dtype=torch.float32)) == winner
+        for noise, token in ((0.0, 0), (0.49, 0), (0.51, 2), (0.74, 2), (0.76, 3), (1 - 2**-53, 3)):
+            assert sample(logits, torch.tensor(noise, dtype=torch.float64)) == token
 
 
 def test_leading_dimensions_are_free() -> None:
     logits = torch.randn(2, 3, 4, 5)
-    times = torch.empty(2, 3, 4, 5).exponential_()
-    tokens = race(logits, times)
+    noise = torch.rand(2, 3, 4)
+    tokens = sample(logits, noise)
     assert tokens.shape == (2, 3, 4)
     assert tokens.dtype == torch.int64
-    assert torch.equal(tokens[1, 2], race(logits[1, 2], times[1, 2]))
+    assert torch.equal(tokens[1, 2], sample(logits[1, 2], noise[1, 2]))
     assert choose(logits).shape == (2, 3, 4)
 
 
-@pytest.mark.parametrize("noise", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [torch.float32, torch.float64])
-@pytest.mark.parametrize("time", [0.0, 1e-45, 1e-300, 5e-324])
-def test_no_noise_brings_out_a_forbidden_token(rows: torch.dtype, noise: torch.dtype, time: float) -> None:
-    logits = torch.tensor([-INF, 0.0, -INF], dtype=rows)
-    assert race(logits, torch.tensor([time, 100.0, time], dtype=noise)) == 1
-    assert race(logits, torch.tensor([time, time, time], dtype=noise)) == 1
+@pytest.mark.parametrize("noise", [0.0, 5e-324, 0.5, 1 - 2**-53])
+def test_no_noise_brings_out_a_forbidden_token(rows: torch.dtype, noise: float) -> None:
+    weights = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0], dtype=rows)
+    assert draw(weights, torch.tensor(noise, dtype=torch.float64)) in (1, 3)
+    assert draw(weights / 3, torch.tensor(1.0, dtype=torch.float64)) == 3  # more than any generator gives
 
 
-def test_an_exponential_of_zero_does_not_let_any_token_win() -> None:
-    """float32 noise is 0 about once in 10 million draws; a token of weight 1e-20 must not win by
-    it."""
-    logits = torch.tensor([1.0, 1e-20]).log()
-    assert race(logits, torch.tensor([1.0, 0.0])) == 0
-    assert race(torch.tensor([0.9, 0.1]).log(), torch.tensor([1.0, 0.0])) == 1
+def test_small_shares_are_met_as_often_as_they_should() -> None:
+    """A weight that a float32 sum would swallow keeps its share: 150,000 tokens, one has 3e-9 of the mass."""
+    weights = torch.full((150_000,), 1 / 150_000)
+    weights[77_777] = 3e-9
+    total = float(weights.sum(dtype=torch.float64))
+    start = float(weights[:77_777].sum(dtype=torch.float64))
+    for place in (0.01, 0.5, 0.99):
+        assert draw(weights, torch.tensor((start + place * 3e-9) / total, dtype=torch.float64)) == 77_777
+    assert draw(weights, torch.tensor((start + 1.01 * 3e-9) / total, dtype=torch.float64)) == 77_778
+
+
+def test_unnormalised_weights_are_drawn_by_their_shares() -> None:
+    weights = torch.tensor([[0.1, 0.3], [1e-300, 3e-300], [1e300, 3e300]], dtype=torch.float64)
+    assert draw(weights, torch.full((3,), 0.24).double()).tolist() == [0, 0, 0]
+    assert draw(weights, torch.full((3,), 0.26).double()).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +70,7 @@ def test_rows_without_a_distribution(row: list[float], greedy: int, drawn: int) 
     logits = torch.tensor([row, [0.0, 1.0, 2.0]])
     assert choose(logits).tolist() == [greedy, 2]
     assert choose(logits, torch.zeros(2, 3)).tolist() == [greedy, 2]
-    assert race(logits, torch.ones(2, 3)).tolist() == [drawn, 2]
+    assert sample(logits, torch.tensor([0.5, 0.9])).tolist() == [drawn, 2]
 
 
 def test_the_lowest_id_wins_a_tie() -> None:

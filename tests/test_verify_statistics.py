@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.verify import race, verify
+from specdec.verify import sample, verify
 
 ROUNDS, VOCABULARY, GUESSES = 200_000, 3, 2
 CRITICAL = 76.0
@@ -44,30 +44,30 @@ def emitted(rule: str, *, shown: bool, seed: int, bias: float = 0.0, flatter: fl
     wrong."""
     generator = torch.Generator().manual_seed(seed)
 
-    def exponentials() -> Tensor:
-        return torch.empty(ROUNDS, VOCABULARY).exponential_(generator=generator)
+    def uniforms(*shape: int) -> Tensor:
+        return torch.rand(ROUNDS, *shape, generator=generator, dtype=torch.float64)
 
     prefix = torch.zeros(ROUNDS, dtype=torch.int64)
     prefixes, tokens = [prefix], []
     for depth in range(GUESSES):
-        tokens.append(race(DRAFT[depth][prefix], exponentials()))
+        tokens.append(sample(DRAFT[depth][prefix], uniforms()))
         prefix = prefix * VOCABULARY + tokens[-1]
         prefixes.append(prefix)
     target = torch.stack([TARGET[i][prefixes[i]] for i in range(GUESSES + 1)], 1)
     draft = torch.stack([DRAFT[i][prefixes[i]] for i in range(GUESSES)], 1)
-    uniforms = torch.rand(ROUNDS, GUESSES, generator=generator)
+    noise = uniforms(GUESSES + 1)
+    noise[:, :-1] = (noise[:, :-1] - bias).clamp(min=0)
     accepted, next_token = verify(
         target,
         torch.stack(tokens, 1),
         torch.arange(ROUNDS) % (GUESSES + 1),
         draft * flatter if shown else None,
         rule=rule,
-        uniforms=(uniforms - bias).clamp(min=0),
-        exponentials=exponentials(),
+        uniforms=noise,
     )
     prefix = torch.zeros(ROUNDS, dtype=torch.int64)
     for depth in range(GUESSES + 1):
-        token = race(TARGET[depth][prefix], exponentials())
+        token = sample(TARGET[depth][prefix], uniforms())
         if depth < GUESSES:
             token = torch.where(accepted > depth, tokens[depth], token)
         token = torch.where(accepted == depth, next_token, token)

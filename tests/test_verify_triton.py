@@ -51,7 +51,7 @@ def test_kernels_compile_to_machine_code(kernel: str) -> None:
             return "*i64"
         if name in numbers or name.endswith("_stride"):
             return "i64" if name.endswith("row_stride") else "i32"
-        return "fp32" if name == "zero_time" else "*fp32"
+        return "*fp64" if name == "uniforms" else "*fp32"
 
     function = getattr(fused, kernel)
     source = triton.compiler.ASTSource(
@@ -64,7 +64,7 @@ def test_kernels_compile_to_machine_code(kernel: str) -> None:
 
 def compare() -> int:
     """Random ragged batches with damage in some rows; returns how many were compared."""
-    from specdec.verify import race
+    from specdec.verify import sample
     from specdec.verify import triton as fused
     from specdec.verify.reference import verify_reference
 
@@ -81,19 +81,18 @@ def compare() -> int:
         draft[1] = target[1, :guesses]  # equal rows: the residual is exactly empty
         # Rows cut out of a larger tensor, as a model's padded vocabulary gives them.
         target, draft = target.to(dtype)[..., :vocabulary], draft.to(dtype)[..., :vocabulary]
-        tokens = race(draft, torch.empty(draft.shape).exponential_(generator=generator))
+        tokens = sample(draft, torch.rand(draft.shape[:2], generator=generator))
         lengths = torch.randint(0, guesses + 1, (batch,), generator=generator)
         lengths[1:6] = guesses
         past = torch.arange(guesses) >= lengths[:, None]
         tokens[past], draft[past], target[:, 1:][past] = -1, torch.nan, torch.nan
-        uniforms = torch.rand(batch, guesses, generator=generator)
-        times = torch.empty(batch, vocabulary).exponential_(generator=generator)
-        times[0, :3], uniforms[0] = 0.0, 0.0
+        uniforms = torch.rand(batch, guesses + 1, generator=generator, dtype=torch.float64)
+        uniforms[0], uniforms[6, -1] = 0.0, 1 - 2**-53
         target[2, 0], target[3, guesses, 4] = -torch.inf, torch.nan
         if guesses > 1:
             tokens[4, 1], draft[5, 1, 4] = vocabulary, torch.nan
 
-        arguments = target, tokens, lengths, draft if shown else None, rule, uniforms, times
+        arguments = target, tokens, lengths, draft if shown else None, rule, uniforms
         expected, found = verify_reference(*arguments), fused.verify_fused(*arguments)
         for one, other in zip(expected, found, strict=True):
             assert torch.equal(one, other), (rule, shown, dtype, guesses, one, other)

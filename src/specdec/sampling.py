@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.errors import InvalidInput
 from specdec.noise import Noise, draw_seed
-from specdec.verify import Rule, choose, keyed_gumbel, match, race, row_keys, verify
+from specdec.verify import Rule, choose, keyed_gumbel, match, row_keys, sample, verify
 
 VERIFICATIONS = ("block", "token", "coupled")
 
@@ -73,22 +73,14 @@ class Rejection:
 
     def guess(self, scores: Tensor, positions: Tensor) -> Tensor:
         """See ``Sampling.guess``."""
-        return race(scores, self._draft_noise.exponentials(*scores.shape, dtype=scores.dtype))
+        return sample(scores, self._draft_noise.uniforms(len(scores)))
 
     def verify(
         self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See ``Sampling.verify``."""
-        batch, _, vocabulary = scores.shape
-        return verify(
-            scores,
-            tokens,
-            lengths,
-            logits,
-            rule=self._rule,
-            uniforms=self._noise.uniforms(batch, tokens.shape[1], dtype=scores.dtype),
-            exponentials=self._noise.exponentials(batch, vocabulary, dtype=scores.dtype),
-        )
+        uniforms = self._noise.uniforms(*scores.shape[:2])
+        return verify(scores, tokens, lengths, logits, rule=self._rule, uniforms=uniforms)
 
 
 class Coupled:

@@ -6,9 +6,10 @@ in one batch, adds up the probabilities, and compares with the target. Three que
 
 - law: is the joint distribution of the first k + 1 tokens the target's? Shorter outputs are
   continued by the target itself, so any number of rounds follows by induction.
-- duels: is the last token drawn with the weights that the first question took for granted? For
-  every two tokens, noise just before and just after the tie decides who wins.
-- forbidden: can the worst noise (exactly 0) bring out a token that the target forbids?
+- misdrawn: is the last token drawn with the weights that the first question took for granted? Noise just
+  inside both ends of every token's share of [0, 1) must bring out that token.
+- forbidden: can the worst noise (exactly 0, nearly 1, just at the end of a share) bring out a token that the
+  target forbids?
 
 It does not know how a verifier works inside. What it asks of one is `Candidate`.
 """
@@ -25,15 +26,13 @@ Kind = Literal["sampled", "certain", "unknown"]
 Rows = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """target_logits (B, K + 1, V), draft_tokens (B, K), draft_lengths (B,), draft_logits or None."""
 
-HUGE = 1e300
-
 
 @dataclass(frozen=True)
 class Candidate:
     """A verifier, and what one must know of it to integrate over its noise."""
 
     verify: Callable[[Rows, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """rows, uniforms, exponentials: accepted and next token. The thing under test."""
+    """rows, uniforms (B, K), noise of the draw (B,): accepted and next token. The thing under test."""
     thresholds: Callable[[Rows], Tensor]
     """(B, K): the only values at which a uniform can change the outcome."""
     weights: Callable[[Rows, Tensor], Tensor]
@@ -60,13 +59,13 @@ class World:
 @dataclass(frozen=True)
 class Findings:
     law_error: float
-    lost_duels: int
+    misdrawn: int
     forbidden: int
     expected_accepted: float
 
     @property
     def lossless(self) -> bool:
-        return self.law_error < 1e-10 and self.lost_duels == 0 and self.forbidden == 0
+        return self.law_error < 1e-10 and self.misdrawn == 0 and self.forbidden == 0
 
 
 # --- worlds ------------------------------------------------------------------------------------
@@ -203,7 +202,7 @@ def examine(candidate: Candidate, world: World, kind: Kind) -> Findings:
     )
     uniforms, chance = uniforms[possible], chance[possible]
 
-    calm = torch.ones(len(chance), world.vocabulary, dtype=torch.float64)
+    calm = torch.full((len(chance),), 0.5, dtype=torch.float64)
     accepted, next_token = candidate.verify(many, uniforms, calm)
     weights = candidate.weights(many, accepted)
     sane = bool((next_token >= 0).all() & (accepted <= many[2]).all() & torch.isfinite(weights).all())
@@ -213,7 +212,7 @@ def examine(candidate: Candidate, world: World, kind: Kind) -> Findings:
     emitted = _emitted(world, many[1], accepted, weights, chance)
     return Findings(
         law_error=(emitted - _conditional(world, 0)).abs().max().item(),
-        lost_duels=_lost_duels(candidate, many, uniforms, accepted, weights),
+        misdrawn=_misdrawn(candidate, many, uniforms, accepted, weights),
         forbidden=_forbidden(candidate, rows),
         expected_accepted=(chance * accepted).sum().item(),
     )
@@ -261,40 +260,37 @@ def _conditional(world: World, given: int) -> Tensor:
     return chance
 
 
-def _lost_duels(candidate: Candidate, rows: Rows, uniforms: Tensor, accepted: Tensor, weights: Tensor) -> int:
-    """How often two tokens, all others held back, do not win as their weights say they must."""
-    pairs = torch.combinations(torch.arange(weights.shape[1]))
-    late = torch.tensor([1 - 1e-9, 1 + 1e-9], dtype=torch.float64)
-    duels = 2 * len(pairs)
-    one, other = pairs.repeat(2 * len(weights), 1).unbind(1)
-    late = late.repeat_interleave(len(pairs)).repeat(len(weights))
-
-    shares, bout = weights.repeat_interleave(duels, 0), torch.arange(len(late))
-    times = torch.full_like(shares, HUGE)
-    times[bout, one] = shares[bout, one]
-    times[bout, other] = shares[bout, other] * late
-    again, winner = candidate.verify(repeat(rows, duels), uniforms.repeat_interleave(duels, 0), times)
-
-    one_can, other_can = shares[bout, one] > 0, shares[bout, other] > 0
-    other_wins = ~one_can | (other_can & (late < 1))
-    agrees = winner == torch.where(other_wins, other, one)
-    agrees &= again == accepted.repeat_interleave(duels)
-    return int(((one_can | other_can) & ~agrees).sum())
+def _misdrawn(candidate: Candidate, rows: Rows, uniforms: Tensor, accepted: Tensor, weights: Tensor) -> int:
+    """How often noise inside a token's share, in the order of the ids, does not bring out that token."""
+    vocabulary = weights.shape[1]
+    ends = weights.cumsum(1) / weights.sum(1, keepdim=True)
+    share = weights / weights.sum(1, keepdim=True)
+    inside = torch.stack([ends - (1 - 1e-6) * share, ends - 1e-6 * share], dim=2)
+    again, token = candidate.verify(
+        repeat(rows, 2 * vocabulary), uniforms.repeat_interleave(2 * vocabulary, 0), inside.reshape(-1).clamp(0)
+    )
+    wanted = torch.arange(vocabulary).repeat_interleave(2).repeat(len(weights))
+    agrees = (token == wanted) & (again == accepted.repeat_interleave(2 * vocabulary))
+    return int(((share > 1e-9).repeat_interleave(2, dim=1).reshape(-1) & ~agrees).sum())
 
 
 def _forbidden(candidate: Candidate, rows: Rows) -> int:
-    """How many outputs hold a token that the target forbids, when noise is 0 or nearly 1."""
+    """How many outputs hold a token that the target forbids, when noise is 0, nearly 1 or at the end of a share."""
     guesses = rows[1].shape[1]
-    nearly_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
+    nearly_one = torch.nextafter(torch.tensor(1.0).double(), torch.tensor(0.0).double()).item()
     patterns = torch.tensor(list(product((0.0, nearly_one), repeat=guesses)), dtype=torch.float64)
     uniforms = patterns.repeat(len(rows[1]), 1)
     target, tokens, *_ = many = repeat(rows, len(patterns))
+    calm = torch.full((len(target),), 0.5, dtype=torch.float64)
+    weights = candidate.weights(many, candidate.verify(many, uniforms, calm)[0]).nan_to_num()
+    ends = weights.cumsum(1) / weights.sum(1, keepdim=True)
     count = 0
-    for time in (0.0, 1e-300):
-        # Forbidden tokens get the best noise there is, the others an ordinary one.
-        allowed = (target > -torch.inf).all(1)
-        times = torch.where(allowed, 1.0, time).to(torch.float64)
-        accepted, next_token = candidate.verify(many, uniforms, times)
+    for noise in (
+        torch.zeros_like(calm),
+        torch.full_like(calm, nearly_one),
+        *ends.clamp(0, nearly_one).nan_to_num().unbind(1),
+    ):
+        accepted, next_token = candidate.verify(many, uniforms, noise)
         output = torch.cat([tokens, tokens[:, :1]], 1).scatter(1, accepted[:, None], next_token[:, None])
         score = target.gather(-1, output.clamp(0, target.shape[-1] - 1)[..., None]).squeeze(-1)
         emitted = torch.arange(guesses + 1) <= accepted[:, None]

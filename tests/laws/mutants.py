@@ -12,9 +12,9 @@ from torch import Tensor
 
 from specdec.verify import (
     block_acceptance,
+    draw,
     leading_successes,
     longest_success,
-    race,
     residual_weights,
     token_acceptance,
 )
@@ -45,8 +45,8 @@ def _same(seen: Seen) -> Seen:
     return seen
 
 
-def _draw(weights: Tensor, exponentials: Tensor) -> Tensor:
-    return race(weights.log(), exponentials)
+def _draw(weights: Tensor, noise: Tensor) -> Tensor:
+    return draw(weights, noise)
 
 
 def _compare(uniforms: Tensor, acceptance: Tensor) -> Tensor:
@@ -69,11 +69,11 @@ class Parts:
             target, tokens, lengths, draft = rows
             return self.look((target.softmax(-1), tokens, lengths, None if draft is None else draft.softmax(-1)))
 
-        def verify(rows: Rows, uniforms: Tensor, exponentials: Tensor) -> tuple[Tensor, Tensor]:
+        def verify(rows: Rows, uniforms: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
             view = seen(rows)
             acceptance, scales = self.acceptance(view, rule)
             accepted = self.keep(self.compare(uniforms, acceptance), view, rule)
-            return accepted, self.draw(self.weights(view, accepted, scales), exponentials)
+            return accepted, self.draw(self.weights(view, accepted, scales), noise)
 
         def thresholds(rows: Rows) -> Tensor:
             return self.acceptance(seen(rows), rule)[0].nan_to_num()
@@ -232,19 +232,33 @@ def residual_when_all_kept(seen: Seen, accepted: Tensor, scales: Tensor) -> Tens
     return _weights((target, tokens, full, filled), accepted, scales)
 
 
-def argmax_of_residual(weights: Tensor, exponentials: Tensor) -> Tensor:
+def argmax_of_residual(weights: Tensor, noise: Tensor) -> Tensor:
     """The replacement is the likeliest token, not a draw."""
     return weights.argmax(-1)
 
 
-def race_upside_down(weights: Tensor, exponentials: Tensor) -> Tensor:
-    """weight * exponential in place of weight / exponential."""
-    return race(weights.log(), 1 / exponentials)
+def draw_without_total(weights: Tensor, noise: Tensor) -> Tensor:
+    """The residual taken as if it summed to 1."""
+    sums = weights.cumsum(-1)
+    return torch.searchsorted(sums, noise[:, None] + 0, right=True).squeeze(-1).clamp(max=weights.shape[-1] - 1)
 
 
-def race_by_division(weights: Tensor, exponentials: Tensor) -> Tensor:
-    """weight / exponential as it stands: 0 / 0 is NaN, and argmax takes NaN for the best."""
-    return (weights / exponentials).argmax(-1)
+def draw_one_late(weights: Tensor, noise: Tensor) -> Tensor:
+    """The token after the one whose share holds the noise."""
+    return (draw(weights, noise) + 1) % weights.shape[-1]
+
+
+def draw_not_strict(weights: Tensor, noise: Tensor) -> Tensor:
+    """Noise of exactly 0 falls to the first token, whatever its weight."""
+    sums = weights.cumsum(-1)
+    return torch.searchsorted(sums, noise[:, None] * sums[:, -1:]).squeeze(-1)
+
+
+def draw_past_the_end(weights: Tensor, noise: Tensor) -> Tensor:
+    """Noise that rounds up to the total falls to the last id, whatever its weight."""
+    sums = weights.cumsum(-1)
+    at = torch.searchsorted(sums, (noise * (1 + 1e-12))[:, None] * sums[:, -1:], right=True)
+    return at.squeeze(-1).clamp(max=weights.shape[-1] - 1)
 
 
 # --- what is looked at -------------------------------------------------------------------------
@@ -339,9 +353,10 @@ for function in (
     residual_when_all_kept,
 ):
     _mutant(weights=function)
-_mutant(draw=argmax_of_residual, expose="duels")
-_mutant(draw=race_upside_down, expose="duels")
-_mutant(draw=race_by_division, expose="forbidden")
+for function in (argmax_of_residual, draw_without_total, draw_one_late):
+    _mutant(draw=function, expose="misdrawn")
+for function in (draw_not_strict, draw_past_the_end):
+    _mutant(draw=function, expose="forbidden")
 for function in (
     softmax_for_argmax,
     warped_twice,

@@ -110,13 +110,14 @@ class Scripted:
         uniforms = torch.stack([self.noise(row, tokens.shape[1], longest=draft is not None) for row in kept])
         draft_logits = None if logits is None else logits.double()
         arguments = (scores.double(), tokens, lengths, draft_logits)
-        calm = torch.ones_like(target[:, 0])
-        accepted, _ = verify(*arguments, rule=self.rule, uniforms=uniforms, exponentials=calm)
+        calm = target.new_full((len(target), 1), 0.5)
+        accepted, _ = verify(*arguments, rule=self.rule, uniforms=torch.cat([uniforms, calm], dim=1))
         weights = residual_weights(target, tokens, lengths, draft, accepted, scales)
-        forced = torch.full_like(calm, 1e30)
+        forced = torch.zeros_like(calm)
         for row, chances in enumerate(weights):
-            forced[row, self.script.decide(chances)] = 1e-30
-        return verify(*arguments, rule=self.rule, uniforms=uniforms, exponentials=forced)
+            token = self.script.decide(chances)  # the middle of its share
+            forced[row] = (chances[: token + 1].sum() - chances[token] / 2) / chances.sum()
+        return verify(*arguments, rule=self.rule, uniforms=torch.cat([uniforms, forced], dim=1))
 
 
 def tables(seed: int, vocabulary: int) -> tuple[TableModel, TableModel]:

@@ -20,7 +20,7 @@ def worlds() -> list[World]:
 def exposed(findings: Findings, question: str) -> bool:
     answers = {
         "law": not findings.law_error < VISIBLE,
-        "duels": findings.lost_duels > 0,
+        "misdrawn": findings.misdrawn > 0,
         "forbidden": findings.forbidden > 0,
     }
     return answers[question]

@@ -27,10 +27,11 @@ def shipped(rule: str, *, reference: bool = False) -> Candidate:
     On a CPU that is the lean form; other devices get the fused one or the reference.
     """
 
-    def decide(rows: Rows, uniforms: Tensor, exponentials: Tensor) -> tuple[Tensor, Tensor]:
+    def decide(rows: Rows, uniforms: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        noise = torch.cat([uniforms, noise[:, None]], dim=1)
         if reference:
-            return verify_reference(*rows, rule, uniforms, exponentials)
-        return verify(*rows, rule=rule, uniforms=uniforms, exponentials=exponentials)
+            return verify_reference(*rows, rule, noise)
+        return verify(*rows, rule=rule, uniforms=noise)
 
     def chances(rows: Rows) -> tuple[Tensor, Tensor]:
         target, tokens, lengths, draft = rows
@@ -127,7 +128,7 @@ def test_noise_is_compared_strictly(rule: str, kind: Kind) -> None:
     for family in FAMILIES:
         rows, _ = blocks(world(family, 3, vocabulary=3, guesses=2, ragged=True), kind)
         acceptance = candidate.thresholds(rows)
-        calm = torch.ones(len(acceptance), 3, dtype=torch.float64)
+        calm = torch.full((len(acceptance),), 0.5, dtype=torch.float64)
         nothing, _ = candidate.verify(rows, acceptance, calm)
         assert (nothing == 0).all()
         below = torch.nextafter(acceptance, torch.tensor(0.0, dtype=torch.float64))
@@ -147,16 +148,19 @@ def test_every_token_with_weight_can_be_forced_and_no_other(rule: str) -> None:
     rows, _ = blocks(world("holes", 5, vocabulary=4, guesses=2, ragged=True), "sampled")
     uniforms, _ = cells(candidate.thresholds(rows))
     rows, uniforms = repeat(rows, uniforms.shape[1]), uniforms.flatten(0, 1)
-    calm = torch.ones(len(uniforms), 4, dtype=torch.float64)
+    calm = torch.full((len(uniforms),), 0.5, dtype=torch.float64)
     accepted, _ = candidate.verify(rows, uniforms, calm)
     weights = candidate.weights(rows, accepted)
-    for token, early in product(range(4), (0.0, 5e-324, 1e-200)):
-        times = calm * 1e3
-        times[:, token] = early
-        _, next_token = candidate.verify(rows, uniforms, times)
-        can = weights[:, token] > 1e-12  # below, an exact 0 stands for a time that may lose
+    share = weights / weights.sum(1, keepdim=True)
+    ends, forced = share.cumsum(1), 0
+    for token, place in product(range(4), (1e-6, 0.5, 1 - 1e-6)):
+        noise = (ends[:, token] - place * share[:, token]).clamp(0, 1 - 1e-15)
+        _, next_token = candidate.verify(rows, uniforms, noise)
+        can = share[:, token] > 1e-9
+        forced += int(can.sum())
         assert (next_token[can] == token).all()
         assert (next_token[weights[:, token] == 0] != token).all()
+    assert forced >= 3 * len(rows[1])  # every row has a token at least
 
 
 def test_a_second_guess_does_not_change_the_first_token() -> None:
@@ -171,7 +175,7 @@ def test_a_second_guess_does_not_change_the_first_token() -> None:
         uniforms, volume = cells(candidate.thresholds(cut))
         many = repeat(cut, uniforms.shape[1])
         uniforms = uniforms.flatten(0, 1)
-        accepted, _ = candidate.verify(many, uniforms, torch.ones(len(uniforms), 3).double())
+        accepted, _ = candidate.verify(many, uniforms, torch.full((len(uniforms),), 0.5).double())
         weights = candidate.weights(many, accepted)
         weights = weights / weights.sum(-1, keepdim=True)
         kept = torch.nn.functional.one_hot(many[1][:, 0], 3).double()

@@ -25,7 +25,7 @@ from specdec.layouts.snapshot import Snapshots
 # float32: the good cases of 295 architectures stay below 7e-5, the bad ones start at 6.9e-4
 FLOAT32_TOLERANCE = 2e-4
 # half precision: root mean square of the difference over that of the scores; kernels of other widths reach .035.
-# What all scores of a row share is left out, no softmax sees it: SmolLM2 in bfloat16 shifts by .13, and parts by .03
+# What all scores of a row share is left out, no softmax sees it: SmolLM2 in bfloat16 shifts by .13 and parts by .03
 HALF_TOLERANCE = 0.06
 
 Candidate = Callable[[Columns], Layout]

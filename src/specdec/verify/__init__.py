@@ -19,7 +19,7 @@ Read next: `reference.py`, which is the whole of `verify` on one page.
 
 from specdec.verify.block import block_acceptance, longest_success
 from specdec.verify.coupled import keyed_gumbel, row_keys
-from specdec.verify.draw import choose, race
+from specdec.verify.draw import choose, draw, sample
 from specdec.verify.matching import match
 from specdec.verify.op import Rule, verify
 from specdec.verify.residual import residual_weights
@@ -29,13 +29,14 @@ __all__ = [
     "Rule",
     "block_acceptance",
     "choose",
+    "draw",
     "keyed_gumbel",
     "leading_successes",
     "longest_success",
     "match",
-    "race",
     "residual_weights",
     "row_keys",
+    "sample",
     "token_acceptance",
     "verify",
 ]

@@ -1,7 +1,7 @@
 """Drawing a token from rows of scores, with noise handed in: this room owns no generator.
 
-Targets and draft models sample with the same two functions, so that the distribution a guess was
-drawn from is softmax of the row that was handed to `race`, and nothing else. A row without a
+Targets and draft models sample with the same functions, so that the distribution a guess was
+drawn from is softmax of the row that was handed to `sample`, and nothing else. A row without a
 distribution gives -1, because an exception would need to look at the device; whoever copies the
 tokens to the host raises then.
 
@@ -41,33 +41,28 @@ def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
     return best, token
 
 
-def race(logits: Tensor, exponentials: Tensor) -> Tensor:
-    """One draw from softmax(logits) per row, by a race.
+def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """One draw from softmax(logits) per row (..., V), by one uniform (...) each; see `draw`."""
+    return draw(logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)), uniforms)
 
-    Token v arrives at time exponential(v) / weight(v), and the first to arrive wins: v with
-    probability weight(v) / sum of weights, so nothing needs to be normalised. In logarithms no
-    weight over- or underflows, and a token of weight 0 never arrives, whatever the noise.
+
+def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """One draw per row, in proportion to weights: the token whose share of [0, total) holds the noise.
+
+    Token v is drawn for noise in [W(v - 1), W(v)) / W(V - 1), with W the running sums, so that nothing needs to be
+    normalised and a token of weight 0, whose share is empty, is never drawn. Sums are taken in float64: the
+    error of a share is far below what float32 weights can tell apart.
 
     Args:
-        logits: (..., V) unnormalised log-probabilities, -inf for a forbidden token. Computed in
-            float32 at least.
-        exponentials: noise of the same shape, standard exponential.
+        weights: (..., V), none negative.
+        uniforms: (...) noise in [0, 1), in float64 where small shares shall be met.
 
     Returns:
-        (...) int64, -1 for a row that has a NaN or a +inf or is -inf throughout.
+        (...) int64, -1 for a row that has a NaN or an infinity, or nothing but zeros.
     """
-    times = torch.where(exponentials > 0, exponentials, resolution(exponentials.dtype))
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    times = times.to(torch.promote_types(times.dtype, dtype))  # never narrowed: it could become 0
-    best, token = highest(logits.to(dtype) - times.log())
-    return torch.where(torch.isfinite(best), token, -1)
-
-
-def resolution(dtype: torch.dtype) -> float:
-    """What an exponential of exactly 0 stands for.
-
-    A generator of n bits gives 0 once in 2^n draws. Taken at its word, that 0 would let a token of
-    any weight win, and with 100,000 tokens in a row this is not rare in float32. It stands for all
-    times below one step of the generator, so half a step is put in its place.
-    """
-    return torch.finfo(dtype).eps / 4
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = sums[..., -1:] + 0  # entries side by side, which searchsorted wants
+    token = torch.searchsorted(sums, uniforms.to(torch.float64)[..., None] * total, right=True)
+    # noise just below 1 may round to the total: then it is the last token that has a share
+    token = torch.minimum(token, torch.searchsorted(sums, total))
+    return torch.where((total > 0) & (total < torch.inf), token, -1).squeeze(-1)

@@ -1,11 +1,9 @@
 """`verify` for a CPU, where time is memory: the reference's decisions in fewer passes over the rows.
 
 Rows of probabilities are made once, by softmax (which on a CPU takes half of logsumexp's time), and
-are then worked on in place. The reference takes logarithms of weights and of noise so that no
-weight over- or underflows on the way to the race; here weights are divided by noise, and only where
-that could over- or underflow is the race run in logarithms. Values are looked at, which costs
-nothing on a CPU. Sums are the reference's own; the race can part from it where two arrivals are tied
-to rounding.
+are then worked on in place; the block rule computes only rows that decide something. Values are
+looked at, which costs nothing on a CPU. It can part from the reference where noise is tied to
+rounding.
 
 It does not know the rules: acceptance and selection are those of `token.py` and `block.py`. Read
 `reference.py` first.
@@ -15,11 +13,9 @@ import torch
 from torch import Tensor
 
 from specdec.verify.block import block_scales
-from specdec.verify.draw import highest, race
+from specdec.verify.draw import draw
 from specdec.verify.residual import usable
 from specdec.verify.token import leading_successes, token_acceptance
-
-_SMALLEST = 1e-30  # times and quotients below could lose digits in float32
 
 
 def verify_lean(
@@ -29,7 +25,6 @@ def verify_lean(
     draft_logits: Tensor | None,
     rule: str,
     uniforms: Tensor,
-    exponentials: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Judge the guesses and draw one more token; arguments and results as for `op.verify`."""
     target_probs = _probabilities(target_logits)
@@ -39,9 +34,9 @@ def verify_lean(
         scales = block_scales(target_probs, draft_tokens, draft_lengths, draft_probs)
         accepted, weights = _by_block(target_probs, draft_probs, draft_lengths, scales, uniforms)
     else:
-        accepted = leading_successes(uniforms < token_acceptance(*rows))
+        accepted = leading_successes(uniforms[:, :-1] < token_acceptance(*rows))
         weights = _residual(*rows, accepted)
-    next_token = _race(weights, exponentials)
+    next_token = draw(weights, uniforms[:, -1])
     judged = usable(*rows)
     return torch.where(judged, accepted, 0), torch.where(judged, next_token, -1)
 
@@ -107,16 +102,6 @@ def _residual(
     if empty.any():
         weights[empty] = _row_at(target_probs, accepted)[empty].to(weights.dtype)
     return weights
-
-
-def _race(weights: Tensor, exponentials: Tensor) -> Tensor:
-    """`draw.race` of log(weights): the highest quotient of weight and time, a time of 0 being replaced."""
-    if exponentials.numel() == 0 or exponentials.amin() < _SMALLEST:
-        return race(weights.log(), exponentials)
-    best, token = highest(weights / exponentials)
-    if best.amin() < _SMALLEST:
-        return race(weights.log(), exponentials)
-    return token
 
 
 def _row_at(rows: Tensor, positions: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ def verify(
     *,
     rule: Rule,
     uniforms: Tensor,
-    exponentials: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Decide how many guesses of each row to keep, and draw the token that follows them.
 
@@ -44,8 +43,8 @@ def verify(
         draft_logits: (B, K, V) processed scores that the guesses were drawn from, or None if they
             have none.
         rule: "token" or "block"; block keeps at least as many in expectation.
-        uniforms: (B, K) uniform noise in [0, 1).
-        exponentials: (B, V) standard exponential noise.
+        uniforms: (B, K + 1) uniform noise in [0, 1), float64 if it can be had: one for each guess, and the
+            last one draws the token.
 
     Returns:
         accepted (B,) int64, and next_token (B,) int64. Where a row that is needed has no
@@ -62,13 +61,10 @@ def verify(
     width = positions - 1
     _require("draft_tokens", draft_tokens, (batch, width))
     _require("draft_lengths", draft_lengths, (batch,))
-    _require("uniforms", uniforms, (batch, width))
-    _require("exponentials", exponentials, (batch, vocabulary))
+    _require("uniforms", uniforms, (batch, positions))
     if draft_logits is not None:
         _require("draft_logits", draft_logits, (batch, width, vocabulary))
-    accepted, next_token = _verify(
-        target_logits, draft_tokens, draft_lengths, draft_logits, rule, uniforms, exponentials
-    )
+    accepted, next_token = _verify(target_logits, draft_tokens, draft_lengths, draft_logits, rule, uniforms)
     return accepted, next_token
 
 
@@ -88,9 +84,8 @@ def _verify(
     draft_logits: Tensor | None,
     rule: str,
     uniforms: Tensor,
-    exponentials: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return verify_reference(target_logits, draft_tokens, draft_lengths, draft_logits, rule, uniforms, exponentials)
+    return verify_reference(target_logits, draft_tokens, draft_lengths, draft_logits, rule, uniforms)
 
 
 _verify.register_kernel("cpu")(verify_lean)
@@ -104,7 +99,6 @@ def _verify_cuda(
     draft_logits: Tensor | None,
     rule: str,
     uniforms: Tensor,
-    exponentials: Tensor,
 ) -> tuple[Tensor, Tensor]:
     arguments = (
         target_logits,
@@ -113,7 +107,6 @@ def _verify_cuda(
         draft_logits,
         rule,
         uniforms,
-        exponentials,
     )
     if not _has_triton():
         return verify_reference(*arguments)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.verify.block import block_acceptance, longest_success
-from specdec.verify.draw import race
+from specdec.verify.draw import draw
 from specdec.verify.residual import residual_weights, usable
 from specdec.verify.token import leading_successes, token_acceptance
 
@@ -21,23 +21,23 @@ def verify_reference(
     draft_logits: Tensor | None,
     rule: str,
     uniforms: Tensor,
-    exponentials: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Judge the guesses and draw one more token; arguments and results as for `op.verify`."""
     target_probs = _probabilities(target_logits)
     draft_probs = None if draft_logits is None else _probabilities(draft_logits)
     rows = target_probs, draft_tokens, draft_lengths, draft_probs
 
+    chances, last = uniforms[:, :-1], uniforms[:, -1]
     # Strictly less: uniforms include 0, and a token that the target forbids has acceptance 0.
     if rule == "block" and draft_probs is not None:
         acceptance, scales = block_acceptance(target_probs, draft_tokens, draft_lengths, draft_probs)
-        accepted = longest_success(uniforms < acceptance)
+        accepted = longest_success(chances < acceptance)
     else:
         acceptance = token_acceptance(*rows)
         scales = target_probs.new_ones(target_probs.shape[:2])
-        accepted = leading_successes(uniforms < acceptance)
+        accepted = leading_successes(chances < acceptance)
 
-    next_token = race(residual_weights(*rows, accepted, scales).log(), exponentials)
+    next_token = draw(residual_weights(*rows, accepted, scales), last)
     judged = usable(*rows)
     return torch.where(judged, accepted, 0), torch.where(judged, next_token, -1)
 

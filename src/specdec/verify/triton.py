@@ -4,7 +4,7 @@
 """`verify` fused for CUDA: `reference.py` from the same noise, without rows of probabilities.
 
 Four small kernels. Each row of scores is read once for its maximum and total, once more (block
-rule) for the residual mass after a guess, and one row per sequence a last time for the final race.
+rule) for the residual mass after a guess, and one row per sequence twice more for the draw.
 What is stored in between is (B, K + 1). Sums are taken in another order than in the reference, so
 the two can part where a comparison is tied to rounding.
 
@@ -18,8 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.verify.draw import resolution
-
 _COLUMNS = 4096  # tokens of the vocabulary that one program holds at a time
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -31,7 +29,6 @@ def verify_fused(
     draft_logits: Tensor | None,
     rule: str,
     uniforms: Tensor,
-    exponentials: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Judge the guesses and draw one more token; arguments and results as for `op.verify`."""
     batch, positions, vocabulary = target_logits.shape
@@ -47,9 +44,7 @@ def verify_fused(
     shape = {"vocabulary": vocabulary, "WORK": _TYPES[dtype], "COLUMNS": columns}
 
     tokens, lengths = draft_tokens.contiguous(), draft_lengths.contiguous()
-    uniforms, exponentials = uniforms.contiguous(), exponentials.contiguous()
-    zero_time = resolution(exponentials.dtype)
-    exponentials = exponentials.to(torch.promote_types(exponentials.dtype, torch.float32))
+    uniforms = uniforms.to(torch.float64).contiguous()
     device = target.device
     target_peak, target_total, scales, masses = (
         torch.empty(batch, positions, dtype=dtype, device=device) for _ in range(4)
@@ -89,8 +84,6 @@ def verify_fused(
         masses,
         usable,
         uniforms,
-        exponentials,
-        zero_time,
         accepted,
         next_token,
         width,
@@ -254,8 +247,6 @@ def _draw(
     masses,
     usable,
     uniforms,
-    exponentials,
-    zero_time,
     accepted_out,
     next_token_out,
     width,
@@ -265,7 +256,7 @@ def _draw(
     HAS_DRAFT: tl.constexpr,
     BY_BLOCK: tl.constexpr,
 ):
-    """Select how many guesses are kept, then race for the token after them."""
+    """Select how many guesses are kept, then draw the token after them."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(usable + row) == 0:
         tl.store(accepted_out + row, tl.full((), 0, tl.int64))
@@ -283,7 +274,7 @@ def _draw(
                 room = mass + 1.0 - scale
                 chance = tl.where(room > 0, mass / tl.where(room > 0, room, 1.0), 1.0)
                 chance = tl.where(inner, chance, scale)
-            success = tl.load(uniforms + row * width + position) < chance
+            success = tl.load(uniforms + row * (width + 1) + position) < chance
             if BY_BLOCK:
                 accepted = tl.where(success, position + 1, accepted)
             else:
@@ -303,12 +294,9 @@ def _draw(
         else:
             guess = tl.load(tokens + row * width + accepted, mask=refused, other=-1)
 
-        # Two races in one pass: over the residual, and over the target's row in case nothing of the
-        # residual is left.
-        best = tl.full((), float("-inf"), WORK)
-        winner = tl.full((), 0, tl.int32)
-        plain_best = tl.full((), float("-inf"), WORK)
-        plain_winner = tl.full((), 0, tl.int32)
+        # First the totals: of the residual, and of the target's row in case nothing of the residual is left.
+        left = tl.full((), 0.0, tl.float64)
+        plain = tl.full((), 0.0, tl.float64)
         for offset in range(0, vocabulary, COLUMNS):
             column = offset + tl.arange(0, COLUMNS)
             real = column < vocabulary
@@ -320,20 +308,33 @@ def _draw(
                 weight = tl.where(refused, tl.maximum(scale * prob - theirs, 0.0), prob)
             else:
                 weight = tl.where(column == guess, 0.0, prob)
+            left += tl.sum(weight.to(tl.float64), axis=0)
+            plain += tl.sum(prob.to(tl.float64), axis=0)
+        whole = left > 0
+        threshold = tl.load(uniforms + row * (width + 1) + width) * tl.where(whole, left, plain)
 
-            time = tl.load(exponentials + row * vocabulary + column, mask=real, other=1.0)
-            time = tl.log(tl.where(time > 0, time, zero_time)).to(WORK)
-            arrival = tl.where(weight > 0, tl.log(weight) - time, float("-inf"))
-            first = tl.max(arrival, axis=0)
-            here = offset + tl.argmax(arrival, axis=0)
-            winner = tl.where(first > best, here, winner)
-            best = tl.maximum(first, best)
-
-            arrival = tl.where(prob > 0, tl.log(prob) - time, float("-inf"))
-            first = tl.max(arrival, axis=0)
-            here = offset + tl.argmax(arrival, axis=0)
-            plain_winner = tl.where(first > plain_best, here, plain_winner)
-            plain_best = tl.maximum(first, plain_best)
-        winner = tl.where(best > float("-inf"), winner, plain_winner)
+        # Then the first token whose running sum exceeds the threshold; none does where noise just below 1 was
+        # rounded up, and then it is the last one that has a weight.
+        before = tl.full((), 0.0, tl.float64)
+        winner = tl.full((), 0, tl.int32) + vocabulary
+        last = tl.full((), 0, tl.int32)
+        for offset in range(0, vocabulary, COLUMNS):
+            column = offset + tl.arange(0, COLUMNS)
+            real = column < vocabulary
+            score = tl.load(target_start + column, mask=real, other=float("-inf")).to(WORK)
+            prob = tl.exp(score - target_peak) / target_total
+            if HAS_DRAFT:
+                score = tl.load(draft_start + column, mask=real & refused, other=float("-inf"))
+                theirs = tl.exp(score.to(WORK) - draft_peak) / draft_total
+                weight = tl.where(refused, tl.maximum(scale * prob - theirs, 0.0), prob)
+            else:
+                weight = tl.where(column == guess, 0.0, prob)
+            weight = tl.where(whole, weight, prob).to(tl.float64)
+            sums = before + tl.cumsum(weight, axis=0)
+            reached = (weight > 0) & (sums > threshold)
+            winner = tl.minimum(winner, tl.min(tl.where(reached, column, vocabulary), axis=0))
+            last = tl.maximum(last, tl.max(tl.where(weight > 0, column, 0), axis=0))
+            before += tl.sum(weight, axis=0)
+        winner = tl.where(winner < vocabulary, winner, last)
         tl.store(accepted_out + row, accepted.to(tl.int64))
         tl.store(next_token_out + row, winner.to(tl.int64))
