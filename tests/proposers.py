@@ -7,7 +7,8 @@ the batch are expected to have (right or not).
 from collections.abc import Callable
 from typing import Any
 
-from specdec import DraftModel, Fallback, NGram, Recycling, Store, Suffix
+from specdec import Cascade, DraftModel, Fallback, NGram, Recycling, Store, Suffix
+from specdec.testing import noisy_copy
 
 Texts = list[list[int]]
 Row = Callable[[Any, Texts], tuple[Any, dict[str, Any]]]
@@ -25,6 +26,11 @@ class Printed(Store):
         pass
 
 
+def other(model: Any) -> Any:
+    """A model below ``model``, which agrees with it now and then."""
+    return noisy_copy(model, 0.3, seed=5)
+
+
 PROPOSERS: dict[str, Row] = {
     "none": lambda model, texts: (None, {}),
     "model": lambda model, texts: (model, {}),
@@ -33,6 +39,9 @@ PROPOSERS: dict[str, Row] = {
     "store": lambda model, texts: (Suffix(store=Printed(texts)), {"tenant": "reader"}),
     "recycling": lambda model, texts: (Recycling(), {}),
     "fallback": lambda model, texts: (Fallback(Suffix(shortest=2), DraftModel(model)), {}),
+    "cascade": lambda model, texts: (Cascade("ngram", model), {}),
+    "cascade of three": lambda model, texts: (Cascade(Suffix(), other(model), model), {}),
+    "cascade of models": lambda model, texts: (Cascade(other(model), model), {}),
     "prediction": lambda model, texts: (None, {"prediction": texts}),
     "prediction, suffix": lambda model, texts: (Suffix(), {"prediction": [*texts[:1], *[None] * (len(texts) - 1)]}),
     "prediction, model": lambda model, texts: (model, {"prediction": [*texts[:1], *[None] * (len(texts) - 1)]}),

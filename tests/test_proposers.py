@@ -100,10 +100,15 @@ def test_one_copy_to_the_host_a_round(name, batch, monkeypatch):
     original = state_room.to_host
     for room in (state_room, draft_model_room, suffix_room):
         monkeypatch.setattr(room, "to_host", lambda tensor: calls.append(1) or original(tensor))
+    commits = []
+    commit = state_room.State.commit
+    monkeypatch.setattr(state_room.State, "commit", lambda *args: commits.append(1) or commit(*args))
     gen, given = built(name, llama(), batch)
     gen.generate(**prompts(batch), max_new_tokens=NEW, do_sample=False, **given)
     assert gen.stats.host_copies == gen.stats.rounds
-    assert len(calls) == gen.stats.rounds
+    # a cascade has rounds of its own, and a copy in each
+    assert len(calls) == len(commits)
+    assert (len(commits) > gen.stats.rounds) == name.startswith("cascade")
 
 
 @pytest.mark.parametrize("name", PROPOSERS)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from specdec.generator import SpeculativeGenerator
     from specdec.proposers import Proposer
+    from specdec.proposers.cascade import Cascade
     from specdec.proposers.draft_model import DraftModel
     from specdec.proposers.fallback import Fallback
     from specdec.proposers.ngram import NGram
@@ -51,6 +52,7 @@ _HOMES = {
     ),
     "specdec.generator": ("SpeculativeGenerator",),
     "specdec.proposers": ("Proposer",),
+    "specdec.proposers.cascade": ("Cascade",),
     "specdec.proposers.draft_model": ("DraftModel",),
     "specdec.proposers.fallback": ("Fallback",),
     "specdec.proposers.ngram": ("NGram",),
@@ -66,6 +68,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Cascade",
     "DraftModel",
     "Fallback",
     "InvalidInput",

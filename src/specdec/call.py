@@ -130,7 +130,17 @@ def follow_call(
     if speculates and hasattr(proposer, "begin"):
         prompt = state.tokens[:, : state.prompt_length]
         proposer = proposer.begin(
-            Call(model, prompt, inputs, state.max_length, processing, sampling, length.goes_on, request.tenants)
+            Call(
+                target=model,
+                prompt=prompt,
+                inputs=inputs,
+                max_length=state.max_length,
+                processing=processing,
+                sampling=sampling,
+                goes_on=length.goes_on,
+                tenants=request.tenants,
+                own_length=length.within,
+            )
         )
     watcher = Watcher(stopping_criteria, streamer, state)
     if processing.in_lockstep and watcher.watches:

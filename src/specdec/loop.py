@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.errors import InvalidProposal
 from specdec.layouts.compiled import clock
 from specdec.length import DraftLength
 from specdec.lockstep import verify_in_lockstep
 from specdec.processing import Processing
-from specdec.proposers import Proposer
+from specdec.proposers import Proposer, checked
 from specdec.records import Proposal, Round, Stats
 from specdec.sampling import Sampling
 from specdec.scorer import Scorer
@@ -76,7 +75,7 @@ def decode(
             return
         limits = _limits(state, target, length, processing.in_lockstep)
         scored = clock()
-        proposal = _checked(proposer.propose(state, limits), state, limits)
+        proposal = checked(proposer.propose(state, limits), state, limits)
         drafted = clock()
         state.write_guesses(proposal)
         logits = target.score(
@@ -109,38 +108,3 @@ def _limits(state: State, target: Scorer, length: DraftLength, in_lockstep: bool
         limits = np.where(state.live, limits[state.live].min(), 0)
     limits = np.minimum(limits, length.next(int(limits.max())))
     return limits
-
-
-def _checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:
-    """A foreign proposal, looked at from outside: shapes, lengths, dtypes; its values are the verifier's."""
-    if not isinstance(proposal, Proposal):
-        raise InvalidProposal(
-            f"a proposer returned a {type(proposal).__name__}; wanted is a specdec.Proposal, e.g. "
-            "Proposal.empty(state.batch, state.device) when there is nothing to guess"
-        )
-    tokens, lengths, logits = proposal.tokens, np.asarray(proposal.lengths), proposal.logits
-    if tokens.ndim != 2 or tokens.shape[0] != state.batch or tokens.dtype != torch.int64:
-        raise InvalidProposal(
-            f"a proposer returned tokens of shape {tuple(tokens.shape)} and {tokens.dtype}; "
-            f"wanted is ({state.batch}, K) and torch.int64"
-        )
-    in_range = lengths.shape == (state.batch,) and ((lengths >= 0) & (lengths <= tokens.shape[1])).all()
-    if not in_range or not np.issubdtype(lengths.dtype, np.integer):
-        raise InvalidProposal(
-            f"a proposer returned lengths {lengths.tolist()} for tokens of shape {tuple(tokens.shape)}; "
-            f"wanted are {state.batch} whole numbers from 0 to {tokens.shape[1]}"
-        )
-    if logits is not None and logits.shape != (*tokens.shape, state.vocabulary):
-        raise InvalidProposal(
-            f"a proposer returned logits of shape {tuple(logits.shape)} for tokens of shape "
-            f"{tuple(tokens.shape)}; wanted is None, or {state.vocabulary} scores for each guess"
-        )
-    if (lengths > limits).any():
-        lengths = np.minimum(lengths, limits)
-    if len(lengths) and int(lengths.max()) < tokens.shape[1]:
-        width = int(lengths.max())
-        tokens = tokens[:, :width]
-        logits = None if logits is None else logits[:, :width]
-    if tokens is proposal.tokens and lengths is proposal.lengths:
-        return proposal
-    return Proposal(tokens, lengths, logits)

@@ -7,7 +7,7 @@ instead. Knows nothing of rounds. Read next: ``call.py``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,9 @@ from specdec.assistance import UNDERSTOOD
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
 from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
-from specdec.proposers.draft_model import DraftModel, embedded
-from specdec.proposers.ngram import NGram
-from specdec.proposers.recycling import Recycling
-from specdec.proposers.suffix import Suffix
+from specdec.proposers.draft_model import DraftModel, check_sizes
 from specdec.proposers.translated import TranslatedDraft
+from specdec.proposers.words import WORDS
 from specdec.sampling import VERIFICATIONS
 from specdec.scorer import LAYOUTS
 from specdec.weights.quantized import quantize_draft
@@ -44,8 +42,6 @@ REFUSED = {
     "dola_layers": PLAIN,
     "compile_config": "give compile=True to SpeculativeGenerator",
 }
-# drafts that are no model, by the word for them
-WORDS: dict[str, Callable[[], Any]] = {"ngram": NGram, "recycling": Recycling, "suffix": Suffix}
 # drafts that are the target itself with fewer bits a weight
 SELF = {"self-int4": "int4", "self-int8": "int8"}
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
@@ -136,13 +132,7 @@ def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -
         ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
         others = any(ours.get(token, one) != one for token, one in theirs.items())
         return not others and len(ours.keys() - theirs.keys()) <= 0.01 * len(ours)
-    sizes = [embedded(model) for model in (target, draft)]
-    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
-        raise VocabularyMismatch(
-            f"the target has {sizes[0]} token ids and the draft {sizes[1]}, so an id does not mean the same to "
-            "both. Pass both tokenizers, `tokenizer` (the target's) and `draft_tokenizer`: then guesses are "
-            "translated; or give a draft of the same family"
-        )
+    check_sizes(target, draft)
     return True
 
 

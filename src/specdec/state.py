@@ -25,6 +25,8 @@ class State:
         host_tokens: (B, capacity) the same on the host; only the committed part is to be relied on.
         lengths: (B,) committed columns on the host; ``device_lengths`` is the same on the device.
         eos_ids: (n,) ids that end a row, or None.
+        settled: (B,) committed columns that nothing takes back: ``lengths``, except where a proposer has rounds
+            of its own (``proposers/cascade.py``), whose text the target has yet to judge.
         live: (B,) bool, rows that have not ended; ``device_live`` is the same on the device.
         prompt_length: columns of the prompt, padding included.
         vocabulary: entries of the target's scores, once the prompt was fed.
@@ -59,6 +61,7 @@ class State:
             self.host_tokens[:, : self.prompt_length] = to_host(prompt)
         self.lengths = np.full(batch, self.prompt_length, dtype=np.int64)
         self.device_lengths = torch.full((batch,), self.prompt_length, dtype=torch.int64, device=prompt.device)
+        self._settled: np.ndarray | None = None
         self.live = np.ones(batch, dtype=bool)
         self.eos_ids = eos_ids
         self.device_live = torch.ones(batch, dtype=torch.bool, device=prompt.device)
@@ -80,6 +83,26 @@ class State:
     def done(self) -> bool:
         """Every row has ended."""
         return not self.live.any()
+
+    @property
+    def settled(self) -> np.ndarray:
+        """See the class."""
+        return self.lengths if self._settled is None else self._settled
+
+    def follow(self, other: State, since: int) -> None:
+        """Hold the text of ``other``, which is known to be the same below column ``since``, as the settled one."""
+        upto = int(other.lengths.max())
+        self.host_tokens[:, since:upto] = other.host_tokens[:, since:upto]
+        if not self._is_host:
+            self.tokens[:, since:upto] = other.tokens[:, since:upto]
+        self.lengths, self.live, self._settled = other.lengths, other.live, other.settled
+        self.vocabulary = other.vocabulary
+        self._tell_device()
+
+    def only(self, rows: np.ndarray) -> None:
+        """Let ``rows`` (B,) bool take part, and the others rest as if they had ended, until told otherwise."""
+        self.live = rows
+        self._tell_device()
 
     def room(self) -> np.ndarray:
         """(B,) guesses a row may still submit: the round's extra token must fit as well; 0 for ended rows."""

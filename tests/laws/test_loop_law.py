@@ -8,6 +8,7 @@ the decisions themselves go through the shipped verifier, with noise that forces
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ import specdec.scorer
 from specdec import Proposal, SpeculativeGenerator
 from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
-from specdec.proposers import draft_model, fallback
+from specdec.proposers import cascade, draft_model, fallback
+from specdec.state import State
 from specdec.testing import TableModel
 from specdec.verify import (
     block_acceptance,
@@ -210,9 +212,14 @@ def law_error(
 TOLERANCE = 1e-6
 
 
+SEVERAL = ("cascade of three", "cascade of models")  # each level asks questions of its own
+
+
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("kind", ["self", "pruned", "own", *PROPOSERS])
-@pytest.mark.parametrize("guesses", SIZES)
+@pytest.mark.parametrize(
+    ("kind", "guesses"),
+    [(k, n) for k in ("self", "pruned", "own", *PROPOSERS) for n in SIZES if n < 3 or k not in SEVERAL],
+)
 def test_law_of_whole_texts(rule, kind, guesses):
     assert law_error(rule, kind, guesses) < TOLERANCE
 
@@ -280,7 +287,7 @@ def rollback_one_short(monkeypatch):
     monkeypatch.setattr(
         specdec.scorer.Scorer,
         "rollback",
-        lambda self, tokens, kept, live: right(self, tokens, kept + 1, live),
+        lambda self, tokens, kept, live, final=None: right(self, tokens, kept + 1, live, final),
     )
 
 
@@ -350,6 +357,67 @@ def stops_before_the_guess_it_looked_at(monkeypatch):
 
     monkeypatch.setattr(Adaptive, "goes_on", noted)
     monkeypatch.setattr(draft_model._Run, "propose", dropped)
+
+
+def cascade_rows_shifted(monkeypatch):
+    """The target is shown the rows of the guesses before."""
+    right = cascade._rows
+    monkeypatch.setattr(cascade, "_rows", lambda *args: right(*args).roll(1, dims=1))
+
+
+def cascade_residuals_for_rows(monkeypatch):
+    """The target is shown what a replaced token was drawn from after the rejection, not the model's row."""
+    right = State.commit
+
+    def residual(self, proposal, accepted, next_token, scores, logits, states=None):
+        round_ = right(self, proposal, accepted, next_token, scores, logits, states)
+        if logits is not None or states is not None or self._settled is None or not proposal.tokens.shape[1]:
+            return round_
+        rows = scores.clone()
+        for row, (kept, submitted) in enumerate(zip(accepted.tolist(), proposal.lengths, strict=True)):
+            if kept < submitted:
+                rows[row, kept, proposal.tokens[row, kept]] = -torch.inf
+        return replace(round_, scores=rows)
+
+    monkeypatch.setattr(State, "commit", residual)
+
+
+def cascade_drops_what_was_replaced(monkeypatch):
+    """The anticipating level: a token that had to be replaced is not submitted."""
+    right = cascade._Level._round
+
+    def dropped(self, text, left, state):
+        round_, ended = right(self, text, left, state)
+        refused = round_.accepted < round_.lengths
+        return replace(round_, counts=round_.counts - refused), ended | refused
+
+    monkeypatch.setattr(cascade._Level, "_round", dropped)
+
+
+def cascade_keeps_every_guess(monkeypatch):
+    """Lenience between the levels, with the rows of the model all the same."""
+    right = Scripted.verify
+
+    def lenient(self, scores, tokens, lengths, logits, positions):
+        if logits is None and tokens.shape[1]:
+            return lengths, right(self, scores, tokens, lengths, logits, positions)[1].clamp(min=0)
+        return right(self, scores, tokens, lengths, logits, positions)
+
+    monkeypatch.setattr(Scripted, "verify", lenient)
+
+
+CASCADE_MUTANTS = [
+    cascade_rows_shifted,
+    cascade_residuals_for_rows,
+    cascade_drops_what_was_replaced,
+    cascade_keeps_every_guess,
+]
+
+
+@pytest.mark.parametrize("mutant", CASCADE_MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_a_wrong_cascade_breaks_the_law(mutant, monkeypatch):
+    mutant(monkeypatch)
+    assert max(law_error("token", "cascade", 2, seed) for seed in range(3)) > 1e-3
 
 
 def argmax_with_softmax_rows(monkeypatch):

@@ -32,6 +32,10 @@ class DraftLength(Protocol):
         """
         ...
 
+    def within(self) -> DraftLength:
+        """A rule of the same kind that knows nothing yet, for rounds that a proposer makes of its own."""
+        ...
+
     def observe(self, round_: Round, seconds: float) -> None:
         """See what a round did, and how long it took from its first guess to its commit."""
         ...

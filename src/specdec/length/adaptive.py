@@ -100,6 +100,10 @@ class Adaptive:
         price = float(self._table[drafted + 1] - self._table[drafted])
         return gain > self._rate * price
 
+    def within(self) -> Adaptive:
+        """See ``DraftLength.within``."""
+        return Adaptive(self._timings.afresh())
+
     def observe(self, round_: Round, seconds: float) -> None:
         """See ``DraftLength.observe``."""
         live = round_.counts > 0

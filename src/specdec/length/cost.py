@@ -59,6 +59,10 @@ class Timings:
         """A round whose widest row guessed ``width`` tokens took ``seconds``."""
         self._seen.setdefault(width, deque(maxlen=REMEMBERED)).append(seconds)
 
+    def afresh(self) -> Timings:
+        """The same kind, with nothing measured yet."""
+        return Timings()
+
     @property
     def priced(self) -> bool:
         """Some round with guesses was timed."""
@@ -91,6 +95,10 @@ class Assumed:
     def __init__(self, cost: float) -> None:
         """A guess costs ``cost`` plain rounds."""
         self._cost = cost
+
+    def afresh(self) -> Assumed:
+        """See ``Timings.afresh``."""
+        return self
 
     def add(self, width: int, seconds: float) -> None:
         """What the clock says is not listened to."""

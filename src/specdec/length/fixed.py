@@ -22,5 +22,9 @@ class Fixed:
         """See ``DraftLength.goes_on``."""
         return True
 
+    def within(self) -> Fixed:
+        """See ``DraftLength.within``."""
+        return Fixed(self.most)
+
     def observe(self, round_: Round, seconds: float) -> None:
         """Nothing to learn."""

@@ -17,18 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from specdec.errors import InvalidInput
+from specdec.errors import InvalidInput, InvalidProposal
+from specdec.length import DraftLength
+from specdec.length.fixed import Fixed
 from specdec.processing import Processing
 from specdec.records import Proposal
 from specdec.sampling import Sampling
 from specdec.state import State
 
 T = TypeVar("T")
+ALWAYS_FOUR: Callable[[], DraftLength] = partial(Fixed, 4)
 
 
 @runtime_checkable
@@ -61,6 +66,7 @@ class Call:
         goes_on: told the draft's own chance (B,) of each guess (0 for rows that made none), says whether one more
             pays; for proposers that can tell without waiting for the device. The guess is submitted anyway.
         tenants: whose text a row is, one for all rows or one each; None where nobody said.
+        own_length: makes a rule of draft lengths that knows nothing yet, for a proposer with rounds of its own.
     """
 
     target: Any
@@ -71,6 +77,7 @@ class Call:
     sampling: Sampling
     goes_on: Callable[[np.ndarray], bool] | None = None
     tenants: list[str] | None = None
+    own_length: Callable[[], DraftLength] = ALWAYS_FOUR
 
 
 def one_a_row(values: list[T], rows: int, name: str) -> list[T]:
@@ -82,6 +89,41 @@ def one_a_row(values: list[T], rows: int, name: str) -> list[T]:
     if not values or rows % len(values):
         raise InvalidInput(f"{len(values)} of `{name}` for {rows} rows; give one a row")
     return [value for value in values for _ in range(rows // len(values))]
+
+
+def checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:
+    """A foreign proposal, looked at from outside: shapes, lengths, dtypes; its values are the verifier's."""
+    if not isinstance(proposal, Proposal):
+        raise InvalidProposal(
+            f"a proposer returned a {type(proposal).__name__}; wanted is a specdec.Proposal, e.g. "
+            "Proposal.empty(state.batch, state.device) when there is nothing to guess"
+        )
+    tokens, lengths, logits = proposal.tokens, np.asarray(proposal.lengths), proposal.logits
+    if tokens.ndim != 2 or tokens.shape[0] != state.batch or tokens.dtype != torch.int64:
+        raise InvalidProposal(
+            f"a proposer returned tokens of shape {tuple(tokens.shape)} and {tokens.dtype}; "
+            f"wanted is ({state.batch}, K) and torch.int64"
+        )
+    in_range = lengths.shape == (state.batch,) and ((lengths >= 0) & (lengths <= tokens.shape[1])).all()
+    if not in_range or not np.issubdtype(lengths.dtype, np.integer):
+        raise InvalidProposal(
+            f"a proposer returned lengths {lengths.tolist()} for tokens of shape {tuple(tokens.shape)}; "
+            f"wanted are {state.batch} whole numbers from 0 to {tokens.shape[1]}"
+        )
+    if logits is not None and logits.shape != (*tokens.shape, state.vocabulary):
+        raise InvalidProposal(
+            f"a proposer returned logits of shape {tuple(logits.shape)} for tokens of shape "
+            f"{tuple(tokens.shape)}; wanted is None, or {state.vocabulary} scores for each guess"
+        )
+    if (lengths > limits).any():
+        lengths = np.minimum(lengths, limits)
+    if len(lengths) and int(lengths.max()) < tokens.shape[1]:
+        width = int(lengths.max())
+        tokens = tokens[:, :width]
+        logits = None if logits is None else logits[:, :width]
+    if tokens is proposal.tokens and lengths is proposal.lengths:
+        return proposal
+    return Proposal(tokens, lengths, logits)
 
 
 def existing(guess: list[int], vocabulary: int) -> list[int]:

@@ -104,6 +104,11 @@ class SuffixAutomaton:
             matched = lengths[state]
         return self._next[state][token], matched + 1
 
+    @property
+    def end(self) -> tuple[int, int]:
+        """State and length of the longest end of the text that stood before, for ``advance``."""
+        return (self._links[self._last], self.matched) if self.text else (0, 0)
+
     def continuation(self, state: int, limit: int) -> list[int]:
         """Up to ``limit`` tokens behind the place of ``state``."""
         return _cut(self.text[self._places[state] : self._places[state] + limit])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from specdec.errors import InvalidInput, UnsupportedModel
-from specdec.layouts.compiled import CompiledSteps, compiled_steps
+from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
+from specdec.layouts.compiled import compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
@@ -45,17 +46,21 @@ class DraftModel:
         if confidence is not None and not 0 <= confidence <= 1:
             raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
         self.model = model
-        self._confidence = confidence
-        self._layout = layout
-        self._steps = compiled_steps(model) if compile else None
+        self.confidence = confidence
+        self.layout = layout
+        self.steps = compiled_steps(model) if compile else None
 
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call: the draft's prompt is prepared by its own ``generate()``."""
+        return self.open(call, _Run)
+
+    def open(self, call: Call, run: Callable[[DraftModel, Call], Proposer]) -> Proposer:
+        """``run(self, call)``, or nothing and a warning where the draft cannot take what the call gives."""
         encodes = self.model.config.is_encoder_decoder
         if encodes and self.model.main_input_name not in call.inputs:
             return self._refuse(f"the call gives no {self.model.main_input_name} for its encoder")
         try:
-            return _Run(self.model, call, self._layout, self._confidence, self._steps)
+            return run(self, call)
         except UnsupportedModel:
             raise
         except (TypeError, ValueError) as error:
@@ -67,36 +72,71 @@ class DraftModel:
         return Nothing()
 
 
-class _Run:
-    """The draft's cache and tokens during one call."""
+class Past:
+    """A draft's cache during one call, and for which rows it may be used.
 
-    def __init__(
-        self, model: Any, call: Call, layout: str, confidence: float | None, steps: CompiledSteps | None
-    ) -> None:
-        self._call = call
-        self._confidence = confidence
-        self._device = model.device
-        on_cpu = self._device.type == "cpu"
-        self._goes_on = call.goes_on if confidence is None and on_cpu else None
-        self._embeds = embedded(model)
-        prompt, kwargs, config, inner = _prepare(model, call, self._embeds)
+    Attributes:
+        scorer: the model, prepared for the call.
+        device: where it is.
+        embeds: ids from this one on it does not know.
+        longest: columns that its positions reach.
+    """
+
+    def __init__(self, draft: DraftModel, call: Call) -> None:
+        """Prepare ``draft`` for ``call``; nothing is fed yet."""
+        model = draft.model
+        self.device = model.device
+        self.embeds = embedded(model)
+        prompt, kwargs, config, inner = _prepare(model, call, self.embeds)
         if prompt.shape != call.prompt.shape:
             raise UnsupportedModel(
                 f"{type(model).__name__} prepares a prompt of shape {tuple(prompt.shape)} where the target "
                 f"has {tuple(call.prompt.shape)}; give a draft with the same special tokens"
             )
         text = model.config.get_text_config(decoder=True)
-        self._longest = getattr(text, "max_position_embeddings", None) or call.max_length
-        self._scorer = Scorer(
-            inner, kwargs, config, max_length=call.max_length, layout=layout, is_draft=True, steps=steps
+        self.longest = getattr(text, "max_position_embeddings", None) or call.max_length
+        self.scorer = Scorer(
+            inner, kwargs, config, max_length=call.max_length, layout=draft.layout, is_draft=True, steps=draft.steps
         )
-        # fed with the first guess that is asked for: a draft that does not pay must not even cost that
-        self._prompt: Tensor | None = prompt.to(self._device)
-        self._tokens = torch.zeros(0, 0, dtype=torch.int64)
-        self._drafted: tuple[np.ndarray, Proposal] | None = None  # lengths before, guesses
-        self._observed: np.ndarray | None = None
+        self._prompt: Tensor | None = prompt.to(self.device)
         self._usable = np.ones(call.prompt.shape[0], dtype=bool)
-        self._checked = 0
+        self._looked = 0
+
+    def feed_prompt(self) -> None:
+        """Feed the prompt, once, with the first guess: a draft that does not pay must not even cost that."""
+        if self._prompt is not None:
+            self.scorer.prefill(self._prompt, speculate=True)
+            self.longest -= self.scorer.hidden
+            self._prompt = None
+
+    def limits(self, state: State, limits: np.ndarray) -> np.ndarray:
+        """(B,) ``limits``, lowered to what the model can do."""
+        room = np.maximum(self.longest - state.lengths, 0)
+        return np.where(self._can_embed(state), np.minimum(limits, room), 0)
+
+    def _can_embed(self, state: State) -> np.ndarray:
+        """(B,) rows whose committed tokens the draft all knows; a row that loses this never gets it back."""
+        top = int(state.lengths.max())
+        new = state.host_tokens[:, self._looked : top]
+        self._usable &= (new < self.embeds).all(axis=1)
+        self._looked = max(int(state.settled.min()) - 1, 0)
+        return self._usable & state.live
+
+
+class _Run:
+    """The draft's cache and tokens during one call."""
+
+    def __init__(self, draft: DraftModel, call: Call) -> None:
+        self._call = call
+        self._confidence = draft.confidence
+        self._past = Past(draft, call)
+        self._scorer, self._device = self._past.scorer, self._past.device
+        on_cpu = self._device.type == "cpu"
+        self._goes_on = call.goes_on if draft.confidence is None and on_cpu else None
+        self._tokens = torch.zeros(0, 0, dtype=torch.int64)
+        # settled columns before, the text behind them (B, n), lengths before, guesses
+        self._drafted: tuple[int, np.ndarray, np.ndarray, Proposal] | None = None
+        self._observed: np.ndarray | None = None
 
     @property
     def forwards(self) -> int:
@@ -110,20 +150,16 @@ class _Run:
 
     def observe(self, round_: Round) -> None:
         """Remember the guesses as the host saw them: no copy of our own is needed then."""
-        if self._drafted is not None and round_.proposal is self._drafted[1]:
+        if self._drafted is not None and round_.proposal is self._drafted[-1]:
             self._observed = round_.drafted
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
-        room = np.maximum(self._longest - state.lengths, 0)
-        limits = np.where(self._can_embed(state), np.minimum(limits, room), 0)
+        limits = self._past.limits(state, limits)
         most = int(limits.max(initial=0))
         if most == 0:
             return Proposal.empty(state.batch, state.device)
-        if self._prompt is not None:
-            self._scorer.prefill(self._prompt, speculate=True)
-            self._longest -= self._scorer.hidden
-            self._prompt = None
+        self._past.feed_prompt()
         self._sync(state)
         guesses: list[Tensor] = []
         rows: list[Tensor] = []
@@ -146,13 +182,15 @@ class _Run:
                 break
             self._write(state, guess, step)
         proposal = Proposal(torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None)
-        self._drafted = (state.lengths.copy(), proposal)
+        settled = int(state.settled.min())
+        text = state.host_tokens[:, settled : int(state.lengths.max())].copy()
+        self._drafted = (settled, text, state.lengths.copy(), proposal)
         self._observed = None
         return proposal
 
     def _next_scores(self, state: State, step: int) -> Tensor:
         """Processed scores (B, V) for guess ``step`` of every row, on the target's device."""
-        lengths = np.minimum(state.lengths + step, self._longest)  # rows that have ended go no further
+        lengths = np.minimum(state.lengths + step, self._past.longest)  # rows that have ended go no further
         if step:
             self._scorer.hold(state.live)
         logits = self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0].to(state.device)
@@ -163,36 +201,31 @@ class _Run:
         return state.tokens if not step else self._tokens.to(state.device)
 
     def _write(self, state: State, guess: Tensor, step: int) -> None:
-        guess = guess.clamp(0, self._embeds - 1).to(self._device)
+        guess = guess.clamp(0, self._past.embeds - 1).to(self._device)
         put(self._tokens, state.lengths + step, guess[:, None])
 
     def _sync(self, state: State) -> None:
         """Bring the draft's tokens to the committed ones; forget what it was fed and was not kept."""
         kept = self._scorer.kept
-        # columns below were copied when they were committed, those above are filled before they are fed
-        old = 0 if self._drafted is None else int(self._drafted[0].min())
+        # columns below were copied when they were settled, those above are filled before they are fed
+        old = 0 if self._drafted is None else self._drafted[0]
         upto = int(state.lengths.max())
         if not old:
             self._tokens = torch.zeros(state.tokens.shape, dtype=torch.int64, device=self._device)
-        self._tokens[:, old:upto] = state.tokens[:, old:upto].clamp(0, self._embeds - 1)
+        self._tokens[:, old:upto] = state.tokens[:, old:upto].clamp(0, self._past.embeds - 1)
         if self._drafted is not None:
-            before, proposal = self._drafted
+            _, text, before, proposal = self._drafted
             drafted = self._observed if self._observed is not None else to_host(proposal.tokens)
-            columns = before[:, None] + np.arange(drafted.shape[1])
-            same = np.take_along_axis(state.host_tokens, columns, axis=1) == drafted
-            agree = before + np.cumprod(same, axis=1, dtype=np.int64).sum(axis=1)
+            fed = np.zeros((len(text), text.shape[1] + drafted.shape[1]), dtype=np.int64)
+            fed[:, : text.shape[1]] = text
+            np.put_along_axis(fed, before[:, None] - old + np.arange(drafted.shape[1]), drafted, axis=1)
+            same = state.host_tokens[:, old : old + fed.shape[1]] == fed
+            agree = old + np.cumprod(same, axis=1, dtype=np.int64).sum(axis=1)
             kept = np.minimum(kept, agree)
             self._drafted = None
         # the last committed token is always fed again: its scores are what the next guess needs
-        self._scorer.rollback(self._tokens, np.minimum(kept, state.lengths - 1), state.live)
-
-    def _can_embed(self, state: State) -> np.ndarray:
-        """(B,) rows whose committed tokens the draft all knows; a row that loses this never gets it back."""
-        top = int(state.lengths.max())
-        new = state.host_tokens[:, self._checked : top]
-        self._usable &= (new < self._embeds).all(axis=1)
-        self._checked = max(int(state.lengths.min()) - 1, 0)
-        return self._usable & state.live
+        kept = np.minimum(kept, state.lengths - 1)
+        self._scorer.rollback(self._tokens, kept, state.live, state.settled - 1)
 
 
 def _prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any], Any, Any]:
@@ -280,6 +313,21 @@ def sound(scores: Tensor, bad: Tensor) -> Tensor:
     scores = scores.masked_fill(bad[:, None], -torch.inf)
     scores[:, 0] = scores[:, 0].masked_fill(bad, 0)
     return scores
+
+
+def check_sizes(target: Any, draft: Any) -> None:
+    """Refuse a draft whose token ids cannot be those of ``target``, judged by how many there are.
+
+    Raises:
+        VocabularyMismatch: the numbers differ by more than 1 %.
+    """
+    sizes = [embedded(model) for model in (target, draft)]
+    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
+        raise VocabularyMismatch(
+            f"the target has {sizes[0]} token ids and the draft {sizes[1]}, so an id does not mean the same to "
+            "both. Pass both tokenizers, `tokenizer` (the target's) and `draft_tokenizer`: then guesses are "
+            "translated; or give a draft of the same family"
+        )
 
 
 def embedded(model: Any) -> int:

@@ -47,7 +47,7 @@ class _Run:
     def observe(self, round_: Round) -> None:
         """Learn from every scored position, those behind a refused guess included."""
         if not len(self._table):
-            self._table = self._from_prompt(round_.scores.shape[-1])
+            self._from_prompt(round_.scores.shape[-1])
         guessed = round_.proposal.tokens[:, : round_.scores.shape[1] - 1]
         before = torch.cat([self._last[:, None], guessed], dim=1)
         # positions that were not verified: beyond a row's guesses, or behind the end of a lockstep round
@@ -63,6 +63,8 @@ class _Run:
         most = int(limits.max(initial=0))
         if most == 0:
             return Proposal.empty(state.batch, state.device)
+        if not len(self._table):
+            self._from_prompt(state.vocabulary)
         chain, known = [], []
         for _ in range(most):
             found = self._table.gather(1, last)
@@ -76,13 +78,12 @@ class _Run:
         lengths = np.minimum(limits, torch.cat(known, dim=1).long().cumprod(dim=1).sum(dim=1).numpy())
         return Proposal(tokens[:, : int(lengths.max())], lengths)
 
-    def _from_prompt(self, vocabulary: int) -> Tensor:
+    def _from_prompt(self, vocabulary: int) -> None:
         """What followed each token in the prompt, the last time."""
         self._table = self._prompt.new_full((len(self._prompt), vocabulary), -1)
         self._learn(
             self._prompt[:, :-1], self._prompt[:, 1:], torch.ones_like(self._prompt[:, 1:], dtype=torch.bool)
         )
-        return self._table
 
     def _learn(self, before: Tensor, after: Tensor, real: Tensor) -> None:
         """Token ``after`` (B, n) follows ``before`` (B, n), where ``real``; later columns are newer."""

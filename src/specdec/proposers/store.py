@@ -157,6 +157,12 @@ class Reader:
                     place = half.advance(*place, token)
                 self._places[number] = place
 
+    def copy(self) -> Reader:
+        """A second reader at the same place."""
+        other = Reader(self._halves, self._lock)
+        other._places = [*self._places]
+        return other
+
     def guess(self, limit: int) -> list[int]:
         """Up to ``limit`` tokens that followed the longest match; the younger half at a tie."""
         if not self.matched:

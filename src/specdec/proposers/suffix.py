@@ -95,21 +95,31 @@ class _Run:
         """Guesses for ``row``, after it has read what was committed since it was last asked."""
         own, reader = self._own[row], self._readers[row]
         start = state.starts[row] if self._fed[row] < 0 else self._fed[row]
-        new = state.host_tokens[row, start : state.lengths[row]].tolist()
-        self._fed[row] = state.lengths[row]
+        settled = state.settled[row]
+        new = state.host_tokens[row, start:settled].tolist()
+        self._fed[row] = settled
         own.extend(new)
-        matched = own.matched
         if reader is not None:
             reader.follow(new)
-            matched = max(matched, reader.matched)
-        if matched < self._shortest:
+        place = own.end
+        loose = state.host_tokens[row, settled : state.lengths[row]].tolist()
+        if loose:  # text that may be taken back is looked up, not taken in
+            for token in loose:
+                place = own.advance(*place, token)
+            if reader is not None:
+                reader = reader.copy()
+                reader.follow(loose)
+        in_own, in_store = place[1], 0 if reader is None else reader.matched
+        if max(in_own, in_store) < self._shortest:
             return []
-        limit = min(limit, FEW + int(matched * self._per_match))
-        if reader is not None and reader.matched > own.matched:
+        limit = min(limit, FEW + int(max(in_own, in_store) * self._per_match))
+        if reader is not None and in_store > in_own:
             found = reader.guess(limit)
             if found:
                 return found
-        return own.repetition(limit) if own.matched >= self._shortest else []
+        if in_own < self._shortest:
+            return []
+        return own.continuation(place[0], limit) if loose else own.repetition(limit)
 
     def finish(self, state: State, stats: Stats) -> None:
         """Put what the call wrote into the store; prompts are not kept."""
