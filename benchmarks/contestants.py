@@ -17,7 +17,7 @@ import torch
 from models import Pair
 from workload import Prompt
 
-from specdec import SpeculativeGenerator
+from specdec import Cascade, Mixture, SpeculativeGenerator
 
 PLAIN = "plain"
 LOOKUP_TOKENS = 10  # transformers has no default; its documentation uses 3 and 10
@@ -139,21 +139,30 @@ def lookup(pair: Pair, options: argparse.Namespace, k: int) -> Contestant:
 def ours(pair: Pair, options: argparse.Namespace, word: str, k: int | str | None) -> Contestant:
     """specdec with the draft ``word``.
 
-    "model" is the draft model and "none" no draft; any other word is handed to the library. "prediction", alone or
-    behind a draft ("model+prediction"), hands the expected answer to ``generate()``.
+    "model" is the draft model and "none" no draft, "cascade" the suffix automaton under the draft model, "mixture" the
+    best of suffix, recycling and the draft model if there is one; any other word is handed to the library. Several
+    ("suffix+model") stand one behind another. "prediction", alone or with a draft ("model+prediction"), hands the
+    expected answer to ``generate()``.
     """
     words = word.split("+")
     predicts = "prediction" in words
-    named = "+".join(w for w in words if w != "prediction") or "none"
-    draft: Any = {"model": pair.draft, "none": None}.get(named, named)
-    if named == "model" and draft is None:
-        raise ValueError("the draft 'model' needs a draft model: give DRAFT behind TARGET")
+    named = [w for w in words if w != "prediction"]
+    if pair.draft is None and {"model", "cascade"} & set(named):
+        raise ValueError(f"the draft {word!r} needs a draft model: give DRAFT behind TARGET")
+    made: dict[str, Any] = {"model": pair.draft, "none": None}
+    if "cascade" in named:
+        made["cascade"] = Cascade("suffix", pair.draft)
+    if "mixture" in named:
+        made["mixture"] = Mixture("suffix", "recycling", *([pair.draft] if pair.draft is not None else []))
+    drafts = [made.get(w, w) for w in named]
+    draft = drafts if len(drafts) > 1 else next(iter(drafts), None)
     more: dict[str, Any] = {} if k is None else {"num_draft_tokens": k}
-    if named == "model":
+    if "model" in named:
         more["draft_tokenizer"] = pair.draft_tokenizer
     generator = SpeculativeGenerator(pair.target, draft, tokenizer=pair.tokenizer, **more)
     # a draft that the library makes itself is not to be had otherwise; without it only gen.stats counts
-    found = getattr(getattr(generator, "_proposer", None), "model", None)
+    found = pair.draft if set(named) & {"model", "cascade", "mixture"} else None
+    found = getattr(getattr(generator, "_proposer", None), "model", found)
     model = found if isinstance(found, torch.nn.Module) else None
 
     def call(inputs: dict[str, Any], prompts: Sequence[Prompt], streamer: Any, new: int) -> Any:

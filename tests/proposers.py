@@ -7,7 +7,7 @@ the batch are expected to have (right or not).
 from collections.abc import Callable
 from typing import Any
 
-from specdec import Cascade, DraftModel, Fallback, NGram, Recycling, Store, Suffix
+from specdec import Cascade, DraftModel, Fallback, Mixture, NGram, Recycling, Store, Suffix
 from specdec.testing import noisy_copy
 
 Texts = list[list[int]]
@@ -42,6 +42,9 @@ PROPOSERS: dict[str, Row] = {
     "cascade": lambda model, texts: (Cascade("ngram", model), {}),
     "cascade of three": lambda model, texts: (Cascade(Suffix(), other(model), model), {}),
     "cascade of models": lambda model, texts: (Cascade(other(model), model), {}),
+    "mixture": lambda model, texts: (Mixture("suffix", "recycling", NGram(2)), {}),
+    "mixture, model": lambda model, texts: (Mixture(NGram(2), model, other(model)), {}),
+    "a list": lambda model, texts: ([NGram(3, 2), "suffix", model], {}),
     "prediction": lambda model, texts: (None, {"prediction": texts}),
     "prediction, suffix": lambda model, texts: (Suffix(), {"prediction": [*texts[:1], *[None] * (len(texts) - 1)]}),
     "prediction, model": lambda model, texts: (model, {"prediction": [*texts[:1], *[None] * (len(texts) - 1)]}),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from specdec.proposers.cascade import Cascade
     from specdec.proposers.draft_model import DraftModel
     from specdec.proposers.fallback import Fallback
+    from specdec.proposers.mixture import Mixture
     from specdec.proposers.ngram import NGram
     from specdec.proposers.recycling import Recycling
     from specdec.proposers.store import Store
@@ -55,6 +56,7 @@ _HOMES = {
     "specdec.proposers.cascade": ("Cascade",),
     "specdec.proposers.draft_model": ("DraftModel",),
     "specdec.proposers.fallback": ("Fallback",),
+    "specdec.proposers.mixture": ("Mixture",),
     "specdec.proposers.ngram": ("NGram",),
     "specdec.proposers.recycling": ("Recycling",),
     "specdec.proposers.store": ("Store",),
@@ -74,6 +76,7 @@ __all__ = [
     "InvalidInput",
     "InvalidProposal",
     "InvalidScores",
+    "Mixture",
     "NGram",
     "Packing",
     "Proposal",

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from specdec.errors import InvalidInput
-from specdec.layouts.compiled import CompiledSteps
+from specdec.layouts.compiled import CompiledSteps, clock
 from specdec.layouts.handover import is_callers
 from specdec.length import DraftLength
 from specdec.length.fixed import Fixed
@@ -129,6 +129,8 @@ def follow_call(
     proposer = request.proposer if speculates else Nothing()
     if speculates and hasattr(proposer, "begin"):
         prompt = state.tokens[:, : state.prompt_length]
+        # by rejection the text depends on the guesses, and a given seed promises one text
+        promised = request.seed is not None and sampling.keeps_logits
         proposer = proposer.begin(
             Call(
                 target=model,
@@ -139,6 +141,7 @@ def follow_call(
                 sampling=sampling,
                 goes_on=length.goes_on,
                 tenants=request.tenants,
+                clock=None if promised else clock,
                 own_length=length.within,
             )
         )

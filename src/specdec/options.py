@@ -20,9 +20,9 @@ from specdec.assistance import UNDERSTOOD
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
 from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
-from specdec.proposers.draft_model import DraftModel, check_sizes
+from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.translated import TranslatedDraft
-from specdec.proposers.words import WORDS
+from specdec.proposers.words import WORDS, check_sizes, one_behind_another
 from specdec.sampling import VERIFICATIONS
 from specdec.scorer import LAYOUTS
 from specdec.weights.quantized import quantize_draft
@@ -98,6 +98,10 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
             words = ", ".join(map(repr, (*WORDS, *SELF)))
             raise InvalidInput(f"draft={draft!r} is no known proposer; use {words}, a model, a Proposer or None")
         return WORDS[draft]()
+    if isinstance(draft, (list, tuple)):
+        return one_behind_another(
+            draft, lambda one: build_proposer(target, one, tokenizer, draft_tokenizer, compile)
+        )
     if isinstance(draft, type):
         raise UnsupportedModel(f"the draft is the class {draft.__name__}; give an object: {draft.__name__}()")
     if hasattr(draft, "propose") or hasattr(draft, "begin"):
@@ -105,7 +109,7 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
     if not hasattr(draft, "generate") or not hasattr(draft, "config"):
         raise UnsupportedModel(
             f"the draft is a {type(draft).__name__}; wanted is a Hugging Face model, an object with "
-            f"propose(state, limits), one of {', '.join(map(repr, WORDS))}, or None"
+            f"propose(state, limits), one of {', '.join(map(repr, WORDS))}, a list of such, or None"
         )
     if draft.config.is_encoder_decoder != target.config.is_encoder_decoder:
         raise UnsupportedModel(

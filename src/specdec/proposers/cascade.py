@@ -28,9 +28,9 @@ from specdec.errors import InvalidInput
 from specdec.layouts.compiled import clock
 from specdec.length import DraftLength
 from specdec.proposers import Call, Nothing, Proposer, checked
-from specdec.proposers.draft_model import DraftModel, Past, check_sizes, sound
+from specdec.proposers.draft_model import DraftModel, Past, sound
 from specdec.proposers.translated import TranslatedDraft
-from specdec.proposers.words import named
+from specdec.proposers.words import check_sizes, named
 from specdec.records import Proposal, Round, Stats
 from specdec.state import State
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
+from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.layouts.compiled import compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.records import Proposal, Round
@@ -313,21 +313,6 @@ def sound(scores: Tensor, bad: Tensor) -> Tensor:
     scores = scores.masked_fill(bad[:, None], -torch.inf)
     scores[:, 0] = scores[:, 0].masked_fill(bad, 0)
     return scores
-
-
-def check_sizes(target: Any, draft: Any) -> None:
-    """Refuse a draft whose token ids cannot be those of ``target``, judged by how many there are.
-
-    Raises:
-        VocabularyMismatch: the numbers differ by more than 1 %.
-    """
-    sizes = [embedded(model) for model in (target, draft)]
-    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
-        raise VocabularyMismatch(
-            f"the target has {sizes[0]} token ids and the draft {sizes[1]}, so an id does not mean the same to "
-            "both. Pass both tokenizers, `tokenizer` (the target's) and `draft_tokenizer`: then guesses are "
-            "translated; or give a draft of the same family"
-        )
 
 
 def embedded(model: Any) -> int:

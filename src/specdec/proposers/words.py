@@ -5,17 +5,23 @@ Knows no target. Read next: ``cascade.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from specdec.errors import InvalidInput, UnsupportedModel
-from specdec.proposers.draft_model import DraftModel
+from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
+from specdec.proposers.draft_model import DraftModel, embedded
+from specdec.proposers.fallback import Fallback
 from specdec.proposers.ngram import NGram
 from specdec.proposers.recycling import Recycling
 from specdec.proposers.suffix import Suffix
 
 # drafts that are no model, by the word for them
 WORDS: dict[str, Callable[[], Any]] = {"ngram": NGram, "recycling": Recycling, "suffix": Suffix}
+# the same where another draft guesses when they do not: longer matches only
+AHEAD: dict[str, Callable[[], Any]] = {
+    "ngram": lambda: NGram(longest=6, shortest=4),
+    "suffix": lambda: Suffix(shortest=4),
+}
 
 
 def named(draft: Any) -> Any:
@@ -40,3 +46,37 @@ def named(draft: Any) -> Any:
         f"{draft!r} cannot draft; wanted is a Hugging Face model, an object with propose(state, limits), or one "
         f"of {', '.join(map(repr, WORDS))}"
     )
+
+
+def check_sizes(target: Any, draft: Any) -> None:
+    """Refuse a draft whose token ids cannot be those of ``target``, judged by how many there are.
+
+    Raises:
+        VocabularyMismatch: the numbers differ by more than 1 %.
+    """
+    sizes = [embedded(model) for model in (target, draft)]
+    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
+        raise VocabularyMismatch(
+            f"the target has {sizes[0]} token ids and the draft {sizes[1]}, so an id does not mean the same to "
+            "both. Pass both tokenizers, `tokenizer` (the target's) and `draft_tokenizer`: then guesses are "
+            "translated; or give a draft of the same family"
+        )
+
+
+def one_behind_another(drafts: Sequence[Any], build: Callable[[Any], Any]) -> Any:
+    """What a list of drafts stands for: each guesses for the rows that all before it have no guess for.
+
+    Args:
+        drafts: one or more.
+        build: makes the proposer of one of them.
+
+    Raises:
+        InvalidInput: the list is empty, or holds None.
+    """
+    if not drafts or any(one is None for one in drafts):
+        raise InvalidInput(f"draft={drafts!r}; a list holds one draft or more, none of them None")
+    proposer = build(drafts[-1])
+    for one in reversed(drafts[:-1]):
+        sure = isinstance(one, str) and one in AHEAD
+        proposer = Fallback(AHEAD[one]() if sure else build(one), proposer)
+    return proposer
