@@ -139,10 +139,10 @@ def lookup(pair: Pair, options: argparse.Namespace, k: int) -> Contestant:
 def ours(pair: Pair, options: argparse.Namespace, word: str, k: int | str | None) -> Contestant:
     """specdec with the draft ``word``.
 
-    "model" is the draft model and "none" no draft, "cascade" the suffix automaton under the draft model, "mixture" the
-    best of suffix, recycling and the draft model if there is one; any other word is handed to the library. Several
-    ("suffix+model") stand one behind another. "prediction", alone or with a draft ("model+prediction"), hands the
-    expected answer to ``generate()``.
+    "model" is the draft model and "none" no draft, "cascade" the suffix automaton under the draft model, "mixture"
+    the best of suffix, recycling and the draft model if there is one; any other word is handed to the library.
+    Several ("suffix+model") stand one behind another. "prediction", alone or with a draft ("model+prediction"),
+    hands the expected answer to ``generate()``.
     """
     words = word.split("+")
     predicts = "prediction" in words

@@ -44,8 +44,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("target", help="hub id or folder")
     add("draft", nargs="?", help="hub id or folder of a draft model")
     add("--drafts", type=words, default=None, metavar="WORDS",
-        help="what drafts for specdec: model, none, cascade, mixture, any word that SpeculativeGenerator knows, several "
-             "one behind another (suffix+model), and WORD+prediction; "
+        help="what drafts for specdec: model, none, cascade, mixture, any word that SpeculativeGenerator knows, "
+             "several one behind another (suffix+model), and WORD+prediction; "
              "default: model if there is one, and ngram")  # fmt: skip
     add("--k", type=draft_length, action="append", metavar="K",
         help='num_draft_tokens, a number or "auto"; may be given again; default: the library\'s')  # fmt: skip

@@ -28,8 +28,7 @@ from specdec.length.adaptive import ASSUMED_COST, Adaptive, Memory
 from specdec.length.cost import Assumed
 from specdec.length.fixed import Fixed
 from specdec.options import (
-    SELF,
-    WORDS,
+    NAMES,
     build_proposer,
     check_compile,
     check_constructor,
@@ -130,7 +129,7 @@ class SpeculativeGenerator:
         target = AutoModelForCausalLM.from_pretrained(target_id, **load_kwargs)
         options.setdefault("tokenizer", AutoTokenizer.from_pretrained(target_id))
         draft: Any = draft_id
-        if draft_id is not None and draft_id not in (*WORDS, *SELF):
+        if draft_id is not None and draft_id not in NAMES:
             draft = AutoModelForCausalLM.from_pretrained(draft_id, **load_kwargs)
             options.setdefault("draft_tokenizer", AutoTokenizer.from_pretrained(draft_id))
         return cls(target, draft, **options)

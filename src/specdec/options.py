@@ -20,6 +20,7 @@ from specdec.assistance import UNDERSTOOD
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
 from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
+from specdec.proposers.auto import automatic
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import WORDS, check_sizes, one_behind_another
@@ -44,6 +45,8 @@ REFUSED = {
 }
 # drafts that are the target itself with fewer bits a weight
 SELF = {"self-int4": "int4", "self-int8": "int8"}
+# every word that ``draft`` may be
+NAMES = (*WORDS, *SELF, "auto")
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
 ASSISTANCE = {
     "num_assistant_tokens_schedule": "set num_draft_tokens of SpeculativeGenerator",
@@ -92,10 +95,12 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
     if draft is None:
         return Nothing()
     if isinstance(draft, str):
+        if draft == "auto":
+            return automatic()
         if draft in SELF:
             return DraftModel(quantize_draft(target, SELF[draft]), compile=compile)
         if draft not in WORDS:
-            words = ", ".join(map(repr, (*WORDS, *SELF)))
+            words = ", ".join(map(repr, NAMES))
             raise InvalidInput(f"draft={draft!r} is no known proposer; use {words}, a model, a Proposer or None")
         return WORDS[draft]()
     if isinstance(draft, (list, tuple)):

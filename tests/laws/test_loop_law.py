@@ -18,7 +18,7 @@ import specdec.scorer
 from specdec import Proposal, SpeculativeGenerator
 from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
-from specdec.proposers import cascade, draft_model, fallback
+from specdec.proposers import cascade, draft_model, fallback, mixture
 from specdec.state import State
 from specdec.testing import TableModel
 from specdec.verify import (
@@ -418,6 +418,63 @@ CASCADE_MUTANTS = [
 def test_a_wrong_cascade_breaks_the_law(mutant, monkeypatch):
     mutant(monkeypatch)
     assert max(law_error("token", "cascade", 2, seed) for seed in range(3)) > 1e-3
+
+
+def mixture_looks_at_what_was_drawn(monkeypatch):
+    """Takes the model's guess where it likes the token that was drawn, else the other proposer's."""
+
+    def liked(self, state, drawn):
+        return int(drawn.tokens[0, 0]) == 1
+
+    monkeypatch.setattr(mixture._Run, "propose", _picking(liked))
+
+
+def mixture_foresees_the_target(monkeypatch):
+    """Takes the model's guess where the target will like it, in the same round."""
+    target, _ = tables(0, SIZES[2][0])
+
+    def liked(self, state, drawn):
+        last = state.host_tokens[0, state.lengths[0] - 2 : state.lengths[0]]
+        row = target.table[int(last[0]), int(last[1])].softmax(-1)
+        return float(row[drawn.tokens[0, 0]]) > 0.5
+
+    monkeypatch.setattr(mixture._Run, "propose", _picking(liked))
+
+
+def mixture_shows_rows_of_another(monkeypatch):
+    """A guess that was not drawn, shown with the rows of the model that was not chosen."""
+    right = mixture._Run.propose
+
+    def blurred(self, state, limits):
+        proposal = right(self, state, limits)
+        rows = self._parts[1].propose(state, limits).logits if proposal.logits is None else proposal.logits
+        if rows is None or rows.shape[1] < proposal.tokens.shape[1]:
+            return proposal
+        return Proposal(proposal.tokens, proposal.lengths, rows[:, : proposal.tokens.shape[1]])
+
+    monkeypatch.setattr(mixture._Run, "propose", blurred)
+
+
+def _picking(liked):
+    def propose(self, state, limits):
+        other, model = self._parts[:2]
+        certain, drawn = other.propose(state, limits), model.propose(state, limits)
+        self._choice = None
+        if drawn.lengths.any() and not liked(self, state, drawn):
+            return certain
+        return drawn
+
+    return propose
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [mixture_looks_at_what_was_drawn, mixture_foresees_the_target, mixture_shows_rows_of_another],
+    ids=lambda mutant: mutant.__name__,
+)
+def test_a_wrong_mixture_breaks_the_law(mutant, monkeypatch):
+    mutant(monkeypatch)
+    assert law_error("token", "mixture, model", 2) > 1e-3
 
 
 def argmax_with_softmax_rows(monkeypatch):

@@ -9,7 +9,7 @@ weights; here the leader is taken, so that nothing random is added to a greedy t
 
 Non-anticipating: the choice looks at committed tokens and at how long a guess is that was not drawn; never at a
 drawn token, and never at what the target says in the same round. A row's guesses come from one proposer alone.
-Knows none of them. Read next: ``../length/__init__.py``.
+Knows none of them. Read next: ``auto.py``.
 """
 
 from __future__ import annotations

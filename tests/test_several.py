@@ -1,0 +1,440 @@
+"""Several levels and several drafts: cascades, mixtures, lists, and one draft that serves many targets.
+
+That no law is bent is shown in `laws`; here: is it what it says it is, and does every cache stay true.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from specdec import (
+    Cascade,
+    DraftModel,
+    Fallback,
+    InvalidInput,
+    Mixture,
+    NGram,
+    Proposal,
+    Recycling,
+    SpeculativeGenerator,
+    Suffix,
+    TranslatedDraft,
+    UnsupportedModel,
+    VocabularyMismatch,
+)
+from specdec.length.adaptive import MOST
+from specdec.options import build_proposer
+from specdec.proposers.mixture import Record
+from specdec.state import State
+from specdec.testing import assert_lossless, noisy_copy, tiny_llama
+
+from .contract import llama, mamba2, mistral, noisy, plain, prompts, qwen3_next
+from .proposers import other
+
+LONG = 24
+START = 9
+
+
+def run(target, draft, inputs, *, tokens=4, **options):
+    options.setdefault("layout", "slots")  # named, a layout is not tried first in plain rounds
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=tokens, **options)
+    choices = {"max_new_tokens": LONG, "do_sample": False}
+    return gen.generate(**inputs, **choices).tolist(), gen.stats
+
+
+class Says:
+    """Guesses what stands in fixed texts, by position: right or wrong, as they are."""
+
+    def __init__(self, texts):
+        self.texts = texts
+        self.asked = 0
+
+    def propose(self, state, limits):
+        self.asked += bool(limits.any())
+        starts = state.lengths - START
+        guesses = [t[a : a + n] for t, a, n in zip(self.texts, starts.tolist(), limits.tolist(), strict=True)]
+        return Proposal.certain(guesses, state.device)
+
+
+# --- cascades ------------------------------------------------------------------------------------
+
+
+LOWER = {
+    "ngram": lambda model: "ngram",
+    "suffix": lambda model: Suffix(),
+    "recycling": lambda model: "recycling",
+    "a list": lambda model: Fallback(Suffix(shortest=3), DraftModel(other(model))),
+    "a model": lambda model: other(model),
+    "its twin": lambda model: copy.deepcopy(model),
+    "a cascade": lambda model: Cascade("ngram", other(model)),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("lower", LOWER)
+def test_a_cascade_guesses_what_its_model_alone_would(lower, batch):
+    """Greedy guesses are a function of the model: whatever lies below, and whatever was taken back."""
+    model = noisy(llama(0, torch.float64))
+    wanted, alone = run(llama(0, torch.float64), DraftModel(model), prompts(batch))
+    got, stats = run(llama(0, torch.float64), Cascade(LOWER[lower](model), model), prompts(batch))
+    assert got == wanted
+    assert (stats.accepted_at, stats.drafted_at) == (alone.accepted_at, alone.drafted_at)
+    assert 0 < stats.accepted < stats.drafted
+    assert stats.drafting.startswith("LlamaForCausalLM kept ")
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_a_cascade_in_every_layout(make, layout):
+    model = noisy(make())
+    _, alone = run(make(), DraftModel(model, layout=layout), prompts(3))
+    got, stats = run(make(), Cascade("suffix", DraftModel(model, layout=layout)), prompts(3))
+    assert got == plain(make(), prompts(3), max_new_tokens=LONG).tolist()
+    assert stats.draft_layout == layout
+    if layout == "slots":  # rows far ahead wait in columns, a round sooner or later
+        assert stats.accepted_at == alone.accepted_at
+
+
+@pytest.mark.parametrize("make", [mamba2, qwen3_next])
+def test_a_cascade_of_recurrent_models(make):
+    got, stats = run(make(), Cascade("suffix", noisy(make())), prompts(3), layout="auto")
+    assert got == plain(make(), prompts(3), max_new_tokens=LONG).tolist()
+    assert stats.accepted > 0
+
+
+def test_a_level_below_saves_passes_of_the_model_above():
+    model = noisy(llama())
+    _, alone = run(llama(), DraftModel(model), prompts(1))
+    gen = SpeculativeGenerator(llama(), Cascade(copy.deepcopy(model), model), num_draft_tokens=4, layout="slots")
+    passes = []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    gen.generate(**prompts(1), max_new_tokens=LONG, do_sample=False)
+    hook.remove()
+    assert gen.stats.accepted_at == alone.accepted_at
+    assert len(passes) < 0.6 * alone.draft_forwards
+    assert gen.stats.draft_forwards > len(passes)  # those of the level below are counted as well
+
+
+@pytest.mark.parametrize("lower", ["ngram", "suffix", "a model", "a cascade"])
+def test_a_cascade_with_shared_noise_guesses_what_its_model_alone_would(lower):
+    target = llama(0, torch.float64)
+    model = noisy(target)
+    found = []
+    for draft in (DraftModel(model), Cascade(LOWER[lower](model), model)):
+        gen = SpeculativeGenerator(
+            target, draft, num_draft_tokens=4, verification="coupled", seed=3, layout="slots"
+        )
+        out = gen.generate(**prompts(3), max_new_tokens=LONG, do_sample=True, temperature=0.8)
+        found.append((out.tolist(), gen.stats.accepted_at))
+    assert found[0] == found[1]
+
+
+def test_every_pass_of_a_level_is_fed_its_own_text(monkeypatch):
+    """What is in the model's cache is always the text that it goes on from."""
+    from specdec.scorer import Scorer
+
+    seen = []
+    score = Scorer.score
+
+    def watched(self, tokens, lengths, first, count):
+        scores = score(self, tokens, lengths, first, count)
+        if self.model is model:
+            for row in range(len(lengths)):
+                ids = tokens[row : row + 1, : lengths[row]]
+                mask = torch.ones_like(ids)
+                mask[:, : START - (9, 6, 3)[row]] = 0
+                fresh = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+                here = int(lengths[row] - first[row])
+                seen.append(float((scores[row, :here] - fresh[0, first[row] : lengths[row]]).abs().max()))
+        return scores
+
+    model = noisy(llama(0, torch.float64))
+    monkeypatch.setattr(Scorer, "score", watched)
+    run(llama(0, torch.float64), Cascade(NGram(2), model), prompts(3))
+    assert len(seen) > 60
+    assert max(seen) < 1e-9
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 1}])
+def test_a_cascade_whose_model_is_out_of_order(options):
+    model = copy.deepcopy(llama())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5:9] = torch.nan
+    gen = SpeculativeGenerator(llama(), Cascade("ngram", model), num_draft_tokens=4)
+    got = gen.generate(**prompts(3), max_new_tokens=LONG, **options)
+    assert got.shape == (3, START + LONG)
+    if not options:
+        assert got.tolist() == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
+
+
+def test_a_cascade_with_the_controller_and_with_confidence():
+    wanted = plain(llama(), prompts(3), max_new_tokens=60).tolist()
+    for draft in (Cascade("suffix", noisy(llama())), Cascade("suffix", DraftModel(noisy(llama()), confidence=0.6))):
+        gen = SpeculativeGenerator(llama(), draft)
+        assert gen.generate(**prompts(3), max_new_tokens=60, do_sample=False).tolist() == wanted
+    gen = SpeculativeGenerator(llama(), draft, num_draft_tokens=8)
+    gen.generate(**prompts(1), max_new_tokens=60, do_sample=False)
+    assert max(gen.stats.drafted_at) > gen.stats.drafted_at[-1]  # some rounds ended early
+
+
+def test_stopping_conditions_cut_a_cascade():
+    text = plain(llama(), prompts(1), max_new_tokens=LONG)[0, START:].tolist()
+    options = {"max_new_tokens": LONG, "do_sample": False, "eos_token_id": text[7]}
+    wanted = llama().generate(**prompts(3), **options).tolist()
+    gen = SpeculativeGenerator(llama(), Cascade("suffix", noisy(llama())), num_draft_tokens=5)
+    assert gen.generate(**prompts(3), **options).tolist() == wanted
+
+
+def test_a_longest_match_in_text_that_may_be_taken_back():
+    """What is not settled is looked up and not taken in: after a revision the guess is that of the new text."""
+    from specdec.processing import Processing
+    from specdec.proposers import Call
+    from specdec.sampling import Greedy
+
+    prompt = torch.tensor([[5, 6, 7, 8, 5, 6]])
+    state, text = (
+        State(prompt, max_length=20, max_guesses=4, eos_ids=None, pad_id=0, starts=np.zeros(1, dtype=np.int64))
+        for _ in range(2)
+    )
+    state.vocabulary = 64
+    run = Suffix().begin(Call(llama(), prompt, {}, 20, Processing([]), Greedy()))
+    text.follow(state, 0)
+    for loose, guess in ([7], [8, 5, 6]), ([], [7, 8, 5]), ([7, 8], [5, 6]), ([9], []):
+        text.follow(state, 0)
+        text.host_tokens[0, 6 : 6 + len(loose)] = loose
+        text.lengths = state.lengths + len(loose)
+        proposal = run.propose(text, np.array([3]))
+        assert proposal.tokens[0, : proposal.lengths[0]].tolist() == guess
+
+
+def test_refused_cascades():
+    model = noisy(llama())
+    for levels, kind, message in (
+        (("ngram",), InvalidInput, "at least two"),
+        ((model, "ngram"), InvalidInput, "NGram cannot judge"),
+        (("eagle", model), InvalidInput, "'eagle'.*'ngram'"),
+        ((NGram, model), UnsupportedModel, "cannot draft"),
+        ((None, model), UnsupportedModel, "cannot draft"),
+    ):
+        with pytest.raises(kind, match=message):
+            Cascade(*levels)
+    translated = TranslatedDraft.__new__(TranslatedDraft)
+    with pytest.raises(InvalidInput, match="another tokenizer"):
+        Cascade(translated, model)
+    gen = SpeculativeGenerator(llama(), Cascade("ngram", tiny_llama(vocabulary=90)))
+    with pytest.raises(VocabularyMismatch, match=r"64.*90"):
+        gen.generate(**prompts(1), max_new_tokens=LONG)
+
+
+# --- mixtures ------------------------------------------------------------------------------------
+
+
+def answers(batch):
+    return plain(llama(), prompts(batch), max_new_tokens=60)[:, START:].tolist()
+
+
+def wrong(texts):
+    return [[(token + 1) % 60 + 3 for token in text] for text in texts]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_mixture_finds_the_one_that_is_right(batch):
+    right = answers(batch)
+    gen = SpeculativeGenerator(llama(), Mixture(Says(wrong(right)), Says(right)), num_draft_tokens=4)
+    got = gen.generate(**prompts(batch), max_new_tokens=60, do_sample=False)
+    assert got[:, START:].tolist() == right
+    assert gen.stats.rounds <= 2 + 60 / 5 + 1  # one round is lost, and the prompt's
+
+
+def test_a_mixture_decides_row_by_row():
+    right = answers(3)
+    ways = [[right[0], wrong(right)[1], right[2]], [wrong(right)[0], right[1], wrong(right)[2]]]
+    gen = SpeculativeGenerator(llama(), Mixture(*map(Says, ways)), num_draft_tokens=4)
+    gen.generate(**prompts(3), max_new_tokens=60, do_sample=False)
+    assert gen.stats.rounds <= 2 + 60 / 5 + 1
+
+
+def test_a_mixture_follows_when_the_best_one_changes():
+    (right,) = answers(1)
+    (bad,) = wrong([right])
+    gen = SpeculativeGenerator(
+        llama(), Mixture(Says([right[:30] + bad[30:]]), Says([bad[:30] + right[30:]])), num_draft_tokens=3
+    )
+    gen.generate(**prompts(1), max_new_tokens=60, do_sample=False)
+    assert gen.stats.rounds < 60 / 4 + 14
+
+
+def test_a_model_that_is_never_right_is_seldom_asked():
+    (right,) = answers(1)
+    unrelated = tiny_llama(seed=9)
+    gen = SpeculativeGenerator(llama(), Mixture(Says([right]), unrelated), num_draft_tokens=3)
+    gen.generate(**prompts(1), max_new_tokens=60, do_sample=False)
+    assert gen.stats.rounds < 60 / 4 + 5
+    assert gen.stats.drafting.startswith("Says ")
+
+
+def test_a_model_that_is_right_is_asked_and_its_cost_counts(monkeypatch):
+    twin = copy.deepcopy(llama())
+    (right,) = answers(1)
+    gen = SpeculativeGenerator(llama(), Mixture(Says(wrong([right])), twin), num_draft_tokens=3, seed=1)
+    gen.generate(**prompts(1), max_new_tokens=60, do_sample=False)
+    assert gen.stats.accepted > 36
+    # at five plain rounds a guess it cannot pay
+    monkeypatch.setattr("specdec.proposers.mixture.ASSUMED_COST", 5.0)
+    gen = SpeculativeGenerator(llama(), Mixture(Says(wrong([right])), twin), num_draft_tokens=3)
+    monkeypatch.setattr("specdec.call.clock", None)
+    gen.generate(**prompts(1), max_new_tokens=60, do_sample=False)
+    assert gen.stats.draft_forwards < 30
+
+
+def test_the_record_of_a_proposer():
+    record = Record(2, 1)
+    lengths = np.array([[2], [2]])
+    before = record.kept(lengths)
+    assert before[0] == before[1] > 0
+    for _ in range(20):
+        record.add(0, 0, 4, 4)
+        record.add(1, 0, 4, 1)
+    first, second = record.kept(np.array([[4], [4]]))[:, 0]
+    assert 3.5 < first <= 4
+    assert 0.9 < second < 1.2
+    assert record.kept(np.array([[0], [1]]))[:, 0].tolist() == pytest.approx([0, 0.98], abs=0.03)
+    assert record.kept(np.array([[MOST + 9], [0]])).shape == (2, 1)
+
+
+def test_a_mixture_waits_for_the_text_to_answer():
+    """A guess longer than what a round commits is judged when all of it was answered."""
+    (right,) = answers(1)
+    texts = [right[:50] + [3] * 10]
+    mixture = Mixture(Says(texts), NGram(2))
+    gen = SpeculativeGenerator(llama(), mixture, num_draft_tokens=6)
+    judged = []
+    add = Record.add
+
+    def noted(self, part, row, length, kept):
+        judged.append((part, length, kept))
+        add(self, part, row, length, kept)
+
+    Record.add = noted
+    try:
+        gen.generate(**prompts(1), max_new_tokens=40, do_sample=False)
+    finally:
+        Record.add = add
+    assert all(kept == length for part, length, kept in judged if part == 0)
+    assert sum(part == 0 for part, *_ in judged) >= 40 // 7 - 1
+
+
+def test_a_promised_text_does_not_depend_on_the_clock():
+    clocks = []
+
+    class Curious:
+        def begin(self, call):
+            clocks.append(call.clock)
+            return NGram(2)
+
+    for options in ({"do_sample": False}, {"do_sample": True, "seed": 1}, {"do_sample": True}):
+        SpeculativeGenerator(llama(), Curious()).generate(**prompts(1), max_new_tokens=5, **options)
+    assert [clock is None for clock in clocks] == [False, True, False]
+
+
+def test_refused_mixtures():
+    with pytest.raises(InvalidInput, match="at least two"):
+        Mixture("ngram")
+    with pytest.raises(InvalidInput, match="'eagle'"):
+        Mixture("ngram", "eagle")
+
+
+def test_a_mixture_is_lossless():
+    assert_lossless(Mixture("suffix", "recycling", Suffix(shortest=3)), samples=1000)
+
+
+def test_a_cascade_is_lossless():
+    """`assert_lossless` has targets of 24 and of 5 tokens, so the models below are made to measure."""
+
+    class Fitting:
+        def begin(self, call):
+            model = noisy_copy(call.target, 0.3)
+            return Cascade("ngram", noisy_copy(call.target, 0.5), model).begin(call)
+
+    assert_lossless(Fitting(), samples=1000)
+
+
+# --- lists and words -----------------------------------------------------------------------------
+
+
+def test_a_list_puts_one_behind_another():
+    model = noisy(llama())
+    proposer = build_proposer(llama(), ["suffix", model], None, None)
+    assert isinstance(proposer, Fallback)
+    assert isinstance(proposer._first, Suffix)
+    assert proposer._first._shortest == 4
+    assert proposer._second.model is model
+    assert isinstance(build_proposer(llama(), ("recycling",), None, None), Recycling)
+    got, stats = run(llama(), [NGram(3, 2), "suffix", model], prompts(3))
+    assert got == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
+    assert stats.draft_forwards > 0
+    for draft in ([], ["suffix", None]):
+        with pytest.raises(InvalidInput, match="list"):
+            SpeculativeGenerator(llama(), draft)
+    with pytest.raises(VocabularyMismatch):
+        SpeculativeGenerator(llama(), ["suffix", tiny_llama(vocabulary=90)])
+
+
+def test_a_model_is_only_asked_where_the_text_does_not_repeat():
+    """The recommended form: copy where the text matches, ask the model where it does not."""
+    text = plain(llama(), prompts(1), max_new_tokens=40)[0]
+    # a prompt that holds the answer to its own question
+    ids = torch.cat([text, text[:START]])[None]
+    answer = llama().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+    inputs = {"input_ids": torch.cat([answer, ids], dim=1)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    _, alone = run(llama(), DraftModel(noisy(llama())), inputs)
+    _, both = run(llama(), ["suffix", noisy(llama())], inputs)
+    assert both.draft_forwards <= alone.draft_forwards
+
+
+def test_auto_copies_and_recycles():
+    """Without any idea of a draft: the better of two that need no second model, and fast where text repeats."""
+    proposer = build_proposer(llama(), "auto", None, None)
+    assert isinstance(proposer, Mixture)
+    text = plain(llama(), prompts(1), max_new_tokens=LONG)[0]
+    repeated = {"input_ids": torch.cat([text, text])[None]}
+    repeated["attention_mask"] = torch.ones_like(repeated["input_ids"])
+    for inputs in (prompts(1), prompts(3), repeated):
+        got, stats = run(llama(), "auto", inputs, layout="auto")
+        assert got == plain(llama(), inputs, max_new_tokens=LONG).tolist()
+        assert stats.draft_forwards == 0
+        assert stats.drafting.startswith("Suffix ")
+
+
+# --- one draft, many targets ---------------------------------------------------------------------
+
+
+DRAFTS = {
+    "a model": lambda model: DraftModel(model),
+    "a cascade": lambda model: Cascade("suffix", model),
+    "a mixture": lambda model: Mixture("suffix", model),
+    "one behind another": lambda model: Fallback(Suffix(shortest=3), DraftModel(model)),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_one_draft_serves_several_targets_by_turns(name):
+    """A fine-tuned model and its base: nothing of a draft is bound to the target that it met first."""
+    base = llama()
+    tuned = noisy_copy(base, 0.2, seed=7)
+    model = noisy(base)
+    shared = DRAFTS[name](model)
+    options = {"num_draft_tokens": 3, "verification": "coupled", "seed": 5, "layout": "slots"}
+    gens = [SpeculativeGenerator(target, shared, **options) for target in (base, tuned)]
+    for inputs in (prompts(3), prompts(1)):
+        for target, gen in zip((base, tuned), gens, strict=True):
+            got = gen.generate(**inputs, max_new_tokens=LONG, do_sample=True)
+            own = SpeculativeGenerator(target, DRAFTS[name](model), **options)
+            assert got.tolist() == own.generate(**inputs, max_new_tokens=LONG, do_sample=True).tolist()
+            alone = SpeculativeGenerator(target, None, verification="coupled", seed=5)
+            assert got.tolist() == alone.generate(**inputs, max_new_tokens=LONG, do_sample=True).tolist()
+            if name != "a mixture":  # whose choice depends on the clock
+                assert gen.stats.accepted_at == own.stats.accepted_at
