@@ -212,6 +212,12 @@ class State:
         self.device_live = torch.from_numpy(self.live).to(self.device, non_blocking=True)
 
 
+def in_common(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(B,) columns that the rows of two arrays (B, n) have in common from their beginning on."""
+    same: np.ndarray = np.cumprod(one == other, axis=1, dtype=np.int64).sum(axis=1)
+    return same
+
+
 def put(buffer: Tensor, first: np.ndarray, values: Tensor) -> None:
     """Write ``values`` (B, W) into ``buffer`` (B, capacity), row b from column ``first[b]`` on."""
     width = values.shape[1]

@@ -28,11 +28,12 @@ from specdec.errors import InvalidInput
 from specdec.layouts.compiled import clock
 from specdec.length import DraftLength
 from specdec.proposers import Call, Nothing, Proposer, checked
-from specdec.proposers.draft_model import DraftModel, Past, sound
+from specdec.proposers.draft_model import DraftModel, sound
+from specdec.proposers.past import Past
 from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import check_sizes, named
 from specdec.records import Proposal, Round, Stats
-from specdec.state import State
+from specdec.state import State, in_common
 
 
 class Cascade:
@@ -87,10 +88,10 @@ class _Level:
     def __init__(self, draft: DraftModel, call: Call, *, below: Proposer, length: DraftLength) -> None:
         self._call, self._below, self._length = call, below, length
         self._name = type(draft.model).__name__
-        self._confidence = draft.confidence
+        self._confidence = draft._confidence
         self._past = Past(draft, call)
         on_cpu = self._past.device.type == "cpu"
-        self._goes_on = call.goes_on if draft.confidence is None and on_cpu else None
+        self._goes_on = call.goes_on if draft._confidence is None and on_cpu else None
         self._text: State | None = None
         self._settled = 0  # columns that were settled when last asked, of the shortest row
         self._drafted = self._accepted = 0
@@ -202,8 +203,7 @@ class _Level:
             since = state.prompt_length
         text = self._text
         upto = int(np.minimum(text.lengths, state.lengths).max())
-        same = text.host_tokens[:, since:upto] == state.host_tokens[:, since:upto]
-        agree = since + np.cumprod(same, axis=1, dtype=np.int64).sum(axis=1)
+        agree = since + in_common(text.host_tokens[:, since:upto], state.host_tokens[:, since:upto])
         text.follow(state, since)
         kept = np.minimum(np.minimum(scorer.kept, agree), state.lengths - 1)
         scorer.rollback(self._ids(text), kept, state.live, state.settled - 1)

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from specdec.errors import InvalidInput, UnsupportedModel
-from specdec.layouts.compiled import compiled_steps
+from specdec.layouts.compiled import CompiledSteps, compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
-from specdec.state import State, put, to_host
+from specdec.state import State, in_common, put, to_host
 
 
 class DraftModel:
@@ -46,13 +46,15 @@ class DraftModel:
         if confidence is not None and not 0 <= confidence <= 1:
             raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
         self.model = model
-        self.confidence = confidence
-        self.layout = layout
-        self.steps = compiled_steps(model) if compile else None
+        self._confidence = confidence
+        self._layout = layout
+        self._steps = compiled_steps(model) if compile else None
 
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call: the draft's prompt is prepared by its own ``generate()``."""
-        return self.open(call, _Run)
+        return self.open(
+            call, lambda draft, call: _Run(draft.model, call, draft._layout, draft._confidence, draft._steps)
+        )
 
     def open(self, call: Call, run: Callable[[DraftModel, Call], Proposer]) -> Proposer:
         """``run(self, call)``, or nothing and a warning where the draft cannot take what the call gives."""
@@ -72,71 +74,37 @@ class DraftModel:
         return Nothing()
 
 
-class Past:
-    """A draft's cache during one call, and for which rows it may be used.
+class _Run:
+    """The draft's cache and tokens during one call."""
 
-    Attributes:
-        scorer: the model, prepared for the call.
-        device: where it is.
-        embeds: ids from this one on it does not know.
-        longest: columns that its positions reach.
-    """
-
-    def __init__(self, draft: DraftModel, call: Call) -> None:
-        """Prepare ``draft`` for ``call``; nothing is fed yet."""
-        model = draft.model
-        self.device = model.device
-        self.embeds = embedded(model)
-        prompt, kwargs, config, inner = _prepare(model, call, self.embeds)
+    def __init__(
+        self, model: Any, call: Call, layout: str, confidence: float | None, steps: CompiledSteps | None
+    ) -> None:
+        self._call = call
+        self._confidence = confidence
+        self._device = model.device
+        on_cpu = self._device.type == "cpu"
+        self._goes_on = call.goes_on if confidence is None and on_cpu else None
+        self._embeds = embedded(model)
+        prompt, kwargs, config, inner = _prepare(model, call, self._embeds)
         if prompt.shape != call.prompt.shape:
             raise UnsupportedModel(
                 f"{type(model).__name__} prepares a prompt of shape {tuple(prompt.shape)} where the target "
                 f"has {tuple(call.prompt.shape)}; give a draft with the same special tokens"
             )
         text = model.config.get_text_config(decoder=True)
-        self.longest = getattr(text, "max_position_embeddings", None) or call.max_length
-        self.scorer = Scorer(
-            inner, kwargs, config, max_length=call.max_length, layout=draft.layout, is_draft=True, steps=draft.steps
+        self._longest = getattr(text, "max_position_embeddings", None) or call.max_length
+        self._scorer = Scorer(
+            inner, kwargs, config, max_length=call.max_length, layout=layout, is_draft=True, steps=steps
         )
-        self._prompt: Tensor | None = prompt.to(self.device)
-        self._usable = np.ones(call.prompt.shape[0], dtype=bool)
-        self._looked = 0
-
-    def feed_prompt(self) -> None:
-        """Feed the prompt, once, with the first guess: a draft that does not pay must not even cost that."""
-        if self._prompt is not None:
-            self.scorer.prefill(self._prompt, speculate=True)
-            self.longest -= self.scorer.hidden
-            self._prompt = None
-
-    def limits(self, state: State, limits: np.ndarray) -> np.ndarray:
-        """(B,) ``limits``, lowered to what the model can do."""
-        room = np.maximum(self.longest - state.lengths, 0)
-        return np.where(self._can_embed(state), np.minimum(limits, room), 0)
-
-    def _can_embed(self, state: State) -> np.ndarray:
-        """(B,) rows whose committed tokens the draft all knows; a row that loses this never gets it back."""
-        top = int(state.lengths.max())
-        new = state.host_tokens[:, self._looked : top]
-        self._usable &= (new < self.embeds).all(axis=1)
-        self._looked = max(int(state.settled.min()) - 1, 0)
-        return self._usable & state.live
-
-
-class _Run:
-    """The draft's cache and tokens during one call."""
-
-    def __init__(self, draft: DraftModel, call: Call) -> None:
-        self._call = call
-        self._confidence = draft.confidence
-        self._past = Past(draft, call)
-        self._scorer, self._device = self._past.scorer, self._past.device
-        on_cpu = self._device.type == "cpu"
-        self._goes_on = call.goes_on if draft.confidence is None and on_cpu else None
+        # fed with the first guess that is asked for: a draft that does not pay must not even cost that
+        self._prompt: Tensor | None = prompt.to(self._device)
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
-        # settled columns before, the text behind them (B, n), lengths before, guesses
+        # settled columns, the text behind them (B, n), lengths before, guesses
         self._drafted: tuple[int, np.ndarray, np.ndarray, Proposal] | None = None
         self._observed: np.ndarray | None = None
+        self._usable = np.ones(call.prompt.shape[0], dtype=bool)
+        self._checked = 0
 
     @property
     def forwards(self) -> int:
@@ -155,11 +123,15 @@ class _Run:
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
-        limits = self._past.limits(state, limits)
+        room = np.maximum(self._longest - state.lengths, 0)
+        limits = np.where(self._can_embed(state), np.minimum(limits, room), 0)
         most = int(limits.max(initial=0))
         if most == 0:
             return Proposal.empty(state.batch, state.device)
-        self._past.feed_prompt()
+        if self._prompt is not None:
+            self._scorer.prefill(self._prompt, speculate=True)
+            self._longest -= self._scorer.hidden
+            self._prompt = None
         self._sync(state)
         guesses: list[Tensor] = []
         rows: list[Tensor] = []
@@ -183,14 +155,14 @@ class _Run:
             self._write(state, guess, step)
         proposal = Proposal(torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None)
         settled = int(state.settled.min())
-        text = state.host_tokens[:, settled : int(state.lengths.max())].copy()
-        self._drafted = (settled, text, state.lengths.copy(), proposal)
+        loose = state.host_tokens[:, settled : int(state.lengths.max())].copy()
+        self._drafted = (settled, loose, state.lengths.copy(), proposal)
         self._observed = None
         return proposal
 
     def _next_scores(self, state: State, step: int) -> Tensor:
         """Processed scores (B, V) for guess ``step`` of every row, on the target's device."""
-        lengths = np.minimum(state.lengths + step, self._past.longest)  # rows that have ended go no further
+        lengths = np.minimum(state.lengths + step, self._longest)  # rows that have ended go no further
         if step:
             self._scorer.hold(state.live)
         logits = self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0].to(state.device)
@@ -201,7 +173,7 @@ class _Run:
         return state.tokens if not step else self._tokens.to(state.device)
 
     def _write(self, state: State, guess: Tensor, step: int) -> None:
-        guess = guess.clamp(0, self._past.embeds - 1).to(self._device)
+        guess = guess.clamp(0, self._embeds - 1).to(self._device)
         put(self._tokens, state.lengths + step, guess[:, None])
 
     def _sync(self, state: State) -> None:
@@ -212,20 +184,24 @@ class _Run:
         upto = int(state.lengths.max())
         if not old:
             self._tokens = torch.zeros(state.tokens.shape, dtype=torch.int64, device=self._device)
-        self._tokens[:, old:upto] = state.tokens[:, old:upto].clamp(0, self._past.embeds - 1)
+        self._tokens[:, old:upto] = state.tokens[:, old:upto].clamp(0, self._embeds - 1)
         if self._drafted is not None:
-            _, text, before, proposal = self._drafted
+            _, loose, before, proposal = self._drafted
             drafted = self._observed if self._observed is not None else to_host(proposal.tokens)
-            fed = np.zeros((len(text), text.shape[1] + drafted.shape[1]), dtype=np.int64)
-            fed[:, : text.shape[1]] = text
+            fed = np.concatenate([loose, np.zeros_like(drafted)], axis=1)
             np.put_along_axis(fed, before[:, None] - old + np.arange(drafted.shape[1]), drafted, axis=1)
-            same = state.host_tokens[:, old : old + fed.shape[1]] == fed
-            agree = old + np.cumprod(same, axis=1, dtype=np.int64).sum(axis=1)
-            kept = np.minimum(kept, agree)
+            kept = np.minimum(kept, old + in_common(state.host_tokens[:, old : old + fed.shape[1]], fed))
             self._drafted = None
         # the last committed token is always fed again: its scores are what the next guess needs
-        kept = np.minimum(kept, state.lengths - 1)
-        self._scorer.rollback(self._tokens, kept, state.live, state.settled - 1)
+        self._scorer.rollback(self._tokens, np.minimum(kept, state.lengths - 1), state.live, state.settled - 1)
+
+    def _can_embed(self, state: State) -> np.ndarray:
+        """(B,) rows whose committed tokens the draft all knows; a row that loses this never gets it back."""
+        top = int(state.lengths.max())
+        new = state.host_tokens[:, self._checked : top]
+        self._usable &= (new < self._embeds).all(axis=1)
+        self._checked = max(int(state.settled.min()) - 1, 0)
+        return self._usable & state.live
 
 
 def _prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any], Any, Any]:

@@ -1,0 +1,71 @@
+"""A model's cache during one call, for a proposer that feeds it text which may be taken back.
+
+The draft's own ``generate()`` prepares the prompt; it is fed with the first guess that is asked for. Knows no way
+to guess. Read next: ``cascade.py``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from specdec.errors import UnsupportedModel
+from specdec.proposers import Call
+from specdec.proposers.draft_model import DraftModel, _prepare, embedded
+from specdec.scorer import Scorer
+from specdec.state import State
+
+
+class Past:
+    """A draft's cache, and for which rows it may be used.
+
+    Attributes:
+        scorer: the model, prepared for the call.
+        device: where it is.
+        embeds: ids from this one on it does not know.
+    """
+
+    def __init__(self, draft: DraftModel, call: Call) -> None:
+        """Prepare ``draft`` for ``call``; nothing is fed yet.
+
+        Raises:
+            UnsupportedModel: the draft's prompt would have other columns than the target's.
+        """
+        model = draft.model
+        self.device = model.device
+        self.embeds = embedded(model)
+        prompt, kwargs, config, inner = _prepare(model, call, self.embeds)
+        if prompt.shape != call.prompt.shape:
+            raise UnsupportedModel(
+                f"{type(model).__name__} prepares a prompt of shape {tuple(prompt.shape)} where the target "
+                f"has {tuple(call.prompt.shape)}; give a draft with the same special tokens"
+            )
+        text = model.config.get_text_config(decoder=True)
+        self._longest = getattr(text, "max_position_embeddings", None) or call.max_length
+        self.scorer = Scorer(
+            inner,
+            kwargs,
+            config,
+            max_length=call.max_length,
+            layout=draft._layout,
+            is_draft=True,
+            steps=draft._steps,
+        )
+        self._prompt: Tensor | None = prompt.to(self.device)
+        self._usable = np.ones(call.prompt.shape[0], dtype=bool)
+        self._looked = 0
+
+    def feed_prompt(self) -> None:
+        """Feed the prompt, once: a draft that does not pay must not even cost that."""
+        if self._prompt is not None:
+            self.scorer.prefill(self._prompt, speculate=True)
+            self._longest -= self.scorer.hidden
+            self._prompt = None
+
+    def limits(self, state: State, limits: np.ndarray) -> np.ndarray:
+        """(B,) ``limits``, lowered to what the model can do; a row with an id unknown to it is lost to it."""
+        new = state.host_tokens[:, self._looked : int(state.lengths.max())]
+        self._usable &= (new < self.embeds).all(axis=1)
+        self._looked = max(int(state.settled.min()) - 1, 0)
+        room = np.maximum(self._longest - state.lengths, 0)
+        return np.where(self._usable & state.live, np.minimum(limits, room), 0)
