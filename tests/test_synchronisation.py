@@ -16,13 +16,13 @@ from transformers import masking_utils
 from transformers.generation import logits_process as hf
 
 import specdec.sampling
-from specdec import Fallback, Recycling, Suffix
+from specdec import Cascade, Fallback, Mixture, Recycling, Suffix
 from specdec.layouts import compiled
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
 from specdec.processing import Processing
-from specdec.proposers import Call, draft_model
+from specdec.proposers import Call, draft_model, past
 from specdec.proposers.draft_model import DraftModel
 from specdec.records import Stats
 from specdec.sampling import Coupled, Greedy, Rejection
@@ -153,9 +153,8 @@ def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4, g
             "logits_to_keep": 1,
         }
         config = SimpleNamespace(prefill_chunk_size=None)
-        monkeypatch.setattr(
-            draft_model, "_prepare", lambda model, call, _: (call.prompt, dict(kwargs), config, model)
-        )
+        for room in (draft_model, past):
+            monkeypatch.setattr(room, "_prepare", lambda model, call, _: (call.prompt, dict(kwargs), config, model))
         sampling = sampling_of(state)
         processing = Processing(processors)
         call = Call(target, prompt, {}, PROMPT + NEW, processing, sampling)
@@ -193,6 +192,8 @@ WITHOUT_A_MODEL = {
     "recycling": lambda draft, layout: Recycling(),
     "suffix, recycling": lambda draft, layout: Fallback(Suffix(), Recycling()),
     "suffix, model": lambda draft, layout: Fallback(Suffix(), DraftModel(draft, layout=layout)),
+    "mixture": lambda draft, layout: Mixture(Suffix(), Recycling()),
+    "mixture, model": lambda draft, layout: Mixture(Suffix(), DraftModel(draft, layout=layout)),
     "model, suffix": lambda draft, layout: Fallback(DraftModel(draft, layout=layout), Suffix()),
 }
 
@@ -202,6 +203,20 @@ WITHOUT_A_MODEL = {
 def test_one_copy_a_round_without_a_model(monkeypatch, guesser, name):
     calls = rounds_on_fake_cuda(monkeypatch, SAMPLINGS[name], "slots", [], guesser=WITHOUT_A_MODEL[guesser])
     assert len(calls) == 2 + 4
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_a_cascade_copies_once_in_each_of_its_own_rounds(monkeypatch, name):
+    commits = []
+    commit = State.commit
+    monkeypatch.setattr(State, "commit", lambda *args: commits.append(1) or commit(*args))
+    calls = rounds_on_fake_cuda(
+        monkeypatch, SAMPLINGS[name], "slots", PROCESSORS,
+        guesser=lambda draft, layout: Cascade("ngram", DraftModel(draft, layout=layout)),
+    )  # fmt: skip
+    # each of the two texts copies its prompt and the ids that end it once
+    assert len(commits) > 4
+    assert len(calls) == 4 + len(commits)
 
 
 def test_graphs_add_no_copy(monkeypatch):

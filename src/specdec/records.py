@@ -98,7 +98,8 @@ class Stats:
         prediction_rejected: tokens of the prediction that did not; both 0 without one.
         layout: how the target's batch kept its keys and values.
         draft_layout: the same for the draft model, "" where there is none.
-        drafting: how a draft with another tokenizer was used, and why so; "" for any other.
+        drafting: what a draft says of itself: how one with another tokenizer was used and why so, what a level of
+            a cascade kept of the one below, how often a mixture used which; "" for any other.
         row_drafted, row_accepted, row_emitted: the same counts per row, (B,).
         seconds_drafting, seconds_scoring, seconds_verifying, seconds: wall-clock time of the host;
             on a GPU the work is asynchronous and the time falls to whoever waits.

@@ -57,6 +57,11 @@ class _Run:
         """The layout of the draft model, if one of the two is one."""
         return next((part.layout for part in self._parts if getattr(part, "layout", "")), "")
 
+    @property
+    def drafting(self) -> str:
+        """What either has to say of itself."""
+        return "; ".join(filter(None, (getattr(part, "drafting", "") for part in self._parts)))
+
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``; both are asked in every round, the second for the rows that are left."""
         first: Proposal = self._parts[0].propose(state, limits)

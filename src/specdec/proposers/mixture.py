@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from specdec.errors import InvalidInput
-from specdec.length.adaptive import ASSUMED_COST, FIRST_WAIT, LONGEST_WAIT, MOST
+from specdec.length.adaptive import ASSUMED_COST, FIRST_WAIT, LAG, LONGEST_WAIT, MOST
 from specdec.proposers import Call, Proposer, checked
 from specdec.proposers.fallback import _merged, _seen_by
 from specdec.proposers.words import named
@@ -81,6 +81,8 @@ class _Run:
         self._idle = np.zeros(len(parts), dtype=np.int64)  # rounds in which a model was not asked
         self._wait = np.full(len(parts), FIRST_WAIT)
         self._prices = np.where(self._has_model, ASSUMED_COST, 0.0)  # of a guess, in rounds without one
+        self._rounds = 0
+        self._last = np.full(len(parts), -LAG - 1)  # round in which a model was last asked
         self._left: float | None = None  # when the last proposal was made
         self._rest: float | None = None  # seconds from there to the next
         self._typical = np.full(len(parts), float(MOST))  # guesses that a model makes before it stops
@@ -105,6 +107,7 @@ class _Run:
         """See ``Proposer.propose``; proposers with a model are asked for the rows that they get."""
         self._answer(state)
         self._see_rest()
+        self._rounds += 1
         most = int(limits.max(initial=0))
         proposals: list[Proposal | None] = [None] * len(self._parts)
         lengths = np.zeros((len(self._parts), len(limits)), dtype=np.int64)
@@ -154,9 +157,14 @@ class _Run:
 
     def _timed(self, part: Any, number: int, state: State, limits: np.ndarray) -> Proposal:
         """What ``part`` proposes, and what it costs."""
+        if not limits.any():
+            return checked(part.propose(state, limits), state, limits)
+        # a prompt to be fed, or much to catch up on, would pass for the price of a guess
+        telling = self._rounds - self._last[number] <= LAG
+        self._last[number] = self._rounds
         start = self._clock() if self._clock else 0.0
         proposal = checked(part.propose(state, limits), state, limits)
-        if self._clock and self._rest and proposal.tokens.shape[1]:
+        if self._clock and self._rest and telling and proposal.tokens.shape[1]:
             price = (self._clock() - start) / proposal.tokens.shape[1] / self._rest
             self._prices[number] += RECENT * (price - self._prices[number])
         return proposal
