@@ -1,6 +1,6 @@
 """One draft for many targets: how much of it is kept when the target is changed, as a fine-tune or adapter would.
 
-    python benchmarks/one_draft.py TARGET DRAFT [--sizes 0,0.02,0.05,0.1,0.2] [--rank 16] [--prompts 1] [--new 48]
+    python benchmarks/one_draft.py TARGET DRAFT [--sizes 0,0.1,0.2,0.4,0.8] [--rank 16] [--prompts 1] [--new 48]
 
 A random matrix of low rank is added to every linear layer of the target's blocks, of a size given as its Frobenius
 norm over that of the layer's weight, and taken off again afterwards. The same draft object serves all of them. What
@@ -50,7 +50,7 @@ def main() -> None:
     add = parser.add_argument
     add("target")
     add("draft")
-    add("--sizes", type=words, default=["0", "0.02", "0.05", "0.1", "0.2"])
+    add("--sizes", type=words, default=["0", "0.1", "0.2", "0.4", "0.8"])
     add("--rank", type=int, default=16)
     add("--classes", type=words, default=["code"], help=f"of {', '.join(classes())}")
     add("--prompts", type=int, default=1, help="the first N of each class")
@@ -64,6 +64,8 @@ def main() -> None:
     generator = SpeculativeGenerator(pair.target, draft, num_draft_tokens=options.k)
     work = [prompt for kind in options.classes for prompt in prompts_of(kind, options.prompts)]
     texts: dict[int, list[int]] = {}
+    # a model's first call tries its layout in plain rounds
+    generator.generate(**encode(pair.tokenizer, work[:1], pair.target.device), max_new_tokens=6, do_sample=False)
     print(
         "size     accepted   first guess   a round   tokens before the text parts from that of size 0", flush=True
     )
