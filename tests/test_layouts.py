@@ -41,8 +41,8 @@ def test_after_every_round_the_cache_holds_all_committed_tokens_but_the_last(lay
     seen = []
     right = Scorer.rollback
 
-    def watched(self, tokens, kept, live):
-        right(self, tokens, kept, live)
+    def watched(self, tokens, kept, live, final=None):
+        right(self, tokens, kept, live, final)
         if self.model is not target:
             return
         assert self.kept[live].tolist() == kept[live].tolist()

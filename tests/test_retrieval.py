@@ -140,7 +140,7 @@ def test_guesses_follow_the_length_of_the_match(matched, guesses):
 
         device = torch.device("cpu")
         host_tokens = np.array([[*range(20, 40), 50, *range(20, 20 + matched)]])
-        lengths = np.array([host_tokens.shape[1]])
+        lengths = settled = np.array([host_tokens.shape[1]])
         starts = np.array([0])
         vocabulary = 64
 
@@ -167,7 +167,7 @@ def test_a_row_is_guessed_for_from_its_own_text_only():
     class State:
         device = torch.device("cpu")
         host_tokens = ids.numpy()
-        lengths = np.array([6, 6])
+        lengths = settled = np.array([6, 6])
         starts = np.array([0, 0])
         vocabulary = 64
 
@@ -182,7 +182,7 @@ def test_a_decoder_may_copy_what_its_encoder_read():
     class State:
         device = torch.device("cpu")
         host_tokens = np.array([[0, 12]])
-        lengths = np.array([2])
+        lengths = settled = np.array([2])
         starts = np.array([0])
         vocabulary = 64
 
