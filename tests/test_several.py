@@ -4,6 +4,7 @@ That no law is bent is shown in `laws`; here: is it what it says it is, and does
 """
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from specdec import (
 )
 from specdec.length.adaptive import MOST
 from specdec.options import build_proposer
+from specdec.proposers import cascade, draft_model
 from specdec.proposers.mixture import Record
 from specdec.state import State
 from specdec.testing import assert_lossless, noisy_copy, tiny_llama
@@ -155,6 +157,55 @@ def test_every_pass_of_a_level_is_fed_its_own_text(monkeypatch):
     run(llama(0, torch.float64), Cascade(NGram(2), model), prompts(3))
     assert len(seen) > 60
     assert max(seen) < 1e-9
+
+
+class Sometimes(Says):
+    """Guesses in every second round."""
+
+    def propose(self, state, limits):
+        proposal = super().propose(state, limits)
+        return proposal if self.asked % 2 else Proposal.empty(state.batch, state.device)
+
+
+TWINS = {
+    "a model": lambda twin, layout: DraftModel(twin, layout=layout),
+    "a level": lambda twin, layout: Cascade("ngram", DraftModel(twin, layout=layout)),
+}
+
+
+def kept_and_made(twin, make, batch, layout):
+    """Guesses of a twin below, made for a model that the target often refuses; all are right if its cache is.
+
+    In every second round another proposer guesses, so that text moves on over what was fed and taken back.
+    """
+    model = noisy(make(), 0.15)
+    below = TWINS[twin](copy.deepcopy(model), layout)
+    wanted = plain(make(), prompts(batch), max_new_tokens=2 * LONG)
+    draft = Fallback(Sometimes(wanted[:, START:].tolist()), Cascade(below, model))
+    gen = SpeculativeGenerator(make(), draft, num_draft_tokens=4, layout="slots")
+    got = gen.generate(**prompts(batch), max_new_tokens=2 * LONG, do_sample=False)
+    assert got.tolist() == wanted.tolist()
+    stats = gen.stats
+    assert stats.accepted < 0.95 * stats.drafted  # so text was taken back
+    kept, made = map(int, re.findall(r"\d+", stats.drafting))
+    return kept, made
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("make", [llama, mistral])
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_twin_below_is_always_right(twin, make, batch, layout):
+    kept, made = kept_and_made(twin, make, batch, layout)
+    assert kept == made > 10
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_cache_that_keeps_what_was_taken_back_is_noticed(twin, monkeypatch):
+    room = {"a model": draft_model, "a level": cascade}[twin]
+    monkeypatch.setattr(room, "in_common", lambda one, other: np.full(len(one), 1000))
+    kept, made = kept_and_made(twin, llama, 3, "slots")
+    assert kept < made
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 1}])
