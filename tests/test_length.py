@@ -228,3 +228,48 @@ def test_survival_falls_and_borrows():
     assert 0.4 < survival[2] < 0.65
     assert 0 < survival[5] < survival[2]  # never asked for: from its neighbours
     assert LONGEST_WAIT < 64
+
+
+class TwoDrafts:
+    """Every other round a text is copied, wide and cheap and right; in between a model guesses, and tells."""
+
+    def __init__(self, cost: float, acceptance: float, seed: int = 0):
+        self.cost, self.acceptance = cost, acceptance
+        self.random = np.random.default_rng(seed)
+        self.guessed: list[int] = []  # of the model, in its rounds
+
+    def run(self, rule: Adaptive, rounds: int) -> None:
+        for number in range(rounds):
+            asked = rule.next(16)
+            copies = number % 2 == 0
+            drafted, cost = (min(asked, 12), 0.01) if copies else (0, self.cost)
+            if not copies and asked and rule.begins():
+                drafted = 1
+                while rule.goes_on(np.full(1, self.acceptance)):
+                    drafted += 1
+            right = np.ones(drafted) if copies else self.random.random(drafted) < self.acceptance
+            kept = np.array([int(right.cumprod().sum())])
+            rule.observe(outcome(drafted, kept), 1 + cost * drafted)
+            if not copies and asked:
+                self.guessed.append(drafted)
+
+
+def test_cheap_rounds_of_another_draft_do_not_hide_what_a_model_costs():
+    both = TwoDrafts(cost=0.4, acceptance=0.75)
+    both.run(Adaptive(Timings()), 200)
+    # 12 copied tokens a round raise the rate to several tokens a plain round: a guess at 0.4 of one hardly pays
+    assert np.mean(both.guessed[20:]) < 2
+    cheap = TwoDrafts(cost=0.02, acceptance=0.9)
+    cheap.run(Adaptive(Timings()), 200)
+    assert np.mean(cheap.guessed[20:]) > 3
+
+
+def test_a_model_that_does_not_pay_is_left_alone_where_another_draft_does():
+    both = TwoDrafts(cost=0.8, acceptance=0.02)
+    both.run(Adaptive(Timings()), 400)
+    assert np.mean(np.array(both.guessed[20:]) > 0) < 0.06
+    assert any(both.guessed[100:])  # it does look again
+    both.acceptance, both.cost, both.guessed = 0.99, 0.01, []
+    rule = Adaptive(Timings())
+    both.run(rule, 200)
+    assert np.mean(both.guessed[-20:]) > 3

@@ -140,6 +140,7 @@ def follow_call(
                 processing=processing,
                 sampling=sampling,
                 goes_on=length.goes_on,
+                begins=length.begins,
                 tenants=request.tenants,
                 clock=None if promised else clock,
                 own_length=length.within,

@@ -32,6 +32,10 @@ class DraftLength(Protocol):
         """
         ...
 
+    def begins(self) -> bool:
+        """Whether a draft that tells its chances shall guess at all in this round, where others might as well."""
+        ...
+
     def within(self) -> DraftLength:
         """A rule of the same kind that knows nothing yet, for rounds that a proposer makes of its own."""
         ...

@@ -28,18 +28,42 @@ FIRST_WAIT, LONGEST_WAIT = 12, 48  # rounds without a probe: doubled by each tha
 LAG = 4  # rounds after which a draft has so much to catch up on that the seconds of the next say nothing
 
 
+class Learnt:
+    """Evidence: seconds by width, and guesses that were kept.
+
+    Attributes:
+        every: of all rounds.
+        told: of rounds in which the draft told the chances of its guesses. Where a draft copies what matches and
+            asks a model for the rest, wide rounds are cheap when copied, and say nothing of the model's price.
+    """
+
+    def __init__(self, timings: Timings | Assumed) -> None:
+        """Nothing is learnt yet; seconds are known as ``timings`` knows them."""
+        self.every: tuple[Timings | Assumed, Acceptance] = (timings, Acceptance(MOST))
+        self.told: tuple[Timings | Assumed, Acceptance] = (timings.afresh(), Acceptance(MOST))
+
+    def of(self, told: bool) -> list[tuple[Timings | Assumed, Acceptance]]:
+        """What a round belongs to."""
+        return [self.every, self.told] if told else [self.every]
+
+    def doubt(self) -> None:
+        """Believe less of what was kept."""
+        for _, acceptance in (self.every, self.told):
+            acceptance.doubt()
+
+
 class Memory:
     """What a generator has learnt, by kind of call; the constructor measures nothing."""
 
     def __init__(self) -> None:
         """Nothing is learnt yet."""
-        self._known: dict[tuple[int, bool], tuple[Timings, Acceptance]] = {}
+        self._known: dict[tuple[int, bool], Learnt] = {}
 
     def recall(self, batch: int, do_sample: bool) -> Adaptive:
         """A controller for a call with ``batch`` rows that goes on from earlier calls of the kind."""
-        timings, acceptance = self._known.setdefault((batch, do_sample), (Timings(), Acceptance(MOST)))
-        acceptance.doubt()
-        return Adaptive(timings, acceptance)
+        learnt = self._known.setdefault((batch, do_sample), Learnt(Timings()))
+        learnt.doubt()
+        return Adaptive(learnt)
 
 
 class Adaptive:
@@ -47,11 +71,14 @@ class Adaptive:
 
     most = MOST
 
-    def __init__(self, timings: Timings | Assumed, acceptance: Acceptance | None = None) -> None:
-        """Decide by ``timings``, and by what ``acceptance`` knows of earlier rounds (None: nothing)."""
-        self._timings = timings
-        self._acceptance = Acceptance(MOST) if acceptance is None else acceptance
+    def __init__(self, learnt: Timings | Assumed | Learnt) -> None:
+        """Decide by what was ``learnt`` in earlier calls, or by how seconds are known."""
+        self._learnt = learnt if isinstance(learnt, Learnt) else Learnt(learnt)
+        self._timings, self._acceptance = self._learnt.every
         self._table = np.zeros(0)  # seconds of a round by width
+        self._prices = np.zeros(0)  # the same where a model guesses
+        self._others = False  # some rounds were guessed for without a chance told
+        self._idle = 0  # rounds of others since a draft that tells its chances was asked
         self._rate = 0.0  # tokens a row and second at the present draft length
         self._rows = 1  # rows that had not ended in the last round
         self._asked = 0  # guesses a row in the running round
@@ -73,6 +100,8 @@ class Adaptive:
         seconds = table[0] + np.concatenate(([0.0], np.cumsum(self._acceptance.widths() * np.diff(table))))
         best = best_length(tokens, seconds)
         self._table, self._rate = table, float(tokens[best] / seconds[best])
+        told = self._learnt.told[0].table(self.most)
+        self._prices = table if told is None else told
         self._probing = best == 0 and self._due()
         if self._probing:
             self._asked = 1
@@ -95,10 +124,21 @@ class Adaptive:
         drafted = len(self._chances)
         if drafted >= self._asked:
             return False
-        self._alive = self._alive * self._acceptance.of_chance(chances)
-        gain = float(np.sum(self._alive)) / self._rows * self._acceptance.overall
-        price = float(self._table[drafted + 1] - self._table[drafted])
-        return gain > self._rate * price
+        _, acceptance = self._learnt.told
+        self._alive = self._alive * acceptance.of_chance(chances)
+        return self._pays(float(np.sum(self._alive)) / self._rows * acceptance.overall, drafted)
+
+    def begins(self) -> bool:
+        """See ``DraftLength.begins``: where a draft is alone, ``next`` has decided."""
+        timings, acceptance = self._learnt.told
+        if not self._others or self._probing or not timings.priced or self._pays(acceptance.overall, 0):
+            return True
+        self._idle += 1
+        return self._idle > LONGEST_WAIT
+
+    def _pays(self, gain: float, drafted: int) -> bool:
+        """``gain`` tokens a row are worth the seconds of one guess behind ``drafted``, at the present rate."""
+        return gain > self._rate * float(self._prices[drafted + 1] - self._prices[drafted])
 
     def within(self) -> Adaptive:
         """See ``DraftLength.within``."""
@@ -110,16 +150,21 @@ class Adaptive:
         self._rows = max(int(live.sum()), 1)
         lengths, accepted = round_.lengths[live], round_.accepted[live]
         width = int(lengths.max(initial=0))
+        told = bool(self._chances)
+        self._others |= width > 0 and not told
         if not width or self._since <= LAG:
-            self._timings.add(width, seconds)
+            for timings, _ in self._learnt.of(told or not width):
+                timings.add(width, seconds)
         if not self._asked:
             self._since += 1
             return
         self._since = 0
-        self._acceptance.add(self._asked, lengths, accepted, [chance[live] for chance in self._chances])
+        self._idle = 0 if told else self._idle
+        for _, acceptance in self._learnt.of(told):
+            acceptance.add(self._asked, lengths, accepted, [chance[live] for chance in self._chances])
         self._promising = self._probing and bool(accepted.any())
         if self._probing and not self._promising:
-            self._acceptance.doubt()
+            self._learnt.doubt()
             self._failed += 1
         elif not self._probing:
             self._failed = 0

@@ -22,6 +22,10 @@ class Fixed:
         """See ``DraftLength.goes_on``."""
         return True
 
+    def begins(self) -> bool:
+        """See ``DraftLength.begins``."""
+        return True
+
     def within(self) -> Fixed:
         """See ``DraftLength.within``."""
         return Fixed(self.most)

@@ -28,7 +28,7 @@ from specdec.errors import InvalidInput
 from specdec.layouts.compiled import clock
 from specdec.length import DraftLength
 from specdec.proposers import Call, Nothing, Proposer, checked
-from specdec.proposers.draft_model import DraftModel, sound
+from specdec.proposers.draft_model import DraftModel, always, sound
 from specdec.proposers.past import Past
 from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import check_sizes, named
@@ -73,7 +73,7 @@ class Cascade:
             check_sizes(call.target, model.model)
         # how many guesses are made for a level is a question of its own at each
         lengths = [call.own_length() for _ in self._models]
-        judges = [replace(call, goes_on=length.goes_on) for length in lengths]
+        judges = [replace(call, goes_on=length.goes_on, begins=length.begins) for length in lengths]
         run: Proposer = self._first.begin(judges[0]) if hasattr(self._first, "begin") else self._first
         for model, length, judge in zip(self._models, lengths, [*judges[1:], call], strict=True):
             run = model.open(judge, partial(_Level, below=run, length=length))
@@ -92,6 +92,7 @@ class _Level:
         self._past = Past(draft, call)
         on_cpu = self._past.device.type == "cpu"
         self._goes_on = call.goes_on if draft._confidence is None and on_cpu else None
+        self._begins = call.begins if self._goes_on and call.begins else always
         self._text: State | None = None
         self._settled = 0  # columns that were settled when last asked, of the shortest row
         self._drafted = self._accepted = 0
@@ -116,7 +117,7 @@ class _Level:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
         limits = self._past.limits(state, limits)
-        if not limits.any():
+        if not limits.any() or not self._begins():
             return Proposal.empty(state.batch, state.device)
         self._past.feed_prompt()
         text = self._follow(state)

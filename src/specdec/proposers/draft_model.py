@@ -85,6 +85,7 @@ class _Run:
         self._device = model.device
         on_cpu = self._device.type == "cpu"
         self._goes_on = call.goes_on if confidence is None and on_cpu else None
+        self._begins = call.begins if self._goes_on and call.begins else always
         self._embeds = embedded(model)
         prompt, kwargs, config, inner = _prepare(model, call, self._embeds)
         if prompt.shape != call.prompt.shape:
@@ -126,7 +127,7 @@ class _Run:
         room = np.maximum(self._longest - state.lengths, 0)
         limits = np.where(self._can_embed(state), np.minimum(limits, room), 0)
         most = int(limits.max(initial=0))
-        if most == 0:
+        if most == 0 or not self._begins():
             return Proposal.empty(state.batch, state.device)
         if self._prompt is not None:
             self._scorer.prefill(self._prompt, speculate=True)
@@ -276,6 +277,11 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
 def _newest(name: str, value: Tensor, columns: int) -> Tensor:
     along = ("attention_mask", "position_ids", "token_type_ids")
     return value[..., -columns:] if name in along and value.shape[-1] > columns else value
+
+
+def always() -> bool:
+    """Nobody decides whether a draft guesses: it does."""
+    return True
 
 
 def chance_of(scores: Tensor, guess: Tensor) -> Tensor:
