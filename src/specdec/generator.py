@@ -45,6 +45,7 @@ from specdec.records import Stats
 from specdec.sampling import Sampling, sampling_for
 from specdec.shaping import Chunk, ShapedRelease, shaped
 from specdec.streaming import Tokens, in_threads, told
+from specdec.weights.adapters import inner_model, needs_its_wrapper
 
 
 class SpeculativeGenerator:
@@ -239,8 +240,10 @@ class SpeculativeGenerator:
         """
         if kwargs.get("streamer") is not None:
             raise UnsupportedOption("streamer", "stream() is one itself; give it to generate()")
-        if getattr(type(self.target), "generate", None) is not GenerationMixin.generate:
+        if getattr(type(inner_model(self.target)), "generate", None) is not GenerationMixin.generate:
             raise UnsupportedOption("stream", f"{type(self.target).__name__}.generate() wants the whole text")
+        if reason := needs_its_wrapper(self.target, kwargs):
+            raise UnsupportedOption("stream", f"{reason}; call generate(), with a streamer")
         if release is not None and not isinstance(release, ShapedRelease):
             raise InvalidInput(f"release is a {type(release).__name__}; give a ShapedRelease(...) or None")
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
@@ -333,7 +336,7 @@ class SpeculativeGenerator:
 
         settings = (config, self.target.generation_config)
         heals = options.get("token_healing") or any(getattr(c, "token_healing", None) for c in settings)
-        lent = healing_with(self.target, tokenizer) if heals else nullcontext()
+        lent = healing_with(inner_model(self.target), tokenizer) if heals else nullcontext()
         criteria = options.pop("stopping_criteria", None)
         door = with_stop_strings(self.target, config, criteria, tokenizer, options)
         with lent, door as (config, criteria, options):

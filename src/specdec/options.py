@@ -26,7 +26,8 @@ from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import WORDS, check_sizes, one_behind_another
 from specdec.sampling import VERIFICATIONS
 from specdec.scorer import LAYOUTS
-from specdec.weights.quantized import quantize_draft
+from specdec.weights.adapters import inner_model
+from specdec.weights.quantized import has_two_weights, quantize_draft
 
 PLAIN = "call target.generate() for it"
 OURS = "drafting is what SpeculativeGenerator does; set `draft` and `num_draft_tokens` there"
@@ -64,6 +65,11 @@ def check_constructor(target: Any, num_draft_tokens: Any, verification: Any, lay
     if not hasattr(target, "generate") or not hasattr(target, "config"):
         raise UnsupportedModel(
             f"the target is a {type(target).__name__}; wanted is a Hugging Face model with generate()"
+        )
+    if isinstance(target, torch.nn.Module) and has_two_weights(target):
+        raise UnsupportedModel(
+            "the target was made by quantize_draft(keep=True): a pass over several tokens computes with other "
+            "weights than one over a single token. Make it with keep=False, or give the model itself"
         )
     whole = isinstance(num_draft_tokens, int) and not isinstance(num_draft_tokens, bool)
     if num_draft_tokens != "auto" and not (whole and num_draft_tokens >= 0):
@@ -116,6 +122,7 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
             f"the draft is a {type(draft).__name__}; wanted is a Hugging Face model, an object with "
             f"propose(state, limits), one of {', '.join(map(repr, WORDS))}, a list of such, or None"
         )
+    draft = inner_model(draft)
     if draft.config.is_encoder_decoder != target.config.is_encoder_decoder:
         raise UnsupportedModel(
             "draft and target must both be decoder-only or both be encoder-decoder models; "
@@ -280,11 +287,16 @@ def with_stop_strings(
     if lent is own:
         yield config, user, given
         return
-    target.generation_config = lent
+    # a wrapper shows the settings of the model inside, unless somebody gave it its own
+    holders = [one for one in {target, inner_model(target)} if "generation_config" in vars(one)] or [target]
+    held = [one.generation_config for one in holders]
+    for one in holders:
+        one.generation_config = lent
     try:
         yield config, user, given
     finally:
-        target.generation_config = own
+        for one, before in zip(holders, held, strict=True):
+            one.generation_config = before
 
 
 def _without(config: Any) -> Any:
