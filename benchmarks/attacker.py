@@ -112,21 +112,26 @@ def read(options: argparse.Namespace) -> int:
     asked, out = found["asked"], []
     if rounds := kinds["rounds"]:
         gaps = np.concatenate([np.diff(trace["times"]) for trace in rounds])
-        print(f"{asked}; a round: median {np.median(gaps):.3f} s, slowest {gaps.max():.3f} s")
-        out += [attack("tokens of each round", rounds, counts), attack("times of the rounds", rounds, times)]
+        unit = float(np.median(gaps))
+        print(f"{asked}; a round: median {unit:.3f} s, slowest {gaps.max() / unit:.2f} of it")
+        pace = np.mean([(trace["times"][-1] - trace["times"][0]) / sum(trace["sizes"]) for trace in rounds]) / unit
+        plain = {"pace": round(float(pace), 3), "later": 0.0, "bytes": 1.0}
+        out += [{**attack("tokens of each round", rounds, counts), **plain}]
+        out += [{**attack("times of the rounds", rounds, times), **plain}]
         for name, seconds in (
             ("slowest round", gaps.max()),
-            ("median round", np.median(gaps)),
-            ("half of it", np.median(gaps) / 2),
+            ("median round", unit),
+            ("half a median round", unit / 2),
         ):
             interval = options.tokens_per_chunk * float(seconds)
             for bucket in sorted({1, options.bucket}):
                 title = f"released, {name}, bucket {bucket}"
-                out.append(released(title, rounds, options.tokens_per_chunk, interval, bucket))
+                out.append(released(title, rounds, options.tokens_per_chunk, interval, bucket, unit))
     if live := kinds["live"]:
         print(f"{len(live)} traces with real times of the release")
         out += [attack("released live, number", live, counts), attack("released live, times", live, times)]
-    print("| what is seen | right (k nearest, nearest mean) | 95 % | chance | seconds a token | later | bytes |")
+    print("pace: median rounds a token, to the last packet; later: than the token was made, in median rounds")
+    print("| what is seen | right (k nearest, nearest mean) | 95 % | chance | pace | later | bytes |")
     print("|---|---|---|---|---|---|---|")
     for row in out:
         rates = ", ".join(f"{row[name]:.2f}" for name in ("neighbours", "centroid"))
@@ -148,8 +153,10 @@ def times(trace: dict[str, Any]) -> np.ndarray:
     return np.append(np.resize(np.append(gaps, np.zeros(SAMPLES)), SAMPLES), 0.01 * len(gaps))
 
 
-def released(name: str, rounds: list[dict[str, Any]], tokens: int, interval: float, bucket: int) -> dict[str, Any]:
-    """The attack on ``rounds`` let out every ``interval`` seconds, and what that costs."""
+def released(
+    name: str, rounds: list[dict[str, Any]], tokens: int, interval: float, bucket: int, unit: float
+) -> dict[str, Any]:
+    """The attack on ``rounds`` let out every ``interval`` seconds, and what that costs in times of ``unit``."""
     pad_to = HEADER.size + tokens * ID.size
     seen, paces, later, overhead = [], [], [], []
     for trace in rounds:
@@ -160,7 +167,7 @@ def released(name: str, rounds: list[dict[str, Any]], tokens: int, interval: flo
         paces.append(chunks["times"][-1] / total)
         later.append((np.repeat(chunks["times"], chunks["tokens"]) - came).mean())
         overhead.append(sum(chunks["sizes"]) / (total * ID.size))
-    costs = {"pace": np.mean(paces), "later": np.mean(later), "bytes": np.mean(overhead)}
+    costs = {"pace": np.mean(paces) / unit, "later": np.mean(later) / unit, "bytes": np.mean(overhead)}
     both = attack(name, seen, lambda trace: np.concatenate([counts(trace), times(trace)]))
     return {
         **both,

@@ -336,7 +336,7 @@ class SpeculativeGenerator:
 
         settings = (config, self.target.generation_config)
         heals = options.get("token_healing") or any(getattr(c, "token_healing", None) for c in settings)
-        lent = healing_with(inner_model(self.target), tokenizer) if heals else nullcontext()
+        lent = healing_with(self.target, tokenizer) if heals else nullcontext()
         criteria = options.pop("stopping_criteria", None)
         door = with_stop_strings(self.target, config, criteria, tokenizer, options)
         with lent, door as (config, criteria, options):

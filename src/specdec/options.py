@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from specdec.assistance import UNDERSTOOD
+from specdec.attaching import having
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
 from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
@@ -284,19 +285,8 @@ def with_stop_strings(
         config = _without(config)
     # the model's own default would come back under the one we took out: lend it a copy without
     lent = _without(own)
-    if lent is own:
+    with nullcontext() if lent is own else having(target, lent):
         yield config, user, given
-        return
-    # a wrapper shows the settings of the model inside, unless somebody gave it its own
-    holders = [one for one in {target, inner_model(target)} if "generation_config" in vars(one)] or [target]
-    held = [one.generation_config for one in holders]
-    for one in holders:
-        one.generation_config = lent
-    try:
-        yield config, user, given
-    finally:
-        for one, before in zip(holders, held, strict=True):
-            one.generation_config = before
 
 
 def _without(config: Any) -> Any:

@@ -23,7 +23,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """New tokens of one row.
+    """New tokens of one row; their number and ``from_draft`` tell how well the text could be guessed.
 
     Args:
         row: which row of the batch.
