@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specdec import DraftModel, SpeculativeGenerator, UnsupportedModel, UnsupportedOption, quantize_draft
+from specdec.layouts import compiled
 from specdec.testing import noisy_copy, tiny_llama
 from specdec.weights.adapters import without_adapters
 
@@ -81,6 +82,16 @@ def test_adapters_are_switched_between_calls(draft, adapted):
     assert texts[0] == texts[3]
     assert texts[0] != texts[1]
     assert texts[1] != texts[2]
+
+
+def test_graphs_see_which_adapter_is_on(adapted, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")  # traced and guarded, run as they are
+    gen = SpeculativeGenerator(adapted, "ngram", num_draft_tokens=3, compile=True)
+    for name in ("default", "other", "default"):
+        adapted.set_adapter(name)
+        wanted = adapted.generate(**prompts(3), **GREEDY).tolist()
+        assert gen.generate(**prompts(3), **GREEDY).tolist() == wanted
+    assert gen.stats.layout == "slots+compiled"
 
 
 def test_a_call_with_an_adapter_for_each_row(adapted):

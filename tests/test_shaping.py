@@ -136,8 +136,8 @@ def test_the_trace_is_a_function_of_the_length_alone(case):
     assert_only_the_length_shows(np.random.default_rng(seed), lengths, release)
 
 
-def test_a_late_text_keeps_times_and_sizes():
-    """Chunks go out whether or not there is something in them; only their number may grow."""
+def assert_lateness_does_not_show():
+    """Chunks go out whether or not there is something in them; returns how often there were more at the end."""
     rng = np.random.default_rng(0)
     release = ShapedRelease(3, 0.5, HEADER + 12, bucket=2)
     more = 0
@@ -150,7 +150,11 @@ def test_a_late_text_keeps_times_and_sizes():
         assert seen == [(round(i * 0.5, 6), HEADER + 12) for i in range(1, len(seen) + 1)]
         assert [i for c in contents for i in c.ids] == [i for _, r in timed for i in r.ids]
         more += len(seen) > len(on_time)
-    assert more > 10
+    return more
+
+
+def test_a_late_text_keeps_times_and_sizes():
+    assert assert_lateness_does_not_show() > 10
 
 
 def test_late_tokens_catch_up_where_there_is_room():
@@ -219,19 +223,26 @@ def test_leaky_releases_are_caught(mutant, monkeypatch):
         check()
 
 
-def test_a_clock_that_waits_for_tokens_is_caught(monkeypatch):
-    """A release that skips a tick with nothing to say tells how fast the text came."""
+@pytest.mark.parametrize("leaks", ["leaves out empty chunks", "waits for tokens"])
+def test_a_release_that_shows_lateness_is_caught(leaks, monkeypatch):
+    """One that has nothing to say and does not say it, or says it later."""
+    true = on_a_clock
 
-    class Waits(shaping._Row):
-        def chunk(self, tick):
-            whole = super().chunk(tick)
-            return whole if unpad(whole.payload).ids else None
+    def silent(*arguments):
+        for chunk in true(*arguments):
+            content = unpad(chunk.payload)
+            if content.ids or content.ended:
+                yield chunk
 
-    monkeypatch.setattr(shaping, "_Row", Waits)
-    release = ShapedRelease(3, 0.5, HEADER + 12)
-    timed = text_of(np.random.default_rng(0), 0, 20, release, late=True)
-    with pytest.raises(AttributeError):
-        traces(timed, 1, release)
+    def waiting(source, rows, words, release):
+        for chunk in true(source, rows, words, release):
+            if not unpad(chunk.payload).ids:
+                release.sleep(release.interval / 2)
+            yield chunk
+
+    monkeypatch.setitem(globals(), "on_a_clock", silent if leaks.startswith("leaves") else waiting)
+    with pytest.raises(AssertionError):
+        assert_lateness_does_not_show()
 
 
 # --- text -----------------------------------------------------------------------------------------

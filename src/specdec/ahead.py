@@ -94,7 +94,8 @@ class Ahead(Generic[Item]):
 def surroundings() -> Callable[[], AbstractContextManager[Any]]:
     """What torch keeps for each thread, as it is in this one: a maker of the same for another thread."""
     inference = torch.is_inference_mode_enabled()
-    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    # asking for a stream would wake CUDA up where nobody uses it
+    kinds = ["cpu", "cuda"] if torch.cuda.is_initialized() else ["cpu"]  # type: ignore[no-untyped-call]
     casts = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
     stream = torch.cuda.current_stream() if "cuda" in kinds else None
 
