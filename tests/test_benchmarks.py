@@ -5,6 +5,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -326,3 +327,43 @@ def test_first_use():
     drafted = [True, True, True, False, True, True, True, True, True]
     assert first_use(tokens, drafted, 2) == 4
     assert first_use(tokens, drafted, 7) is None
+
+
+# --- the attacker ---
+
+
+def test_the_attacker(saved, capsys, tmp_path):
+    """Recorded in pieces, with and without the release; the released traces name nobody."""
+    import attacker
+
+    out = tmp_path / "traces.json"
+    record = ["record", saved[0], "--classes", "chat,code", "--prompts", "2", "--samples", "4", "--new", "12"]
+    record += ["--out", str(out), "--dtype", "float32", "--live", "2", "--interval", "0.01"]
+    attacker.main([*record, "--seconds", "0"])
+    assert "24 missing" in capsys.readouterr().out
+    attacker.main(record)
+    assert "24 traces of 4 prompts, complete" in capsys.readouterr().out
+    traces = json.loads(out.read_text())["traces"]
+    assert {sum(trace["sizes"]) for trace in traces if trace["kind"] == "rounds"} == {12}
+    assert {size for trace in traces if trace["kind"] == "live" for size in trace["sizes"]} == {19}
+    attacker.main(["classify", str(out)])
+    rows = {row["seen"]: row for row in last_line(capsys)["results"]}
+    released = rows["released, slowest round, bucket 1"]
+    assert released["neighbours"] == released["centroid"] == released["chance"] == 0.25
+    assert released["bytes"] == round(19 / 16, 4)
+    assert rows["released live, number"]["traces"] == 8
+
+
+def test_the_attackers_tools():
+    import attacker
+
+    rng = np.random.default_rng(0)
+    traces = [
+        {"prompt": p, "sample": n, "sizes": [1 + p] * 3, "times": np.cumsum(rng.random(3)).tolist()}
+        for p in range(4)
+        for n in range(6)
+    ]
+    assert attacker.attack("sizes", traces, attacker.counts)["neighbours"] == 1
+    assert attacker.attack("times", traces, attacker.times)["neighbours"] < 0.7
+    low, high = attacker.wilson(5, 10)
+    assert (round(low, 3), round(high, 3)) == (0.237, 0.763)

@@ -18,6 +18,11 @@ PROMISES = {
         r"^  row 3: \d+ tokens, [1-9]\d* of \d+ guesses kept$",
     ],
     "sampling_reproducible": [r"^different texts: 1$", r"^row 0 alone .*: True$"],
+    "in_place": [
+        r"^pipeline: [1-9]\d* guesses, the same text: True$",
+        r"^serve: [1-9]\d* guesses, the same pieces: True$",
+        r"^plain again: True$",
+    ],
     "streaming": [
         r"^(w\d+ ){15}w\d+$",
         r"^3 rows, 8 steps, ended: True$",

@@ -30,14 +30,14 @@ LEVELS = [
     {"outputs", "assistance", "attaching"},
     {"loop"},
     {"lockstep"},
-    {"proposers"},
+    {"proposers", "shaping"},
     {"length"},
     {"processing", "stopping", "streaming"},
     {"scorer"},
     {"layouts"},
     {"sampling", "warpers"},
     {"state", "weights"},
-    {"records", "errors", "verify", "noise"},
+    {"records", "errors", "verify", "noise", "ahead"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from specdec.proposers.suffix import Suffix
     from specdec.proposers.translated import TranslatedDraft
     from specdec.records import Proposal, Round, Stats
+    from specdec.shaping import Chunk, Content, ShapedRelease, unpad
     from specdec.streaming import Tokens
     from specdec.weights.head import prune_head
     from specdec.weights.packed import Packing, pack_weights, unpack_weights
@@ -63,6 +64,7 @@ _HOMES = {
     "specdec.proposers.suffix": ("Suffix",),
     "specdec.proposers.translated": ("TranslatedDraft",),
     "specdec.records": ("Proposal", "Round", "Stats"),
+    "specdec.shaping": ("Chunk", "Content", "ShapedRelease", "unpad"),
     "specdec.streaming": ("Tokens",),
     "specdec.weights.head": ("prune_head",),
     "specdec.weights.packed": ("Packing", "pack_weights", "unpack_weights"),
@@ -71,6 +73,8 @@ _HOMES = {
 
 __all__ = [
     "Cascade",
+    "Chunk",
+    "Content",
     "DraftModel",
     "Fallback",
     "InvalidInput",
@@ -83,6 +87,7 @@ __all__ = [
     "Proposer",
     "Recycling",
     "Round",
+    "ShapedRelease",
     "SpecdecError",
     "SpeculativeGenerator",
     "Stats",
@@ -97,6 +102,7 @@ __all__ = [
     "prune_head",
     "quantize_draft",
     "unpack_weights",
+    "unpad",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Another method on a model object, for a while; the object is then as it was.
+"""Another method or setting on a model object, for a while; the object is then as it was.
 
 Knows nothing of drafts. Read next: ``generator.py``.
 """
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
+
+from specdec.weights.adapters import inner_model
 
 
 @contextmanager
@@ -31,6 +33,7 @@ def attached(target: Any, generate: Callable[..., Any]) -> Iterator[None]:
 @contextmanager
 def healing_with(target: Any, tokenizer: Any) -> Iterator[None]:
     """Let ``target.heal_tokens`` use ``tokenizer``: ``generate()`` loses it when ``custom_generate`` is given."""
+    target = inner_model(target)
     plain = target.heal_tokens
 
     @wraps(plain)
@@ -42,9 +45,16 @@ def healing_with(target: Any, tokenizer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _lent(target: Any, name: str, method: Any) -> Iterator[None]:
+def having(target: Any, config: Any) -> Iterator[None]:
+    """Let ``target``'s own ``generation_config`` be ``config``; that of the model inside too, if PEFT wraps it."""
+    with _lent(target, "generation_config", config), _lent(inner_model(target), "generation_config", config):
+        yield
+
+
+@contextmanager
+def _lent(target: Any, name: str, thing: Any) -> Iterator[None]:
     before = vars(target).get(name)
-    setattr(target, name, method)
+    setattr(target, name, thing)
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from specdec.proposers import Call, Nothing
 from specdec.records import Round, Stats
 from specdec.sampling import Sampling
 from specdec.scorer import Scorer, warn_plain
-from specdec.state import State, to_host
+from specdec.state import State, device_of, to_host
 from specdec.stopping import Watcher
 
 
@@ -187,7 +187,7 @@ def _state(
     model: Any, input_ids: Tensor, config: Any, criteria: Any, model_kwargs: dict[str, Any], guesses: int
 ) -> State:
     """The committed tokens at the start, and where rows end."""
-    prompt = input_ids.to(model.device)
+    prompt = input_ids.to(device_of(model, input_ids.device))
     if prompt.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
         raise InvalidInput(
             "the prompt is empty and the model has no bos token to begin with; give at least one token"
@@ -204,7 +204,7 @@ def _state(
         prompt,
         max_length=longest,
         max_guesses=guesses,
-        eos_ids=None if eos is None else eos.to(model.device),
+        eos_ids=None if eos is None else eos.to(prompt.device),
         pad_id=int(pad) if pad is not None else 0,
         starts=starts,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
-from typing import Any
+from typing import Any, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,7 @@ from transformers import GenerationMixin
 from specdec.assistance import Assistance, read_assistance
 from specdec.attaching import attached, healing_with
 from specdec.call import Request, follow_call, run_call
-from specdec.errors import UnsupportedOption
+from specdec.errors import InvalidInput, UnsupportedOption
 from specdec.layouts.compiled import compiled_steps
 from specdec.length import DraftLength
 from specdec.length.adaptive import ASSUMED_COST, Adaptive, Memory
@@ -43,7 +43,9 @@ from specdec.proposers.fallback import Fallback
 from specdec.proposers.prediction import Prediction, read_predictions
 from specdec.records import Stats
 from specdec.sampling import Sampling, sampling_for
+from specdec.shaping import Chunk, ShapedRelease, shaped
 from specdec.streaming import Tokens, in_threads, told
+from specdec.weights.adapters import inner_model, needs_its_wrapper
 
 
 class SpeculativeGenerator:
@@ -192,16 +194,27 @@ class SpeculativeGenerator:
         ours = {"seed": seed, "tokenizer": tokenizer, "prediction": prediction, "tenant": tenant}
         return self._enter(run_call, inputs, {**named, **kwargs}, streamer=streamer, **ours)
 
+    @overload
+    def stream(
+        self, inputs: Tensor | None = None, *, release: None = None, **kwargs: Any
+    ) -> Generator[Tokens, None, Any]: ...
+
+    @overload
+    def stream(
+        self, inputs: Tensor | None = None, *, release: ShapedRelease, **kwargs: Any
+    ) -> Generator[Chunk, None, Any]: ...
+
     def stream(
         self,
         inputs: Tensor | None = None,
         *,
+        release: ShapedRelease | None = None,
         seed: int | list[int] | None = None,
         tokenizer: Any = None,
         prediction: Any = None,
         tenant: str | list[str] | None = None,
         **kwargs: Any,
-    ) -> Generator[Tokens, None, Any]:
+    ) -> Generator[Any, None, Any]:
         """Yield tokens as they become final, row by row.
 
         Options are judged at once, the model runs when the first record is asked for. Closing the generator,
@@ -209,10 +222,14 @@ class SpeculativeGenerator:
 
         Args:
             inputs, seed, prediction, tenant, kwargs: as for ``generate()``, without ``streamer``.
+            release: chunks of one size on a fixed clock, from which nobody learns how well the draft guesses.
+                The model then runs ahead in a thread of its own.
             tokenizer: for the records' ``text``; overrides the constructor's.
 
         Yields:
-            ``Tokens``: a row, its new ids, which of them the draft guessed, the text they add.
+            ``Tokens``: a row, its new ids, which of them the draft guessed, the text they add. They tell of the
+            text more than the text itself does; where others see their number and times, give ``release``, and
+            ``Chunk`` is yielded instead.
 
         Returns:
             what ``generate()`` returns, as the value of ``StopIteration``.
@@ -223,24 +240,45 @@ class SpeculativeGenerator:
         """
         if kwargs.get("streamer") is not None:
             raise UnsupportedOption("streamer", "stream() is one itself; give it to generate()")
-        if getattr(type(self.target), "generate", None) is not GenerationMixin.generate:
+        if getattr(type(inner_model(self.target)), "generate", None) is not GenerationMixin.generate:
             raise UnsupportedOption("stream", f"{type(self.target).__name__}.generate() wants the whole text")
+        if reason := needs_its_wrapper(self.target, kwargs):
+            raise UnsupportedOption("stream", f"{reason}; call generate(), with a streamer")
+        if release is not None and not isinstance(release, ShapedRelease):
+            raise InvalidInput(f"release is a {type(release).__name__}; give a ShapedRelease(...) or None")
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
 
         @torch.no_grad()
-        def run(*args: Any, **prepared: Any) -> Generator[Tokens, None, Any]:
-            return (yield from told(follow_call(*args, **prepared), tokenizer))
+        def follow(*args: Any, **prepared: Any) -> Generator[Tokens, None, Any]:
+            words = tokenizer if release is None else None  # a release writes the text itself
+            return (yield from told(follow_call(*args, **prepared), words))
+
+        def run(request: Request, model: Any, input_ids: Tensor, **prepared: Any) -> Generator[Any, None, Any]:
+            records = follow(request, model, input_ids, **prepared)
+            return records if release is None else shaped(records, len(input_ids), tokenizer, release)
 
         ours = {"seed": seed, "tokenizer": tokenizer, "prediction": prediction, "tenant": tenant}
-        records: Generator[Tokens, None, Any] = self._enter(run, inputs, kwargs, streamer=None, **ours)
+        records: Generator[Any, None, Any] = self._enter(run, inputs, kwargs, streamer=None, **ours)
         return records
 
-    def astream(self, inputs: Tensor | None = None, **kwargs: Any) -> AsyncGenerator[Tokens, None]:
-        """``stream()`` for ``async for``: every round runs in a thread of the event loop's pool.
+    @overload
+    def astream(
+        self, inputs: Tensor | None = None, *, release: None = None, **kwargs: Any
+    ) -> AsyncGenerator[Tokens, None]: ...
 
-        A task that is cancelled waits for the round that is under way, no longer.
+    @overload
+    def astream(
+        self, inputs: Tensor | None = None, *, release: ShapedRelease, **kwargs: Any
+    ) -> AsyncGenerator[Chunk, None]: ...
+
+    def astream(
+        self, inputs: Tensor | None = None, *, release: Any = None, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """``stream()`` for ``async for``: every round, or wait for a tick, is in a thread of the event loop's pool.
+
+        A task that is cancelled waits for the round or the tick that is under way, no longer.
         """
-        return in_threads(self.stream(inputs, **kwargs))
+        return in_threads(self.stream(inputs, release=release, **kwargs))
 
     def attached(self) -> AbstractContextManager[None]:
         """Make ``target.generate`` itself speculative inside ``with``, for pipelines and any code that calls it.

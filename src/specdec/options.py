@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from specdec.assistance import UNDERSTOOD
+from specdec.attaching import having
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
 from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
@@ -26,7 +27,8 @@ from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import WORDS, check_sizes, one_behind_another
 from specdec.sampling import VERIFICATIONS
 from specdec.scorer import LAYOUTS
-from specdec.weights.quantized import quantize_draft
+from specdec.weights.adapters import inner_model
+from specdec.weights.quantized import has_two_weights, quantize_draft
 
 PLAIN = "call target.generate() for it"
 OURS = "drafting is what SpeculativeGenerator does; set `draft` and `num_draft_tokens` there"
@@ -64,6 +66,11 @@ def check_constructor(target: Any, num_draft_tokens: Any, verification: Any, lay
     if not hasattr(target, "generate") or not hasattr(target, "config"):
         raise UnsupportedModel(
             f"the target is a {type(target).__name__}; wanted is a Hugging Face model with generate()"
+        )
+    if isinstance(target, torch.nn.Module) and has_two_weights(target):
+        raise UnsupportedModel(
+            "the target was made by quantize_draft(keep=True): a pass over several tokens computes with other "
+            "weights than one over a single token. Make it with keep=False, or give the model itself"
         )
     whole = isinstance(num_draft_tokens, int) and not isinstance(num_draft_tokens, bool)
     if num_draft_tokens != "auto" and not (whole and num_draft_tokens >= 0):
@@ -116,6 +123,7 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
             f"the draft is a {type(draft).__name__}; wanted is a Hugging Face model, an object with "
             f"propose(state, limits), one of {', '.join(map(repr, WORDS))}, a list of such, or None"
         )
+    draft = inner_model(draft)
     if draft.config.is_encoder_decoder != target.config.is_encoder_decoder:
         raise UnsupportedModel(
             "draft and target must both be decoder-only or both be encoder-decoder models; "
@@ -277,14 +285,8 @@ def with_stop_strings(
         config = _without(config)
     # the model's own default would come back under the one we took out: lend it a copy without
     lent = _without(own)
-    if lent is own:
+    with nullcontext() if lent is own else having(target, lent):
         yield config, user, given
-        return
-    target.generation_config = lent
-    try:
-        yield config, user, given
-    finally:
-        target.generation_config = own
 
 
 def _without(config: Any) -> Any:

@@ -84,6 +84,9 @@ class Round:
 class Stats:
     """What a call of ``generate()`` did.
 
+    Counts and times tell how well the text could be guessed, and so something of the text itself (2411.01076):
+    show them to those who may read it (``docs/private-streaming.md``).
+
     Attributes:
         rounds: target passes that emitted tokens; the prefill is the first.
         drafted: guesses submitted for rows that had not ended.

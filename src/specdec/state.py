@@ -9,6 +9,8 @@ one memory. Knows no model and no rule of verification. Read next: ``proposers/_
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -227,6 +229,12 @@ def put(buffer: Tensor, first: np.ndarray, values: Tensor) -> None:
         return
     columns = torch.from_numpy(first).to(buffer.device, non_blocking=True)[:, None]
     buffer.scatter_(1, columns + torch.arange(width, device=buffer.device), values)
+
+
+def device_of(model: Any, given: torch.device) -> torch.device:
+    """Where ``model`` takes its inputs; ``given`` where its first weights are offloaded and hooks move inputs."""
+    device: torch.device = model.device
+    return given if device.type == "meta" else device
 
 
 def to_host(tensor: Tensor) -> np.ndarray:

@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from specdec.ahead import surroundings
 from specdec.records import Round
 from specdec.state import State
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """New tokens of one row.
+    """New tokens of one row; their number and ``from_draft`` tell how well the text could be guessed.
 
     Args:
         row: which row of the batch.
@@ -52,12 +55,21 @@ def told(
         yield from teller.tell(state, round_, final)
 
 
-async def in_threads(records: Generator[Tokens, None, Any]) -> AsyncGenerator[Tokens, None]:
-    """``records`` for an event loop: every step runs in a thread of its pool, and none outlives the iteration."""
-    step: asyncio.Future[Tokens | None] | None = None
+async def in_threads(records: Generator[Record, None, Any]) -> AsyncGenerator[Record, None]:
+    """``records`` for an event loop: every step runs in a thread of its pool, and none outlives the iteration.
+
+    The threads see what torch keeps for each thread (autocast, inference mode) as it is in the loop's.
+    """
+    loop, within = asyncio.get_running_loop(), surroundings()
+
+    def advance() -> Record | None:
+        with within():
+            return next(records, None)
+
+    step: asyncio.Future[Record | None] | None = None
     try:
         while True:
-            step = asyncio.get_running_loop().run_in_executor(None, next, records, None)
+            step = loop.run_in_executor(None, advance)
             record = await asyncio.shield(step)
             if record is None:
                 return
@@ -65,7 +77,8 @@ async def in_threads(records: Generator[Tokens, None, Any]) -> AsyncGenerator[To
     finally:
         if step is not None and not step.done():
             await asyncio.wait([step])
-        records.close()
+        # what runs ahead in a thread of its own ends its round first
+        await asyncio.shield(loop.run_in_executor(None, records.close))
 
 
 class _Teller:
@@ -76,7 +89,7 @@ class _Teller:
         self._told = np.full(state.batch, state.prompt_length, dtype=np.int64)
         self._ended = np.zeros(state.batch, dtype=bool)
         self._guessed = np.zeros_like(state.host_tokens, dtype=bool)
-        self._texts = None if tokenizer is None else [_Text(tokenizer) for _ in range(state.batch)]
+        self._texts = None if tokenizer is None else [Text(tokenizer) for _ in range(state.batch)]
 
     def tell(self, state: State, round_: Round, final: np.ndarray) -> list[Tokens]:
         """One record for every row with news.
@@ -101,7 +114,7 @@ class _Teller:
         return records
 
 
-class _Text:
+class Text:
     """Ids to text, piece by piece: the text of a token depends on the ones before it."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -110,6 +123,7 @@ class _Text:
         self._context = self._read = 0  # tokens to decode with, tokens whose text was given out
 
     def add(self, ids: list[int], ended: bool) -> str:
+        """What ``ids`` add; ``ended`` gives out what was waiting for the rest of a character."""
         self._ids += ids
         before = self._decode(self._ids[self._context : self._read])
         now = self._decode(self._ids[self._context :])

@@ -27,6 +27,7 @@ from specdec.layouts.compiled import CompiledSteps
 from specdec.layouts.handover import cached_columns, give_back, is_callers
 from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.slot_cache import SlotCache, SlotLayer, slot_layer
+from specdec.state import device_of
 
 BLOCK = 64
 
@@ -204,7 +205,7 @@ class Slots:
             self._steps.lend(self._cache)
         prompt = self._prompt_mask
         if prompt is None:
-            device = self._model.device
+            device = device_of(self._model, self._cache.device)
             self._mask = torch.ones(batch, room, dtype=torch.int64, device=device)
         else:
             self._mask = torch.nn.functional.pad(prompt, (0, room - prompt.shape[1]), value=1)

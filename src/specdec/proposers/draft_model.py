@@ -23,7 +23,8 @@ from specdec.layouts.compiled import CompiledSteps, compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
-from specdec.state import State, in_common, put, to_host
+from specdec.state import State, device_of, in_common, put, to_host
+from specdec.weights.adapters import inner_model
 
 
 class DraftModel:
@@ -45,10 +46,10 @@ class DraftModel:
         """
         if confidence is not None and not 0 <= confidence <= 1:
             raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
-        self.model = model
+        self.model = inner_model(model)
         self._confidence = confidence
         self._layout = layout
-        self._steps = compiled_steps(model) if compile else None
+        self._steps = compiled_steps(self.model) if compile else None
 
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call: the draft's prompt is prepared by its own ``generate()``."""
@@ -82,7 +83,7 @@ class _Run:
     ) -> None:
         self._call = call
         self._confidence = confidence
-        self._device = model.device
+        self._device = device_of(model, call.prompt.device)
         on_cpu = self._device.type == "cpu"
         self._goes_on = call.goes_on if confidence is None and on_cpu else None
         self._begins = call.begins if self._goes_on and call.begins else always

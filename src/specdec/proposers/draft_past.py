@@ -22,7 +22,7 @@ from specdec.proposers import Call
 from specdec.proposers.draft_model import _prepare, embedded
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
-from specdec.state import State
+from specdec.state import State, device_of
 
 
 class DraftPast:
@@ -38,7 +38,7 @@ class DraftPast:
         """Nothing is fed before the first guess is asked for: only then is the prompt's padding known."""
         self._model, self._call, self._translator, self._layout = model, call, translator, layout
         self._steps = steps
-        self.device = model.device
+        self.device = device_of(model, call.prompt.device)
         self._embeds = embedded(model)
         self._scorer: Scorer | None = None
         self._failed = False

@@ -29,7 +29,7 @@ from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
 from specdec.records import Proposal, Round
 from specdec.sampling import Greedy
-from specdec.state import State, to_host
+from specdec.state import State, device_of, to_host
 
 METHODS = ("auto", "tokens", "strings")
 # below this part of the smaller vocabulary the draft's rows lose too much by being cut to the shared ids
@@ -102,7 +102,7 @@ class TranslatedDraft:
 
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call."""
-        stop = _Stop(call, self._confidence, self.model.device)
+        stop = _Stop(call, self._confidence, device_of(self.model, call.prompt.device))
         past = DraftPast(self.model, call, self._translator, self._layout, self._steps)
         method, reason = self.choose(greedy=isinstance(call.sampling, Greedy))
         described = f"{method}: {reason}; {self._part:.0%} of the smaller vocabulary is shared"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdec.errors import InvalidInput, UnsupportedModel
+from specdec.weights.adapters import without_adapters
 from specdec.weights.share import shared_copy
 
 GROUP = 32  # neighbours in a row that share scale and zero
@@ -32,7 +33,8 @@ def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
     after moving and converting: the result stays on its device and in its dtype.
 
     Args:
-        model: a decoder-only model in bfloat16, float16 or float32; left as it is.
+        model: a decoder-only model in bfloat16, float16 or float32; left as it is. Its adapters (PEFT), which
+            come and go with the target's, are left out.
         kind: "int4" or "int8".
         keep: passes over many tokens (prompts, large batches) go through the weights given, which are faster
             there, and therefore stay in memory. False lets go of them: least memory, slow prompts.
@@ -51,6 +53,7 @@ def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
             f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be quantised here. "
             "Give a smaller model as draft"
         )
+    model = without_adapters(model)
     layers: dict[torch.nn.Module, torch.nn.Module] = {}
     for module in model.modules():
         if type(module) is torch.nn.Linear and KINDS[kind].takes(module):
@@ -62,6 +65,11 @@ def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
             f"{GROUP}. Give a smaller model as draft"
         )
     return shared_copy(model, layers)
+
+
+def has_two_weights(model: Any) -> bool:
+    """Whether ``model`` computes wide passes with other weights than narrow ones, as ``keep`` has it."""
+    return any(isinstance(module, _Quantized) and module._given for module in model.modules())
 
 
 class _Quantized(torch.nn.Module):

@@ -1,0 +1,550 @@
+"""stream(release=ShapedRelease(...)): what is seen from outside is a function of the text's length alone.
+
+The trace is the times and sizes of a row's chunks. Times are virtual: a clock that only `sleep` moves.
+"""
+
+import asyncio
+import gc
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec import Chunk, InvalidInput, ShapedRelease, SpeculativeGenerator, Tokens, shaping, unpad
+from specdec.shaping import on_a_clock
+
+from .contract import NEW, llama, oracle, plain, prompts, speculative
+from .test_streaming import GREEDY, START, Broken, drain, of_a_call, tokenizer  # noqa: F401
+
+HEADER = 3
+
+
+class Clock:
+    """Seconds that pass when somebody sleeps."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        assert seconds >= 0
+        self.now += seconds
+
+
+class Script:
+    """A source whose records come at set times after its start."""
+
+    def __init__(self, clock, timed):
+        self.clock, self.timed, self.closed = clock, sorted(timed, key=lambda pair: pair[0]), False
+
+    def start(self):
+        self.began = self.clock()
+
+    def wait(self):
+        self.clock.now = self.began + self.timed[0][0]
+
+    def taken(self):
+        found = [record for at, record in self.timed if self.began + at <= self.clock() + 1e-9]
+        self.timed = self.timed[len(found) :]
+        return found
+
+    def result(self):
+        return "the end"
+
+    def close(self):
+        self.closed = True
+
+
+def text_of(rng, row, tokens, release, *, late=False):
+    """Records of a row of ``tokens`` ids in rounds of random sizes, on time unless ``late``."""
+    timed, told, now = [], 0, 0.0
+    while told < tokens:
+        size = int(min(rng.integers(1, 8), tokens - told))
+        due = (told // release.tokens_per_chunk + 1) * release.interval
+        if told:
+            now = max(now, float(rng.uniform(now, due * (3 if late else 0.999))))
+        ids = tuple(int(i) for i in rng.integers(0, 64, size))
+        flags = tuple(bool(i) for i in rng.integers(0, 2, size))
+        told += size
+        timed.append((now, Tokens(row, ids, flags, None, told == tokens)))
+    return timed
+
+
+def traces(timed, rows, release, words=None, delay=lambda: 0.0):
+    """For each row: (seconds since the clock started, bytes) of every chunk; and the ids that arrived."""
+    clock = Clock()
+    release = ShapedRelease(
+        release.tokens_per_chunk, release.interval, release.pad_to, release.bucket, release.first_after,
+        clock, clock.sleep,
+    )  # fmt: skip
+    script = Script(clock, timed)
+    seen, contents = [[] for _ in range(rows)], [[] for _ in range(rows)]
+    for chunk in on_a_clock(script, rows, words, release):
+        seen[chunk.row].append((round(clock() - script.began, 6), len(chunk.payload)))
+        contents[chunk.row].append(unpad(chunk.payload))
+        clock.now += delay()
+    assert script.closed
+    return seen, contents
+
+
+def wanted(tokens, release):
+    """The trace of a row of ``tokens`` tokens: this is all that may be seen."""
+    chunks = -(-tokens // release.tokens_per_chunk)
+    chunks = -(-chunks // release.bucket) * release.bucket
+    first = release.first_after or 0.0
+    return [(round(first + i * release.interval, 6), release.pad_to) for i in range(1, chunks + 1)]
+
+
+def assert_only_the_length_shows(rng, lengths, release):
+    """Two texts of the same lengths, with other ids, rounds and times: their traces are what the length says."""
+    for _ in range(2):
+        timed = [pair for row, n in enumerate(lengths) for pair in text_of(rng, row, n, release)]
+        told = sorted(timed, key=lambda pair: pair[0])
+        said = [[i for _, r in told if r.row == row for i in r.ids] for row in range(len(lengths))]
+        seen, contents = traces(timed, len(lengths), release)
+        assert seen == [wanted(length, release) for length in lengths]
+        for row in range(len(lengths)):
+            assert [i for content in contents[row] for i in content.ids] == said[row]
+            assert contents[row][-1].ended
+        if len(lengths) == 1:  # a reader that takes its time over a chunk does not move the ticks
+            seen, _ = traces(timed, 1, release, delay=lambda: float(rng.uniform(0, 0.999 * release.interval)))
+            assert seen == [wanted(lengths[0], release)]
+
+
+CASES = st.tuples(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 8),
+    st.sampled_from([None, 0.7]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CASES)
+def test_the_trace_is_a_function_of_the_length_alone(case):
+    seed, lengths, tokens, bucket, spare, first = case
+    release = ShapedRelease(tokens, 0.25, HEADER + 4 * tokens + spare, bucket, first)
+    assert_only_the_length_shows(np.random.default_rng(seed), lengths, release)
+
+
+def assert_lateness_does_not_show():
+    """Chunks go out whether or not there is something in them; returns how often there were more at the end."""
+    rng = np.random.default_rng(0)
+    release = ShapedRelease(3, 0.5, HEADER + 12, bucket=2)
+    more = 0
+    for _ in range(50):
+        timed = text_of(rng, 0, 20, release, late=True)
+        (seen,), (contents,) = traces(timed, 1, release)
+        on_time = wanted(20, release)
+        assert len(seen) % 2 == 0
+        assert seen[: len(on_time)] == on_time
+        assert seen == [(round(i * 0.5, 6), HEADER + 12) for i in range(1, len(seen) + 1)]
+        assert [i for c in contents for i in c.ids] == [i for _, r in timed for i in r.ids]
+        more += len(seen) > len(on_time)
+    return more
+
+
+def test_a_late_text_keeps_times_and_sizes():
+    assert assert_lateness_does_not_show() > 10
+
+
+def test_late_tokens_catch_up_where_there_is_room():
+    release = ShapedRelease(2, 1.0, HEADER + 4 * 8)
+    first, rest = Tokens(0, (1,), (False,), None, False), Tokens(0, tuple(range(2, 9)), (True,) * 7, None, True)
+    _, (contents,) = traces([(0.0, first), (3.5, rest)], 1, release)
+    assert [content.ids for content in contents] == [(1,), (), (), (2, 3, 4, 5, 6, 7, 8)]
+
+
+def test_what_was_guessed_is_not_told():
+    release = ShapedRelease(2, 1.0, 16)
+    sent = []
+    for guessed in (True, False):
+        clock = Clock()
+        record = Tokens(0, (5, 6, 7), (guessed,) * 3, None, True)
+        timed = ShapedRelease(2, 1.0, 16, clock=clock, sleep=clock.sleep)
+        sent.append(list(on_a_clock(Script(clock, [(0.0, record)]), 1, None, timed)))
+    assert sent[0] == sent[1]
+    assert set(Chunk.__slots__) == {"row", "payload"}
+    assert release.pad_to == len(sent[0][0].payload)
+
+
+# --- mutants: releases that leak ------------------------------------------------------------------
+
+
+class FlushesAtTheEnd(shaping._Row):
+    """What is left of a row leaves as soon as the row has ended."""
+
+    def chunk(self, tick):
+        return super().chunk(10**6 if self._ended else tick)
+
+
+class StopsAtTheEnd(shaping._Row):
+    """No chunks behind the end."""
+
+    def complete(self, tick):
+        return self._empty()
+
+
+class PadsToTheContent(shaping._Row):
+    """A chunk is as long as what is in it."""
+
+    def chunk(self, tick):
+        whole = super().chunk(tick)
+        return Chunk(whole.row, whole.payload[: HEADER + shaping.HEADER.unpack_from(whole.payload)[1]])
+
+
+class LetsOutWhatCame(shaping._Row):
+    """All tokens that have come leave at the next tick."""
+
+    def chunk(self, tick):
+        return super().chunk(10**6)
+
+
+@pytest.mark.parametrize("mutant", [FlushesAtTheEnd, StopsAtTheEnd, PadsToTheContent, LetsOutWhatCame])
+def test_leaky_releases_are_caught(mutant, monkeypatch):
+    def check():
+        rng = np.random.default_rng(1)
+        for _ in range(20):
+            release = ShapedRelease(3, 0.25, HEADER + 4 * 12, bucket=3)
+            assert_only_the_length_shows(rng, [int(rng.integers(1, 40))], release)
+
+    check()
+    monkeypatch.setattr(shaping, "_Row", mutant)
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("leaks", ["leaves out empty chunks", "waits for tokens"])
+def test_a_release_that_shows_lateness_is_caught(leaks, monkeypatch):
+    """One that has nothing to say and does not say it, or says it later."""
+    true = on_a_clock
+
+    def silent(*arguments):
+        for chunk in true(*arguments):
+            content = unpad(chunk.payload)
+            if content.ids or content.ended:
+                yield chunk
+
+    def waiting(source, rows, words, release):
+        for chunk in true(source, rows, words, release):
+            if not unpad(chunk.payload).ids:
+                release.sleep(release.interval / 2)
+            yield chunk
+
+    monkeypatch.setitem(globals(), "on_a_clock", silent if leaks.startswith("leaves") else waiting)
+    with pytest.raises(AssertionError):
+        assert_lateness_does_not_show()
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [4, 7, 40])
+def test_text_in_bytes(tokenizer, room):  # noqa: F811
+    """Characters are never divided, and what does not fit waits."""
+    written = "äAöB€ und 😀."
+    ids = list(written.encode())
+    release = ShapedRelease(3, 0.5, HEADER + room, bucket=2)
+    texts = set()
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        cuts = [0, *sorted(rng.choice(np.arange(1, len(ids)), 4, replace=False).tolist()), len(ids)]
+        timed = [
+            (0.0, Tokens(0, tuple(ids[a:b]), (True,) * (b - a), None, b == len(ids)))
+            for a, b in itertools.pairwise(cuts)
+        ]
+        (seen,), (contents,) = traces(timed, 1, release, tokenizer)
+        assert "".join(content.text for content in contents) == written
+        assert {content.ids for content in contents} == {None}
+        texts.add(tuple(content.text for content in contents))
+        assert len(seen) == -(-max(len(ids) / 3, len(ids) / room) // 2) * 2 or room == 4
+    assert len(texts) == 1, "what leaves when is a function of the text"
+
+
+def test_half_a_character_at_the_end_comes_out(tokenizer):  # noqa: F811
+    release = ShapedRelease(3, 0.5, 32)
+    record = Tokens(0, (65, 195), (False, False), None, True)
+    _, (contents,) = traces([(0.0, record)], 1, release, tokenizer)
+    assert "".join(content.text for content in contents) == "A\ufffd"
+
+
+# --- through the front door -----------------------------------------------------------------------
+
+
+class Patient(Clock):
+    """Sleeps, in no time, until the call of ``gen`` has made all its tokens: the model is never late."""
+
+    def sleep(self, seconds):
+        super().sleep(seconds)
+        while not self.gen.stats.seconds:
+            time.sleep(0.001)
+
+
+def patient(gen, *numbers, **options):
+    clock = Patient()
+    clock.gen = gen
+    return clock, ShapedRelease(*numbers, clock=clock, sleep=clock.sleep, **options)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_chunks_are_the_text(ends, batch):
+    free = plain(llama(), prompts(batch))
+    options = {**GREEDY, "eos_token_id": int(free[0, START + 3])} if ends else GREEDY
+    expected = llama().generate(**prompts(batch), **options)
+    seen = []
+    for draft in (None, "noisy", oracle(free), oracle(free, wrong={START + 2, START + 4})):
+        gen = speculative(llama(), draft)
+        clock, release = patient(gen, 2, 0.5, 24, bucket=3)
+        trace, rows = [], [[] for _ in range(batch)]
+        records = gen.stream(**prompts(batch), **options, release=release)
+        while True:
+            try:
+                chunk = next(records)
+            except StopIteration as end:
+                out = end.value
+                break
+            trace.append((clock() - 100, chunk.row, len(chunk.payload)))
+            rows[chunk.row] += unpad(chunk.payload).ids
+        assert out.tolist() == expected.tolist()
+        emitted = gen.stats.row_emitted
+        assert rows == [expected[row, START : START + emitted[row]].tolist() for row in range(batch)]
+        seen.append(trace)
+    assert gen.stats.accepted > 0
+    assert seen[0] == seen[1] == seen[2] == seen[3], "acceptance shows"
+
+
+def test_two_prompts_with_texts_of_one_length():
+    one, other = ({"input_ids": prompts(3)["input_ids"][row : row + 1, skip:]} for row, skip in ((0, 0), (1, 3)))
+    seen, accepted = [], []
+    for inputs, wrong in ((one, ()), (other, range(0, 99, 2))):
+        gen = speculative(llama(), oracle(plain(llama(), inputs), wrong=set(wrong)))
+        clock, release = patient(gen, 4, 0.5, 24)
+        chunks = gen.stream(**inputs, **GREEDY, release=release)
+        seen.append([(clock(), len(chunk.payload)) for chunk in chunks])
+        accepted.append(gen.stats.accepted)
+    assert seen[0] == seen[1]
+    assert accepted[0] > accepted[1]
+
+
+def test_a_tick_falls_into_a_round():
+    """The clock does not wait for the model: chunks without content leave while a round is under way."""
+    gate = threading.Event()
+
+    def slow(ids, scores):
+        assert ids.shape[1] <= START + 1 or gate.wait(30)
+        return False
+
+    clock = Clock()
+    release = ShapedRelease(4, 0.5, 24, clock=clock, sleep=clock.sleep)
+    gen = speculative(llama(), "noisy")
+    chunks = gen.stream(**prompts(1), **GREEDY, stopping_criteria=[slow], release=release)
+    early = [unpad(next(chunks).payload) for _ in range(4)]
+    assert [len(content.ids) for content in early] == [1, 0, 0, 0]
+    gate.set()
+    ids = list(early[0].ids)
+    for chunk in chunks:
+        ids += unpad(chunk.payload).ids
+        time.sleep(0.001)
+    assert ids == plain(llama(), prompts(1))[0, START:].tolist()
+
+
+def test_several_samples_a_prompt():
+    gen = speculative(llama(), "noisy")
+    _, release = patient(gen, 4, 0.5, 24)
+    options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 2, "seed": 3}
+    chunks = list(gen.stream(**prompts(3), **options, release=release))
+    assert [chunk.row for chunk in chunks] == list(range(6))
+
+
+def test_words(tokenizer):  # noqa: F811
+    gen = SpeculativeGenerator(llama(), "ngram", num_draft_tokens=3, tokenizer=tokenizer)
+    _, release = patient(gen, 4, 0.5, 64)
+    chunks, out = drain(gen.stream(**prompts(1), **GREEDY, release=release))
+    text = "".join(unpad(chunk.payload).text for chunk in chunks)
+    assert text == tokenizer.decode(out[0, START:])
+
+
+# --- cancelling, errors, threads ------------------------------------------------------------------
+
+
+def runners():
+    return [thread for thread in threading.enumerate() if thread.name == "specdec-ahead"]
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "never begun"])
+def test_cancelled_calls_leave_nothing(how):
+    gen = speculative(llama(), "noisy")
+    gen.generate(**prompts(3), **GREEDY)
+    found = len(of_a_call())
+    for number in range(50):
+        clock = Clock()
+        release = ShapedRelease(1, 0.5, 24, clock=clock, sleep=clock.sleep)
+        chunks = gen.stream(**prompts(3), max_new_tokens=200, do_sample=False, release=release)
+        if how != "never begun":
+            for _ in range(1 + number % 5):
+                next(chunks)
+        if how == "closed":
+            chunks.close()
+        del chunks
+        assert not runners()
+    assert len(of_a_call()) == found
+    assert gen.generate(**prompts(3), **GREEDY).tolist() == plain(llama(), prompts(3)).tolist()
+
+
+def test_closing_needs_no_garbage_collector():
+    gen = speculative(llama(), "noisy")
+    gc.collect()
+    gc.disable()
+    try:
+        before = len([thing for thing in gc.get_objects() if type(thing).__name__ == "SlotCache"])
+        chunks = gen.stream(**prompts(3), max_new_tokens=200, do_sample=False, release=ShapedRelease(1, 1e-3, 24))
+        next(chunks)
+        chunks.close()
+        assert len([thing for thing in gc.get_objects() if type(thing).__name__ == "SlotCache"]) == before
+    finally:
+        gc.enable()
+
+
+def test_an_error_in_the_middle_reaches_the_consumer():
+    def breaks(ids, scores):
+        if ids.shape[1] > START + 2:
+            raise Broken
+        return False
+
+    clock = Clock()
+    release = ShapedRelease(1, 0.5, 24, clock=clock, sleep=clock.sleep)
+    chunks = speculative(llama(), "noisy").stream(
+        **prompts(1), stopping_criteria=[breaks], **GREEDY, release=release
+    )
+    with pytest.raises(Broken):
+        drain(chunks)
+    assert not runners()
+
+
+def test_in_an_event_loop():
+    gen = speculative(llama(), "noisy")
+
+    async def collect():
+        release = ShapedRelease(4, 1e-3, 24)
+        return [unpad(chunk.payload) async for chunk in gen.astream(**prompts(1), **GREEDY, release=release)]
+
+    ids = [i for content in asyncio.run(collect()) for i in content.ids]
+    assert ids == plain(llama(), prompts(1))[0, START:].tolist()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "left"])
+def test_async_cancelled_in_the_middle(how):
+    gen = speculative(llama(), "noisy")
+    gen.generate(**prompts(3), **GREEDY)
+    found = len(of_a_call())
+    release = ShapedRelease(1, 1e-3, 24)
+    options = {**prompts(3), "max_new_tokens": 200, "do_sample": False, "release": release}
+
+    async def cancelled():
+        came = asyncio.Event()
+
+        async def consume():
+            async for _ in gen.astream(**options):
+                came.set()
+
+        task = asyncio.create_task(consume())
+        await came.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def left():
+        async for _ in gen.astream(**options):
+            break
+
+    for _ in range(5):
+        asyncio.run({"cancelled": cancelled, "left": left}[how]())
+        assert not runners()
+    assert len(of_a_call()) == found
+
+
+@pytest.mark.parametrize("door", ["stream", "release", "astream"])
+def test_other_threads_see_what_torch_keeps_for_each(door):
+    """Autocast and inference mode change the numbers, and hold for one thread only."""
+    seen = []
+
+    class Looks:
+        specdec_pure = True
+
+        def __call__(self, ids, scores):
+            seen.append(
+                (torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+            )
+            return scores
+
+    gen = SpeculativeGenerator(llama(), "ngram", num_draft_tokens=3)
+    options = {**prompts(1), **GREEDY, "logits_processor": [Looks()]}
+    release = ShapedRelease(4, 1e-3, 24) if door == "release" else None
+
+    async def collect():
+        async for _ in gen.astream(**options):
+            pass
+
+    def run():
+        if door == "astream":
+            asyncio.run(collect())
+        else:
+            list(gen.stream(**options, release=release))
+
+    run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run()
+    with torch.inference_mode():
+        run()
+    assert set(seen) == {(False, False, False), (True, False, False), (False, True, False)}
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"tokens_per_chunk": 0}, "tokens_per_chunk=0"),
+        ({"tokens_per_chunk": True}, "tokens_per_chunk=True"),
+        ({"interval": 0}, "interval=0"),
+        ({"interval": float("inf")}, "interval=inf"),
+        ({"interval": None}, "interval=None"),
+        ({"pad_to": 6}, "pad_to=6"),
+        ({"pad_to": 70000}, "pad_to=70000"),
+        ({"bucket": 0}, "bucket=0"),
+        ({"first_after": -1.0}, "first_after"),
+    ],
+)
+def test_numbers_out_of_range(changed, named):
+    with pytest.raises(InvalidInput, match=named):
+        ShapedRelease(**{"tokens_per_chunk": 4, "interval": 0.5, "pad_to": 32, **changed})
+
+
+def test_a_release_of_another_kind():
+    with pytest.raises(InvalidInput, match="ShapedRelease"):
+        speculative(llama(), None).stream(**prompts(1), release=4)
+
+
+def test_the_room_of_a_chunk():
+    clock = Clock()
+    release = ShapedRelease(2, 1.0, HEADER + 0xFFFF, clock=clock, sleep=clock.sleep)
+    record = Tokens(0, tuple(range(NEW)), (False,) * NEW, None, True)
+    (payload, *_) = [c.payload for c in on_a_clock(Script(clock, [(0.0, record)]), 1, None, release)]
+    assert len(payload) == HEADER + 0xFFFF
+
+
+@pytest.mark.parametrize("payload", [b"", b"\0\0", b"\0\0\x05abc"])
+def test_no_payload(payload):
+    with pytest.raises(InvalidInput, match="payload"):
+        unpad(payload)
