@@ -35,8 +35,8 @@ LEVELS = [
     {"processing", "stopping", "streaming"},
     {"scorer"},
     {"layouts"},
-    {"sampling", "warpers"},
-    {"state", "weights"},
+    {"sampling", "warpers", "stepwise"},
+    {"state", "weights", "structured"},
     {"records", "errors", "verify", "noise", "ahead"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

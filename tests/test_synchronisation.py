@@ -154,7 +154,7 @@ def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4, g
         }
         config = SimpleNamespace(prefill_chunk_size=None)
         for room in (draft_model, past):
-            monkeypatch.setattr(room, "_prepare", lambda model, call, _: (call.prompt, dict(kwargs), config, model))
+            monkeypatch.setattr(room, "prepare", lambda model, call, _: (call.prompt, dict(kwargs), config, model))
         sampling = sampling_of(state)
         processing = Processing(processors)
         call = Call(target, prompt, {}, PROMPT + NEW, processing, sampling)

@@ -26,6 +26,7 @@ from specdec.loop import decode
 from specdec.outputs import Collector
 from specdec.processing import Processing
 from specdec.proposers import Call, Nothing
+from specdec.proposers.jump import begun
 from specdec.records import Round, Stats
 from specdec.sampling import Sampling
 from specdec.scorer import Scorer, warn_plain
@@ -107,14 +108,14 @@ def follow_call(
     # the prompt draws the first token, and a guess needs room for itself and one more
     room = state.max_length - state.prompt_length > 2
     collector = Collector(generation_config, state, model, model_kwargs)
-    speculates = room and not isinstance(request.proposer, Nothing) and length.most > 0
-    speculates = speculates and not collector.keeps_attentions
+    processing = Processing(logits_processor, state.tokens[:, : state.prompt_length])
+    guesses = processing.foresees or not isinstance(request.proposer, Nothing)
+    speculates = room and guesses and length.most > 0 and not collector.keeps_attentions
     length = length if speculates else Fixed(0)
     inputs = _repeated(request.inputs, state.batch)
     sampling = request.sampling(
         generation_config.do_sample, request.seed, state.device, lambda: _prompts(state, inputs)
     )
-    processing = Processing(logits_processor)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     target = Scorer(
@@ -126,12 +127,13 @@ def follow_call(
         returns_cache=_cache_is_seen(generation_config, model_kwargs),
         steps=request.steps,
     )
-    proposer = request.proposer if speculates else Nothing()
-    if speculates and hasattr(proposer, "begin"):
+    proposer: Any = Nothing()
+    if speculates:
         prompt = state.tokens[:, : state.prompt_length]
         # by rejection the text depends on the guesses, and a given seed promises one text
         promised = request.seed is not None and sampling.keeps_logits
-        proposer = proposer.begin(
+        proposer = begun(
+            request.proposer,
             Call(
                 target=model,
                 prompt=prompt,
@@ -144,7 +146,7 @@ def follow_call(
                 tenants=request.tenants,
                 clock=None if promised else clock,
                 own_length=length.within,
-            )
+            ),
         )
     watcher = Watcher(stopping_criteria, streamer, state)
     if processing.in_lockstep and watcher.watches:
@@ -168,6 +170,7 @@ def follow_call(
     if streamer is not None:
         streamer.end()
     _finish(stats, state, target, proposer)
+    stats.host_copies += processing.host_copies
     if length.most > 0 and target.settled and stats.layout == "plain" and request.layout == "auto":
         warn_plain(model, "several tokens in one forward do not give the scores of one-token steps")
     sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)

@@ -73,7 +73,7 @@ def decode(
         target.rollback(state.tokens, state.lengths - 1, state.live)
         if state.done:
             return
-        limits = _limits(state, target, length, processing.in_lockstep)
+        limits = _limits(state, target, length, processing)
         scored = clock()
         proposal = checked(proposer.propose(state, limits), state, limits)
         drafted = clock()
@@ -94,17 +94,24 @@ def _verify(
     """(accepted, next token, processed scores) for the target's ``logits`` (B, K + 1, V)."""
     if processing.in_lockstep:
         return verify_in_lockstep(logits.float(), state, proposal, processing, sampling)
-    scores = processing.target(logits, state.tokens, state.lengths)
-    submitted = torch.from_numpy(np.where(state.live, proposal.lengths, 0)).to(state.device)
+    guesses = np.where(state.live, proposal.lengths, 0)
+    scores = processing.target(logits, state.tokens, state.lengths, np.where(state.live, guesses + 1, 0))
+    submitted = torch.from_numpy(guesses).to(state.device)
     positions = state.device_lengths - state.prompt_length
     accepted, next_token = sampling.verify(scores, proposal.tokens, submitted, proposal.logits, positions)
     return accepted, next_token, scores
 
 
-def _limits(state: State, target: Scorer, length: DraftLength, in_lockstep: bool) -> np.ndarray:
+def _limits(state: State, target: Scorer, length: DraftLength, processing: Processing) -> np.ndarray:
     """(B,) guesses that each row may submit: the draft length, cut to the room left and the layout's reach."""
     limits: np.ndarray = np.minimum(state.room(), target.reach(state.lengths, state.live))
-    if in_lockstep:
+    if processing.in_lockstep:
         limits = np.where(state.live, limits[state.live].min(), 0)
-    limits = np.minimum(limits, length.next(int(limits.max())))
+    drafted = length.next(int(limits.max()))
+    if not processing.foresees or drafted >= length.most:
+        limits = np.minimum(limits, drafted)
+        return limits
+    known = processing.foresee(state.tokens, state.lengths, np.minimum(limits, length.most))
+    runs = np.array([len(ids) for ids in known], dtype=np.int64)
+    limits = np.minimum(limits, np.maximum(drafted, np.minimum(runs, length.free(runs[state.live]))))
     return limits

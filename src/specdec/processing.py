@@ -1,17 +1,19 @@
 """Logits processors over several positions of ragged rows: each sees what plain ``generate()`` would show it.
 
 transformers' processors take ``(B, L)`` ids of one length and ``(B, V)`` scores, with all rows, because some
-know row indices and prompts. Three kinds:
+know row indices and prompts. Four kinds:
 
 * scores only (temperature, top-k, top-p, ...): one call over all rows and positions;
 * pure functions of the history (penalties, lengths, bad words, ...): one call for each distinct length, with
   the whole batch; rows of other lengths are not used;
+* those whose state is a value (grammars, ``prefix_allowed_tokens_fn``): the state of every guess is worked out
+  along the guesses before it (``stepwise.py``), for the draft's rows as well;
 * anything else (guidance, SynthID, a user's own): may hold state, so it must see exactly the calls of plain
   ``generate()``. Then ``in_lockstep`` is True and the loop verifies one position after the other.
 
 A processor of your own that is a pure function of each row's tokens and scores may say so with a class attribute
 ``specdec_pure = True``; it then belongs to the second kind and touches the draft's rows as well.
-Knows no model, cache or rule. Read next: ``warpers.py``.
+Knows no model, cache or rule. Read next: ``stepwise.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from specdec.stepwise import Allowed, Seen, Stepwise, Walk
 from specdec.warpers import warp
 
 SCORES_ONLY = (
@@ -57,28 +60,63 @@ BIASES = (hf.SequenceBiasLogitsProcessor, hf.NoBadWordsLogitsProcessor)
 
 
 class Processing:
-    """The processors of a call, in their order."""
+    """The processors of a call, in their order.
 
-    def __init__(self, processors: Any) -> None:
-        """Sort ``processors`` (a ``LogitsProcessorList``) into the three kinds."""
+    Attributes:
+        processors: as they were given.
+        in_lockstep: one of them may hold state, so that the loop must go position by position.
+        host_copies: copies from the device, made for processors whose state follows the guesses.
+    """
+
+    def __init__(self, processors: Any, prompt: Tensor | None = None) -> None:
+        """Sort ``processors`` (a ``LogitsProcessorList``) into the four kinds.
+
+        Args:
+            processors: as ``generate()`` prepared them.
+            prompt: (B, P) ids of the call, for processors whose state begins behind it.
+        """
         self.processors = processors
-        self.in_lockstep = not all(_reads_scores_only(p) or _is_pure(p) for p in processors)
-        self._known = [p for p in processors if _reads_scores_only(p) or _is_pure(p)]
+        self.host_copies = 0
+        self._known: list[Any] = []
+        self._walks: list[Walk] = []
+        self.in_lockstep = False
+        for place, processor in enumerate(processors):
+            stepwise = _stepwise(processor, processors[place + 1 :])
+            if _reads_scores_only(processor) or _is_pure(processor):
+                self._known.append(processor)
+            elif stepwise is not None and prompt is not None:
+                self._walks.append(Walk(stepwise, prompt))
+                self._known.append(self._walks[-1])
+            else:
+                self.in_lockstep = True
 
-    def target(self, logits: Tensor, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+    @property
+    def foresees(self) -> bool:
+        """Some processor's state may know what follows; see ``foresee``."""
+        return any(walk.foresees for walk in self._walks)
+
+    def target(
+        self, logits: Tensor, tokens: Tensor, lengths: np.ndarray, wanted: np.ndarray | None = None
+    ) -> Tensor:
         """Processed scores (B, n, V) in float32, as plain ``generate()`` processes.
 
         Args:
             logits: (B, n, V) of the target.
             tokens: (B, capacity) committed tokens and guesses.
-            lengths: (B,) tokens before position 0; position i of row b sees ``lengths[b] + i`` tokens.
+            lengths: (B,) committed tokens; position i of row b sees ``lengths[b] + i`` tokens.
+            wanted: (B,) positions of each row that a token may be drawn from, 0 for ended rows; None is all.
         """
-        return self._apply(logits.float(), tokens, lengths)
+        if wanted is None:
+            wanted = np.full(len(lengths), logits.shape[1])
+        return self._apply(logits.float(), tokens, lengths, wanted, final=True)
 
-    def draft(self, logits: Tensor, tokens: Tensor, lengths: np.ndarray, vocabulary: int) -> Tensor:
+    def draft(
+        self, logits: Tensor, tokens: Tensor, lengths: np.ndarray, vocabulary: int, live: np.ndarray | None = None
+    ) -> Tensor:
         """The same for a draft's (B, V) rows, once, cut or filled up to the target's ``vocabulary``.
 
-        Processors that may hold state are left out: their calls belong to the target.
+        Processors that may hold state are left out: their calls belong to the target. ``live`` (B,) are the rows
+        that guess, None for all.
         """
         logits = logits[:, :vocabulary].float()
         if not self._known and logits.shape[1] == vocabulary:
@@ -86,12 +124,36 @@ class Processing:
         missing = vocabulary - logits.shape[1]
         if missing:
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
-        return self._apply(logits[:, None], tokens, lengths)[:, 0]
+        wanted = np.ones(len(lengths), dtype=np.int64) if live is None else live.astype(np.int64)
+        return self._apply(logits[:, None], tokens, lengths, wanted, final=False)[:, 0]
 
-    def _apply(self, scores: Tensor, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+    def foresee(self, tokens: Tensor, lengths: np.ndarray, most: np.ndarray) -> list[list[int]]:
+        """For each row up to ``most[b]`` ids that will very probably follow its first ``lengths[b]`` tokens.
+
+        Said by a processor's state, without a model; an empty list where it has no idea.
+        """
+        found: list[list[int]] = [[] for _ in lengths]
+        if self.foresees and most.any():
+            seen = self._seen(tokens, lengths, (most > 0).astype(np.int64))
+            for walk in self._walks:
+                others = walk.foresee(seen, np.where([not ids for ids in found], most, 0))
+                found = [ids or other for ids, other in zip(found, others, strict=True)]
+        return found
+
+    def _seen(self, tokens: Tensor, lengths: np.ndarray, wanted: np.ndarray) -> Seen:
+        self.host_copies += 1
+        return Seen(tokens, lengths, wanted, np.min([walk.columns() for walk in self._walks], axis=0))
+
+    def _apply(
+        self, scores: Tensor, tokens: Tensor, lengths: np.ndarray, wanted: np.ndarray, *, final: bool
+    ) -> Tensor:
         batch, count, vocabulary = scores.shape
+        seen = self._seen(tokens, lengths, wanted) if self._walks else None
         for processor in self._known:
-            if _reads_scores_only(processor):
+            if isinstance(processor, Walk):
+                assert seen is not None
+                scores = processor.process(scores, seen, final=final)
+            elif _reads_scores_only(processor):
                 flat = scores.reshape(batch * count, vocabulary)
                 ids = tokens[:, :1].repeat_interleave(count, dim=0)
                 scores = warp(processor, ids, flat).view(batch, count, vocabulary)
@@ -124,3 +186,17 @@ def _reads_scores_only(processor: Any) -> bool:
 
 def _is_pure(processor: Any) -> bool:
     return type(processor) in PURE or bool(getattr(processor, "specdec_pure", False))
+
+
+def _stepwise(processor: Any, later: Any) -> Stepwise | None:
+    """``processor`` as one whose state is a value, or None."""
+    if isinstance(processor, Stepwise):
+        return processor
+    # a later processor that forces a token would lead to prefixes that the function never allowed
+    if type(processor) is hf.PrefixConstrainedLogitsProcessor and all(map(_keeps_forbidden, later)):
+        return Allowed(processor)
+    return None
+
+
+def _keeps_forbidden(processor: Any) -> bool:
+    return _reads_scores_only(processor) or isinstance(processor, Stepwise)

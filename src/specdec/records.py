@@ -96,7 +96,8 @@ class Stats:
         drafted_at: see ``accepted_at``.
         target_forwards: forward passes of the target, self-check and replays included.
         draft_forwards: forward passes of the draft model, 0 for a proposer without one.
-        host_copies: copies from device to host that the loop made (one a round).
+        host_copies: copies from device to host that the loop made: one a round, and more where a grammar must
+            know the guesses.
         prediction_accepted: tokens of the call's ``prediction`` that appeared in the text.
         prediction_rejected: tokens of the prediction that did not; both 0 without one.
         layout: how the target's batch kept its keys and values.

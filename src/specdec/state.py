@@ -111,6 +111,10 @@ class State:
         room: np.ndarray = np.where(self.live, np.maximum(self.max_length - self.lengths - 1, 0), 0)
         return room
 
+    def ends(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether each of ``tokens`` ends a row."""
+        return np.zeros(tokens.shape, dtype=bool) if self._eos is None else np.isin(tokens, self._eos)
+
     def write_guesses(self, proposal: Proposal) -> None:
         """Put the guesses behind the committed tokens, so that a forward pass can be fed from one buffer."""
         width = proposal.tokens.shape[1]

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -67,6 +68,29 @@ def ragged_prompt(lengths: tuple[int, ...] = (9, 6, 3), vocabulary: int = 64, se
     for row, length in enumerate(lengths):
         ids[row, width - length :] = torch.randint(3, vocabulary, (length,), generator=generator)
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def byte_tokenizer(*words: str, specials: tuple[str, str] = ("<pad>", "<eos>")) -> Any:
+    """A tokenizer made in the process: every byte is a token, and so is every beginning of ``words``.
+
+    Args:
+        words: such as ``'"name": '``; of two pieces or more in UTF-8.
+        specials: padding, id 0, and end-of-sequence, id 1.
+    """
+    pieces = {special: place for place, special in enumerate(specials)}
+    for piece in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        pieces[piece] = len(pieces)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        [(shown, _)] = split.pre_tokenize_str(word)
+        for end in range(1, len(shown)):
+            merges[shown[:end], shown[end]] = None
+            pieces.setdefault(shown[: end + 1], len(pieces))
+    tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=list(merges)))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
+    pad, eos = specials
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos)
 
 
 class TableConfig(PretrainedConfig):  # type: ignore[misc]

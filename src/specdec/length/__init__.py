@@ -23,6 +23,14 @@ class DraftLength(Protocol):
         """Guesses a row in the next round, at most ``room``; 0 decodes one step plainly."""
         ...
 
+    def free(self, runs: np.ndarray) -> int:
+        """How many guesses a row may make, whatever ``next`` says, where they are known without drafting.
+
+        Args:
+            runs: (R,) guesses of each live row that a processor's state foresees: all but certain.
+        """
+        ...
+
     def goes_on(self, chances: np.ndarray) -> bool:
         """Whether one more guess pays in the running round, asked by proposers that can tell for free.
 

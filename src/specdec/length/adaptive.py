@@ -17,7 +17,7 @@ from math import ceil
 
 import numpy as np
 
-from specdec.length.acceptance import Acceptance
+from specdec.length.acceptance import FADE, PRIOR_WEIGHT, Acceptance
 from specdec.length.cost import Assumed, Timings, best_length, tokens_per_round
 from specdec.records import Round
 
@@ -35,12 +35,16 @@ class Learnt:
         every: of all rounds.
         told: of rounds in which the draft told the chances of its guesses. Where a draft copies what matches and
             asks a model for the rest, wide rounds are cheap when copied, and say nothing of the model's price.
+        undrafted: seconds of rounds that asked for no guesses, but may have some that a grammar foresaw.
+        foreseen: (2,) how many such guesses were judged, and how many of these kept.
     """
 
     def __init__(self, timings: Timings | Assumed) -> None:
         """Nothing is learnt yet; seconds are known as ``timings`` knows them."""
         self.every: tuple[Timings | Assumed, Acceptance] = (timings, Acceptance(MOST))
         self.told: tuple[Timings | Assumed, Acceptance] = (timings.afresh(), Acceptance(MOST))
+        self.undrafted = timings.afresh()
+        self.foreseen = np.full(2, PRIOR_WEIGHT)
 
     def of(self, told: bool) -> list[tuple[Timings | Assumed, Acceptance]]:
         """What a round belongs to."""
@@ -117,6 +121,18 @@ class Adaptive:
         affordable = ceil((float(self._table[1] / self._table[0]) - 1) / PROBES)
         return self._since >= min(affordable, FIRST_WAIT << min(self._failed, 8), LONGEST_WAIT)
 
+    def free(self, runs: np.ndarray) -> int:
+        """See ``DraftLength.free``: the width that brings most tokens a second."""
+        widest = min(int(runs.max(initial=0)), self.most)
+        table = self._learnt.undrafted.table(self.most)
+        if table is None or not widest:
+            return 0
+        judged, kept = self._learnt.foreseen
+        made = (runs[:, None] > np.arange(widest)).mean(axis=0)
+        return best_length(
+            tokens_per_round(made * (kept / judged) ** np.arange(1, widest + 1)), table[: widest + 1]
+        )
+
     def goes_on(self, chances: np.ndarray) -> bool:
         """See ``DraftLength.goes_on``."""
         self._tells = True
@@ -151,11 +167,15 @@ class Adaptive:
         lengths, accepted = round_.lengths[live], round_.accepted[live]
         width = int(lengths.max(initial=0))
         told = bool(self._chances)
-        self._others |= width > 0 and not told
-        if not width or self._since <= LAG:
+        self._others |= width > 0 and self._asked > 0 and not told
+        if not width or (self._asked and self._since <= LAG):
             for timings, _ in self._learnt.of(told or not width):
                 timings.add(width, seconds)
         if not self._asked:
+            self._learnt.undrafted.add(width, seconds)
+            if width:
+                kept, failed = int(accepted.sum()), int((lengths > accepted).sum())
+                self._learnt.foreseen = FADE * self._learnt.foreseen + [kept + failed, kept]
             self._since += 1
             return
         self._since = 0

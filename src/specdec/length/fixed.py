@@ -18,6 +18,10 @@ class Fixed:
         """See ``DraftLength.next``."""
         return min(self.most, room)
 
+    def free(self, runs: np.ndarray) -> int:
+        """See ``DraftLength.free``."""
+        return self.most
+
     def goes_on(self, chances: np.ndarray) -> bool:
         """See ``DraftLength.goes_on``."""
         return True

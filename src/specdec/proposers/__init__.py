@@ -7,6 +7,8 @@ of the running round. It may have more, each asked for once when a call starts:
   lives as long as the call and nothing is left behind, exception or not;
 * ``observe(round)`` sees every finished round. One that reads ``round.scores`` there says so with an attribute
   ``wants_scores = True``; a round may go without them where nobody wants them;
+* ``foresees = True`` says that it asks ``call.processing.foresee`` itself; for others that is done before them
+  (``jump.py``);
 * ``finish(state, stats)`` is told when a call is over and has not failed: ``state`` holds what came out, stop
   conditions applied. For what should outlive the call, and for counts.
 

@@ -28,7 +28,8 @@ from specdec.errors import InvalidInput
 from specdec.layouts.compiled import clock
 from specdec.length import DraftLength
 from specdec.proposers import Call, Nothing, Proposer, checked
-from specdec.proposers.draft_model import DraftModel, always, sound
+from specdec.proposers.draft_model import DraftModel, always
+from specdec.proposers.drawn import sound
 from specdec.proposers.past import Past
 from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import check_sizes, named

@@ -3,12 +3,12 @@
 The draft compares the committed tokens with what it has been fed, forgets from the first difference on and
 feeds the rest; so "all guesses kept" (it has not seen its own last guess) and "rejected at i" are not two
 cases. Its rows get the call's processors exactly once, and what is recorded as the guesses' distribution is
-exactly what they were drawn from. Knows nothing of verification. Read next: ``../length/__init__.py``.
+exactly what they were drawn from. Tokens that a grammar foresees are guessed without a pass, and fed with the
+next one. Knows nothing of verification. Read next: ``prompt.py``.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 
 from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps, compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
+from specdec.proposers.drawn import certain, chance_of, mixed, sound
+from specdec.proposers.foresight import Ahead
+from specdec.proposers.prompt import embedded, prepare
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
 from specdec.state import State, device_of, in_common, put, to_host
@@ -78,6 +80,8 @@ class DraftModel:
 class _Run:
     """The draft's cache and tokens during one call."""
 
+    foresees = True
+
     def __init__(
         self, model: Any, call: Call, layout: str, confidence: float | None, steps: CompiledSteps | None
     ) -> None:
@@ -88,7 +92,7 @@ class _Run:
         self._goes_on = call.goes_on if confidence is None and on_cpu else None
         self._begins = call.begins if self._goes_on and call.begins else always
         self._embeds = embedded(model)
-        prompt, kwargs, config, inner = _prepare(model, call, self._embeds)
+        prompt, kwargs, config, inner = prepare(model, call, self._embeds)
         if prompt.shape != call.prompt.shape:
             raise UnsupportedModel(
                 f"{type(model).__name__} prepares a prompt of shape {tuple(prompt.shape)} where the target "
@@ -128,8 +132,11 @@ class _Run:
         room = np.maximum(self._longest - state.lengths, 0)
         limits = np.where(self._can_embed(state), np.minimum(limits, room), 0)
         most = int(limits.max(initial=0))
-        if most == 0 or not self._begins():
+        if most == 0:
             return Proposal.empty(state.batch, state.device)
+        ahead = Ahead(self._call.processing, state, limits)
+        if ahead.covers(limits) or not self._begins():
+            return ahead.proposal()
         if self._prompt is not None:
             self._scorer.prefill(self._prompt, speculate=True)
             self._longest -= self._scorer.hidden
@@ -137,22 +144,27 @@ class _Run:
         self._sync(state)
         guesses: list[Tensor] = []
         rows: list[Tensor] = []
-        start = state.device_lengths - state.prompt_length
+        asks = True  # until the call's draft length has had enough: then only what is foreseen is guessed
         for step in range(most):
-            scores = self._next_scores(state, step)
-            guess = self._call.sampling.guess(scores, start + step if step else start)
-            if self._call.sampling.keeps_logits:
-                rows.append(sound(scores, guess < 0))
-                guess = guess.clamp(min=0)
+            known = ahead.at(step, limits, self._history(state, step))
+            drafted = (known < 0) & (limits > step)
+            if not asks:
+                limits = np.where(drafted, step, limits)
+                if step >= int(limits.max()):
+                    break
+            guess, scores = self._guess(state, step, drafted & asks, known)
             guesses.append(guess)
+            if self._call.sampling.keeps_logits:
+                rows.append(scores)
             if self._confidence:
                 sure = (chance_of(scores, guess) >= self._confidence).cpu().numpy()
                 limits = np.where(sure, limits, np.minimum(limits, step + 1))
             elif self._goes_on is not None:
                 chance = chance_of(scores, guess).double().numpy()
-                if not self._goes_on(np.where(limits > step, chance, 0.0)):
-                    limits = np.minimum(limits, step + 1)
-            if step + 1 >= int(limits.max()):
+                asks = self._goes_on(np.where(limits > step, chance, 0.0)) and asks
+            limits = ahead.cut(step, limits, guess)
+            if step + 1 >= int(limits.max()) or not (asks or ahead.more):
+                limits = np.minimum(limits, step + 1)
                 break
             self._write(state, guess, step)
         proposal = Proposal(torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None)
@@ -162,13 +174,30 @@ class _Run:
         self._observed = None
         return proposal
 
-    def _next_scores(self, state: State, step: int) -> Tensor:
+    def _guess(self, state: State, step: int, drafted: np.ndarray, known: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Guess ``step`` of every row (B,), and the scores (B, V) that it is drawn from.
+
+        Rows ``drafted`` (B,) ask the model, rows whose guess is ``known`` (B,) and not -1 do not.
+        """
+        if not drafted.any():
+            return certain(torch.from_numpy(known.clip(min=0)).to(state.device), state.vocabulary)
+        scores = self._next_scores(state, step, drafted)
+        start = state.device_lengths - state.prompt_length
+        guess = self._call.sampling.guess(scores, start + step if step else start)
+        if self._call.sampling.keeps_logits:
+            scores = sound(scores, guess < 0)
+            guess = guess.clamp(min=0)
+        if (known >= 0).any():
+            guess, scores = mixed(guess, scores, torch.from_numpy(known).to(state.device))
+        return guess, scores
+
+    def _next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
         """Processed scores (B, V) for guess ``step`` of every row, on the target's device."""
         lengths = np.minimum(state.lengths + step, self._longest)  # rows that have ended go no further
         if step:
             self._scorer.hold(state.live)
         logits = self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0].to(state.device)
-        return self._call.processing.draft(logits, self._history(state, step), lengths, state.vocabulary)
+        return self._call.processing.draft(logits, self._history(state, step), lengths, state.vocabulary, guessing)
 
     def _history(self, state: State, step: int) -> Tensor:
         """Committed tokens and the guesses so far, for processors that look at them."""
@@ -206,102 +235,6 @@ class _Run:
         return self._usable & state.live
 
 
-def _prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any], Any, Any]:
-    """The draft's own prompt, model inputs, config and inner model, as its ``generate()`` prepares them."""
-    caught: list[Any] = []
-
-    def catch(inner: Any, input_ids: Tensor, *, logits_processor: Any, stopping_criteria: Any,
-              generation_config: Any, **kwargs: Any) -> Tensor:  # fmt: skip
-        caught.append((input_ids, kwargs, generation_config, inner))
-        return input_ids
-
-    own = model.generation_config
-    config = copy.deepcopy(own)
-    prompt = call.prompt.clamp(max=embeds - 1)
-    inputs = _inputs_for(model, call)
-    read = inputs.get("inputs_embeds", prompt).shape[1]
-    config.update(**{**PLAIN, "max_length": call.max_length + read - prompt.shape[1]})
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = prompt
-        start = call.target.generation_config.decoder_start_token_id
-        if start is not None and bool((prompt[:, 0] != torch.tensor(start, device=prompt.device)).any()):
-            config.decoder_start_token_id = prompt[:, 0].tolist()  # the call's own, one a row
-    else:
-        inputs["input_ids"] = prompt
-    # what is None in a given config is filled up from the model's own: lend it one without settings
-    model.generation_config = config
-    try:
-        try:
-            GenerationMixin.generate(model, custom_generate=catch, **inputs)
-        except ValueError:
-            if type(model).generate is GenerationMixin.generate:
-                raise
-            # a wrapper whose own generate() builds what its inner model needs (kosmos-2)
-            model.generate(custom_generate=catch, **inputs)
-    finally:
-        model.generation_config = own
-    return caught[0]  # type: ignore[no-any-return]
-
-
-# what the draft's own defaults may not bring in: the call's processors and limits are the target's
-PLAIN: dict[str, Any] = {
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": None,
-    "min_length": 0, "min_new_tokens": None, "max_time": None, "stop_strings": None, "use_cache": True,
-    "temperature": None, "top_k": None, "top_p": None, "guidance_scale": None, "watermarking_config": None,
-    "cache_implementation": None, "return_dict_in_generate": False, "token_healing": False,
-}  # fmt: skip
-
-
-def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
-    """The user's inputs that this draft can take: all of them for a twin, the text's for another kind."""
-    twin = type(model) is type(call.target)
-    known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
-    inputs = {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
-    embeds = call.inputs.get("inputs_embeds")
-    if model.config.is_encoder_decoder:
-        return inputs
-    if embeds is None:
-        # where the target goes on from a cache, masks and positions reach back further than the ids
-        columns = call.prompt.shape[1]
-        inputs = {name: _newest(name, value, columns) for name, value in inputs.items()}
-        if inputs.get("attention_mask", call.prompt).shape[-1] < columns:
-            inputs.pop("attention_mask")  # healed prompts may be longer than what was masked
-        return inputs
-    inputs.pop("inputs_embeds", None)
-    if call.prompt.shape[1]:
-        return {}  # the text alone
-    if model.get_input_embeddings().weight.shape[1] != embeds.shape[-1]:
-        raise ValueError("the call gives embeddings of another size and no input_ids")
-    return {**inputs, "inputs_embeds": embeds}
-
-
-def _newest(name: str, value: Tensor, columns: int) -> Tensor:
-    along = ("attention_mask", "position_ids", "token_type_ids")
-    return value[..., -columns:] if name in along and value.shape[-1] > columns else value
-
-
 def always() -> bool:
     """Nobody decides whether a draft guesses: it does."""
     return True
-
-
-def chance_of(scores: Tensor, guess: Tensor) -> Tensor:
-    """(B,) the draft's own probability of its guesses (B,)."""
-    # on a CPU softmax takes half of logsumexp's time
-    return scores.softmax(dim=1).gather(1, guess.clamp(min=0)[:, None])[:, 0].nan_to_num(0)
-
-
-def sound(scores: Tensor, bad: Tensor) -> Tensor:
-    """Where a draft's scores are no distribution (NaN) it has guessed token 0, and says that it was certain."""
-    scores = scores.masked_fill(bad[:, None], -torch.inf)
-    scores[:, 0] = scores[:, 0].masked_fill(bad, 0)
-    return scores
-
-
-def embedded(model: Any) -> int:
-    """How many token ids a model can embed."""
-    try:
-        table = model.get_input_embeddings()
-    except NotImplementedError:
-        return int(model.config.get_text_config(decoder=True).vocab_size)
-    return int(getattr(table, "num_embeddings", 0) or table.weight.shape[0])

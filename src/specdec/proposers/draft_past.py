@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specdec.layouts.compiled import CompiledSteps
 from specdec.proposers import Call
-from specdec.proposers.draft_model import _prepare, embedded
+from specdec.proposers.prompt import embedded, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
 from specdec.state import State, device_of
@@ -111,7 +111,7 @@ class DraftPast:
         prompt_ids = torch.from_numpy(ids[:, :width].copy()).to(self.device)
         inputs = {"attention_mask": torch.from_numpy(mask).to(self.device)}
         call = replace(self._call, target=None, prompt=prompt_ids, inputs=inputs, max_length=self._longest + 1)
-        prepared, kwargs, config, inner = _prepare(self._model, call, self._embeds)
+        prepared, kwargs, config, inner = prepare(self._model, call, self._embeds)
         if prepared.shape != prompt_ids.shape:
             raise ValueError("its generate() changes the prompt")
         longest = call.max_length

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from specdec.errors import UnsupportedModel
 from specdec.proposers import Call
-from specdec.proposers.draft_model import DraftModel, _prepare, embedded
+from specdec.proposers.draft_model import DraftModel
+from specdec.proposers.prompt import embedded, prepare
 from specdec.scorer import Scorer
 from specdec.state import State
 
@@ -34,7 +35,7 @@ class Past:
         model = draft.model
         self.device = model.device
         self.embeds = embedded(model)
-        prompt, kwargs, config, inner = _prepare(model, call, self.embeds)
+        prompt, kwargs, config, inner = prepare(model, call, self.embeds)
         if prompt.shape != call.prompt.shape:
             raise UnsupportedModel(
                 f"{type(model).__name__} prepares a prompt of shape {tuple(prompt.shape)} where the target "

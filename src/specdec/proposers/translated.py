@@ -23,8 +23,8 @@ from torch import Tensor
 from specdec.errors import InvalidInput
 from specdec.layouts.compiled import compiled_steps
 from specdec.proposers import Call, Proposer
-from specdec.proposers.draft_model import chance_of, sound
 from specdec.proposers.draft_past import DraftPast
+from specdec.proposers.drawn import chance_of, sound
 from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
 from specdec.records import Proposal, Round
@@ -167,7 +167,7 @@ class _Tokens:
         for step in range(most):
             scores, mass = self._moved(self._past.scores(step).to(state.device), state.vocabulary)
             lengths = state.lengths + step
-            scores = self._call.processing.draft(scores, history, lengths, state.vocabulary)
+            scores = self._call.processing.draft(scores, history, lengths, state.vocabulary, limits > step)
             guess = sampling.guess(scores, state.device_lengths - state.prompt_length + step)
             if sampling.keeps_logits:
                 rows.append(sound(scores, guess < 0))

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
-from specdec.proposers.draft_model import DraftModel, embedded
+from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.fallback import Fallback
 from specdec.proposers.ngram import NGram
+from specdec.proposers.prompt import embedded
 from specdec.proposers.recycling import Recycling
 from specdec.proposers.suffix import Suffix
 

@@ -1,0 +1,99 @@
+"""A draft's prompt, prepared by the draft's own ``generate()``, which is stopped before its loop.
+
+Draft and target may differ in positions, caches, masks and special inputs; processors and limits are the call's.
+Knows nothing of guessing. Read next: ``drawn.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from specdec.proposers import Call
+
+
+def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any], Any, Any]:
+    """The draft's own prompt, model inputs, config and inner model, as its ``generate()`` prepares them."""
+    caught: list[Any] = []
+
+    def catch(inner: Any, input_ids: Tensor, *, logits_processor: Any, stopping_criteria: Any,
+              generation_config: Any, **kwargs: Any) -> Tensor:  # fmt: skip
+        caught.append((input_ids, kwargs, generation_config, inner))
+        return input_ids
+
+    own = model.generation_config
+    config = copy.deepcopy(own)
+    prompt = call.prompt.clamp(max=embeds - 1)
+    inputs = _inputs_for(model, call)
+    read = inputs.get("inputs_embeds", prompt).shape[1]
+    config.update(**{**PLAIN, "max_length": call.max_length + read - prompt.shape[1]})
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = prompt
+        start = call.target.generation_config.decoder_start_token_id
+        if start is not None and bool((prompt[:, 0] != torch.tensor(start, device=prompt.device)).any()):
+            config.decoder_start_token_id = prompt[:, 0].tolist()  # the call's own, one a row
+    else:
+        inputs["input_ids"] = prompt
+    # what is None in a given config is filled up from the model's own: lend it one without settings
+    model.generation_config = config
+    try:
+        try:
+            GenerationMixin.generate(model, custom_generate=catch, **inputs)
+        except ValueError:
+            if type(model).generate is GenerationMixin.generate:
+                raise
+            # a wrapper whose own generate() builds what its inner model needs (kosmos-2)
+            model.generate(custom_generate=catch, **inputs)
+    finally:
+        model.generation_config = own
+    return caught[0]  # type: ignore[no-any-return]
+
+
+# what the draft's own defaults may not bring in: the call's processors and limits are the target's
+PLAIN: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": None,
+    "min_length": 0, "min_new_tokens": None, "max_time": None, "stop_strings": None, "use_cache": True,
+    "temperature": None, "top_k": None, "top_p": None, "guidance_scale": None, "watermarking_config": None,
+    "cache_implementation": None, "return_dict_in_generate": False, "token_healing": False,
+}  # fmt: skip
+
+
+def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
+    """The user's inputs that this draft can take: all of them for a twin, the text's for another kind."""
+    twin = type(model) is type(call.target)
+    known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
+    inputs = {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
+    embeds = call.inputs.get("inputs_embeds")
+    if model.config.is_encoder_decoder:
+        return inputs
+    if embeds is None:
+        # where the target goes on from a cache, masks and positions reach back further than the ids
+        columns = call.prompt.shape[1]
+        inputs = {name: _newest(name, value, columns) for name, value in inputs.items()}
+        if inputs.get("attention_mask", call.prompt).shape[-1] < columns:
+            inputs.pop("attention_mask")  # healed prompts may be longer than what was masked
+        return inputs
+    inputs.pop("inputs_embeds", None)
+    if call.prompt.shape[1]:
+        return {}  # the text alone
+    if model.get_input_embeddings().weight.shape[1] != embeds.shape[-1]:
+        raise ValueError("the call gives embeddings of another size and no input_ids")
+    return {**inputs, "inputs_embeds": embeds}
+
+
+def _newest(name: str, value: Tensor, columns: int) -> Tensor:
+    along = ("attention_mask", "position_ids", "token_type_ids")
+    return value[..., -columns:] if name in along and value.shape[-1] > columns else value
+
+
+def embedded(model: Any) -> int:
+    """How many token ids a model can embed."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return int(model.config.get_text_config(decoder=True).vocab_size)
+    return int(getattr(table, "num_embeddings", 0) or table.weight.shape[0])

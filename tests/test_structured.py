@@ -1,0 +1,410 @@
+"""Structured output: constrained text is plain `generate()`'s under the same processor, however much is guessed.
+
+The grammars are state machines in pure Python, and both optional libraries over a byte-level tokenizer that is made
+here. Tokens that a grammar leaves no choice about are guessed without a draft.
+"""
+
+import json
+from functools import cache
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LogitsProcessor
+
+from specdec import DraftModel, InvalidInput, SpeculativeGenerator
+from specdec.length.adaptive import Adaptive
+from specdec.length.cost import Assumed
+from specdec.processing import Processing
+from specdec.records import Round
+from specdec.structured import Constraint, ebnf, json_schema, lark, regex
+from specdec.structured.constraint import allows, forbidden, mask_of, single
+from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+
+from .grammars import Automaton, counting, json_tokenizer
+from .proposers import PROPOSERS
+
+LIBRARIES = [
+    pytest.param(name, marks=pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed"))
+    for name in ("llguidance", "xgrammar")
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "pattern": "^[a-z]{1,6}$"}, "age": {"type": "integer", "maximum": 99},
+                   "true": {"type": "boolean"}},
+    "required": ["name", "age", "true"],
+    "additionalProperties": False,
+}  # fmt: skip
+MAKERS = {
+    "schema": lambda name: json_schema(SCHEMA, json_tokenizer(), backend=name),
+    "schema, any white space": lambda name: json_schema(SCHEMA, json_tokenizer(), backend=name, whitespace=True),
+    "regex": lambda name: regex(r"(ab|cd)+x[0-9]{3}", json_tokenizer(), backend=name),
+    "ebnf": lambda name: ebnf('root ::= ("yes, " | "no, ") w\nw ::= [a-z]+ "."', json_tokenizer(), backend=name),
+    "lark": lambda name: lark('start: ("yes, " | "no, ") WORD "."\nWORD: /[a-z]+/', json_tokenizer(), backend=name),
+}  # fmt: skip
+
+
+@cache
+def pair():
+    """Target and draft with a few more scores than the tokenizer has tokens, as real models have."""
+    target = tiny_llama(vocabulary=len(json_tokenizer()) + 7)
+    return target, noisy_copy(target, 0.1)
+
+
+@cache
+def made(kind, library):
+    return MAKERS[kind](library)
+
+
+def prompts(rows=3):
+    return ragged_prompt((9, 6, 3)[:rows], len(json_tokenizer()))
+
+
+OPTIONS = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def texts(out, prompt):
+    return json_tokenizer().batch_decode(out[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_greedy_text_is_that_of_constrained_plain_generate(kind, library, rows):
+    (target, draft), constraint, inputs = pair(), made(kind, library), prompts(rows)
+    plain = target.generate(**inputs, **OPTIONS, logits_processor=[constraint])
+    assert plain.tolist() != target.generate(**inputs, **OPTIONS).tolist()
+    for guesser, number in [(draft, 5), ("ngram", 4), (None, 8), (draft, "auto"), (None, "auto")]:
+        gen = SpeculativeGenerator(target, guesser, num_draft_tokens=number)
+        out = gen.generate(**inputs, **OPTIONS, logits_processor=[constraint])
+        assert out.tolist() == plain.tolist(), (guesser, number)
+        if guesser is draft:
+            assert gen.stats.accepted > 0
+    again = target.generate(**inputs, **OPTIONS, logits_processor=[constraint])
+    assert again.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_sampled_text_is_valid_and_ends_by_itself(library):
+    """Several samples of every ragged row, each ending at its own place: as many valid texts."""
+    (target, draft), constraint, inputs = pair(), made("schema", library), prompts()
+    options = {**OPTIONS, "do_sample": True, "top_k": 0, "num_return_sequences": 4}
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, seed=3)
+    out = gen.generate(**inputs, **options, logits_processor=[constraint])
+    found = [json.loads(text) for text in texts(out, inputs)]
+    assert len({tuple(one.items()) for one in found}) > 6
+    for one in found:
+        assert list(one) == ["name", "age", "true"]
+        assert isinstance(one["true"], bool)
+        assert one["age"] <= 99
+        assert one["name"].isalpha()
+        assert len(one["name"]) <= 6
+    ends = (out == 1).sum(dim=1)
+    assert ends.tolist() == [1] * 12
+    assert len(set(gen.stats.row_emitted.tolist())) > 2
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("kind", ["schema", "regex"])
+def test_shared_noise_gives_one_text_whatever_guesses(kind, library):
+    (target, draft), constraint, inputs = pair(), made(kind, library), prompts()
+    options = {**OPTIONS, "do_sample": True, "top_k": 0, "seed": 5, "logits_processor": [constraint]}
+    rule = {"verification": "coupled", "num_draft_tokens": 5}
+    want = SpeculativeGenerator(target, None, verification="coupled", num_draft_tokens=0).generate(
+        **inputs, **options
+    )
+    for guesser in (draft, "ngram", None):
+        assert torch.equal(SpeculativeGenerator(target, guesser, **rule).generate(**inputs, **options), want)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_a_library_refuses_is_refused_in_our_words(library):
+    tokenizer = json_tokenizer()
+    for make in (
+        lambda: json_schema({"type": "nope"}, tokenizer, backend=library),
+        lambda: regex("(", tokenizer, backend=library),
+        lambda: ebnf("root ::= (", tokenizer, backend=library),
+        lambda: lark("start: (", tokenizer, backend=library),
+    ):
+        with pytest.raises(InvalidInput, match="cannot be used"):
+            make()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_masks_know_no_token_that_does_not_exist_and_ends_only_at_the_end(kind, library):
+    """Along a text: bits behind the vocabulary are 0; end-of-sequence is allowed at the end and nothing after."""
+    (target, _), constraint = pair(), made(kind, library)
+    out = target.generate(**prompts(1), **{**OPTIONS, "max_new_tokens": 120}, logits_processor=[constraint])
+    ids = out[0, 9:].tolist()
+    place = constraint.grammars[0].start()
+    size = len(json_tokenizer())
+    for number, token in enumerate(ids):
+        bits = np.unpackbits(place.mask().view(np.uint8), bitorder="little")
+        assert not bits[size:].any()
+        assert not bits[0]  # padding, whose name would be text
+        assert bits[token]
+        assert not place.ended
+        if number + 1 < len(ids) and kind != "schema, any white space":
+            assert token != 1
+        place = place.after(token)
+    if ids[-1] == 1:
+        assert place.ended
+        assert np.flatnonzero(np.unpackbits(place.mask().view(np.uint8), bitorder="little")).tolist() == [1]
+
+
+# --- tokens that are guessed without a draft ------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("number", [8, "auto"])
+def test_foreseen_tokens_are_guessed_without_a_draft(library, number):
+    target, _ = pair()
+    constraint, inputs = made("schema", library), prompts(1)
+    gen = SpeculativeGenerator(target, None, num_draft_tokens=number)
+    if number == "auto":
+        gen._length = lambda _: lambda *_: Adaptive(Assumed(0.2))
+    gen.generate(**inputs, **OPTIONS, logits_processor=[constraint])
+    assert gen.stats.draft_forwards == 0
+    assert gen.stats.acceptance_rate > 0.5
+    assert gen.stats.rounds < 0.8 * gen.stats.emitted
+
+
+def test_a_draft_is_not_asked_for_what_is_foreseen():
+    """A grammar of one text: every guess is known, kept, and made without a pass of the draft."""
+    target, draft = tiny_llama(), noisy_copy(tiny_llama(), 0.1)
+    line = {n or "a": {(7 * n + 3) % 60 + 3: n + 1} for n in range(20)}
+    line[20] = {2: "end"}
+    constraint = Constraint(Automaton(line, (2,), 2))
+    inputs = ragged_prompt()
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 2, "logits_processor": [constraint]}
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=6)
+    out = gen.generate(**inputs, **options)
+    assert torch.equal(out, target.generate(**inputs, **options))
+    assert gen.stats.emitted == 3 * 21
+    assert gen.stats.acceptance_rate == 1.0
+    assert gen.stats.draft_forwards == 0
+    assert gen.stats.rounds <= 6
+
+
+class Alternating(LogitsProcessor):
+    """Every third token is foreseen, the two between are free; `foresee` is asked in the middle of a round."""
+
+    def start(self, prompt):
+        return [0] * len(prompt)
+
+    def advance(self, state, token):
+        return state + 1 if state % 3 or token == 5 + state % 40 else None
+
+    def process(self, states, scores):
+        scores = scores.clone()
+        for row, state in enumerate(states):
+            if state is not None and state % 3 == 0:
+                only = scores[row, 5 + state % 40].clone()
+                scores[row] = -torch.inf
+                scores[row, 5 + state % 40] = only
+        return scores
+
+    def forward(self, state, most):
+        return [] if state % 3 else [5 + state % 40]
+
+    def __call__(self, input_ids, scores):
+        return self.process([input_ids.shape[1] - self.length] * len(scores), scores)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("number", [5, "auto"])
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+def test_foreseen_and_drafted_guesses_in_one_round(sample, number, layout):
+    target = tiny_llama()
+    processor, inputs = Alternating(), ragged_prompt()
+    processor.length = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": 24, "do_sample": sample, "top_k": 0, "logits_processor": [processor]}
+    options = options if sample else {**options, "top_k": None}
+    draft = DraftModel(target, layout=layout)
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=number, seed=1, layout=layout)
+    if number == "auto":
+        gen._length = lambda _: lambda *_: Adaptive(Assumed(0.1))
+    out = gen.generate(**inputs, **options)
+    assert gen.stats.acceptance_rate == 1.0  # draft and target are one model, under one grammar
+    assert gen.stats.drafted > 30
+    assert (gen.stats.draft_forwards - gen.stats.rounds) * 3 < gen.stats.drafted  # not one a guess
+    if not sample:
+        assert torch.equal(out, target.generate(**inputs, **options))
+    assert out[:, processor.length + 3].tolist() == [8] * 3
+
+
+def test_the_controller_likes_what_costs_nothing():
+    """Free guesses are made where a draft would not pay, as long as they are kept."""
+    rule = Adaptive(Assumed(0.9))
+    runs = np.array([6, 0])
+    assert rule.next(8) == 0
+    assert rule.free(np.array([6])) == 6
+    assert rule.free(runs) == 0  # the second row would wait too long
+    wrong = Round(None, None, np.array([6]), np.array([0]), None, np.array([1]), None, None)
+    for _ in range(10):
+        rule._asked = 0
+        rule.observe(wrong, 1.0)
+    assert rule.free(np.array([6])) == 0
+
+
+# --- the constraint itself ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proposer", PROPOSERS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_proposer_under_a_state_machine(proposer, rows):
+    """Ragged rows, wide rounds, states that depend on the whole text; some guesses are forbidden by the grammar."""
+    target, inputs = tiny_llama(), ragged_prompt((9, 6, 3)[:rows])
+    options = {"max_new_tokens": 24, "do_sample": False, "logits_processor": [counting()]}
+    plain = target.generate(**inputs, **options)
+    expected = plain[:, 9:].clone()
+    expected[:, 5] = 4
+    draft, given = PROPOSERS[proposer](noisy_copy(target, 0.15), expected.tolist())
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4)
+    assert torch.equal(gen.generate(**inputs, **options, **given), plain)
+
+
+def test_a_constraint_costs_no_lockstep_and_shapes_the_draft():
+    """Identical draft and target accept everything, in rounds as wide as without a grammar."""
+    target, inputs = tiny_llama(), ragged_prompt()
+    gen = SpeculativeGenerator(target, target, num_draft_tokens=5)
+    gen.generate(**inputs, max_new_tokens=24, do_sample=False, logits_processor=[counting()])
+    assert gen.stats.acceptance_rate == 1.0
+    assert gen.stats.rounds <= 7
+    assert not Processing([counting()], inputs["input_ids"]).in_lockstep
+
+
+def test_beside_other_processors_and_warpers():
+    target, inputs = tiny_llama(), ragged_prompt()
+    for options in (
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 9, "eos_token_id": 9},
+        {"prefix_allowed_tokens_fn": lambda row, ids: range(row, 64, 2)},
+        {"guidance_scale": 1.5},  # unknown, with a state: everything in lockstep
+    ):
+        options = {**options, "max_new_tokens": 20, "do_sample": False, "logits_processor": [counting()]}
+        plain = target.generate(**inputs, **options)
+        gen = SpeculativeGenerator(target, noisy_copy(target, 0.1), num_draft_tokens=4)
+        assert torch.equal(gen.generate(**inputs, **options), plain)
+
+
+def test_one_grammar_a_prompt():
+    """Rows of a batch under different grammars, one of them free; several samples share their prompt's."""
+    target, inputs = tiny_llama(), ragged_prompt()
+    one, other = counting().grammars[0], counting(groups=3).grammars[0]
+    options = {"max_new_tokens": 16, "do_sample": False}
+    mixed = Constraint([one, None, other])
+    plain = target.generate(**inputs, **options, logits_processor=[mixed])
+    for row, grammar in enumerate([one, None, other]):
+        alone = target.generate(**inputs, **options, logits_processor=[Constraint(grammar)])
+        assert plain[row].tolist() == alone[row].tolist()
+    gen = SpeculativeGenerator(target, noisy_copy(target, 0.1), num_draft_tokens=4, seed=0)
+    assert torch.equal(gen.generate(**inputs, **options, logits_processor=[mixed]), plain)
+    sampled = {"max_new_tokens": 8, "do_sample": True, "top_k": 0, "num_return_sequences": 2}
+    out = gen.generate(**inputs, **sampled, logits_processor=[mixed])
+    for row, grammar in enumerate([one, one, None, None, other, other]):
+        place = grammar.start() if grammar else None
+        for token in out[row, 9:].tolist() if place else []:
+            assert allows(place.mask(), token)
+            place = place.after(token)
+    with pytest.raises(InvalidInput, match="3 grammars for 1 rows"):
+        gen.generate(**ragged_prompt((5,)), **options, logits_processor=[mixed])
+
+
+def test_plain_generate_knows_a_new_call():
+    """One object for many calls, of both kinds and in turn."""
+    target, constraint = tiny_llama(), counting()
+    gen = SpeculativeGenerator(target, noisy_copy(target, 0.1), num_draft_tokens=3)
+    for lengths in ((9, 6, 3), (10,), (9, 6, 3), (11, 4)):
+        inputs = ragged_prompt(lengths, seed=len(lengths))
+        options = {**inputs, "max_new_tokens": 7, "do_sample": False}
+        fresh = target.generate(**options, logits_processor=[counting()])
+        assert torch.equal(target.generate(**options, logits_processor=[constraint]), fresh)
+        assert torch.equal(gen.generate(**options, logits_processor=[constraint]), fresh)
+
+
+def test_prefix_allowed_tokens_fn_is_asked_only_what_plain_might_ask():
+    """Not in lockstep; never about a prefix that the function itself has forbidden."""
+    target, inputs = tiny_llama(), ragged_prompt()
+    asked = []
+
+    def near(row, ids):
+        last = int(ids[-1])
+        asked.append((row, tuple(ids[9:].tolist())))
+        return [(last * 5 + row * 3 + i) % 64 for i in range(1, 9)]
+
+    options = {"max_new_tokens": 20, "do_sample": False, "prefix_allowed_tokens_fn": near}
+    plain = target.generate(**inputs, **options)
+    for draft in (target, "ngram"):
+        asked.clear()
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=4)
+        assert torch.equal(gen.generate(**inputs, **options), plain)
+        if draft is target:
+            assert gen.stats.acceptance_rate == 1.0
+            assert gen.stats.rounds <= 7
+        for row, text in asked:
+            last = int(inputs["input_ids"][row, -1])
+            for token in text:
+                assert (token - last * 5 - row * 3 - 1) % 64 < 8
+                last = token
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [5, 32, 33, 70, 100])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_masks_of_any_width(vocabulary, device):
+    """(W,) words against scores of more and of fewer tokens; the form for other devices has the same shape."""
+    masks = [mask_of([3, 31, 64], 3), None, mask_of([0], 1)]
+    out = forbidden(masks, torch.zeros(3, vocabulary, device=device))
+    assert out.shape == (3, vocabulary)
+    if device == "cpu":
+        allowed = [np.flatnonzero(~row.numpy()).tolist() for row in out]
+        assert allowed[0] == [t for t in (3, 31, 64) if t < vocabulary]
+        assert allowed[1] == list(range(vocabulary))
+        assert allowed[2] == [0]
+
+
+def test_the_only_token_of_a_mask():
+    for token in (0, 31, 32, 63, 95):
+        assert single(mask_of([token], 3)) == token
+        assert allows(mask_of([token], 3), token)
+        assert not allows(mask_of([token], 3), (token + 1) % 96)
+    assert single(mask_of([1, 2], 3)) is None
+    assert single(mask_of([1, 40], 3)) is None
+    assert single(mask_of([], 3)) is None
+    assert not allows(mask_of([1], 1), 32)
+    assert not allows(mask_of([1], 1), -31)
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def test_refused_with_what_to_do():
+    tokenizer = json_tokenizer()
+    with pytest.raises(InvalidInput, match=r"backend='outlines' does not exist.*llguidance"):
+        regex("a", tokenizer, backend="outlines")
+    with pytest.raises(InvalidInput, match="schema is no JSON"):
+        json_schema("{", tokenizer)
+    with pytest.raises(InvalidInput, match="pydantic"):
+        json_schema(int, tokenizer)
+    with pytest.raises(InvalidInput, match="empty list of grammars"):
+        Constraint([])
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch):
+    import specdec.structured
+
+    monkeypatch.setattr(specdec.structured, "find_spec", lambda name: None)
+    with pytest.raises(InvalidInput, match=r"llguidance is not installed; pip install 'specdec\[llguidance\]'"):
+        regex("a", json_tokenizer())
+    with pytest.raises(InvalidInput, match=r"pip install 'specdec\[xgrammar\]'"):
+        regex("a", json_tokenizer(), backend="xgrammar")
+
+
+def test_a_tokenizer_without_an_end():
+    with pytest.raises(InvalidInput, match="eos_token_id"):
+        regex("a", SimpleNamespace(eos_token_id=None))
