@@ -14,7 +14,7 @@ from specdec.proposers import Call
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.prompt import embedded, prepare
 from specdec.scorer import Scorer
-from specdec.state import State
+from specdec.state import State, device_of
 
 
 class Past:
@@ -33,7 +33,7 @@ class Past:
             UnsupportedModel: the draft's prompt would have other columns than the target's.
         """
         model = draft.model
-        self.device = model.device
+        self.device = device_of(model, call.prompt.device)
         self.embeds = embedded(model)
         prompt, kwargs, config, inner = prepare(model, call, self.embeds)
         if prompt.shape != call.prompt.shape:
