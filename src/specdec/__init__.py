@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from specdec.proposers.cascade import Cascade
     from specdec.proposers.draft_model import DraftModel
     from specdec.proposers.fallback import Fallback
+    from specdec.proposers.layers import EarlyExit, LayerSkip
     from specdec.proposers.mixture import Mixture
     from specdec.proposers.ngram import NGram
     from specdec.proposers.recycling import Recycling
@@ -57,6 +58,7 @@ _HOMES = {
     "specdec.proposers.cascade": ("Cascade",),
     "specdec.proposers.draft_model": ("DraftModel",),
     "specdec.proposers.fallback": ("Fallback",),
+    "specdec.proposers.layers": ("EarlyExit", "LayerSkip"),
     "specdec.proposers.mixture": ("Mixture",),
     "specdec.proposers.ngram": ("NGram",),
     "specdec.proposers.recycling": ("Recycling",),
@@ -76,10 +78,12 @@ __all__ = [
     "Chunk",
     "Content",
     "DraftModel",
+    "EarlyExit",
     "Fallback",
     "InvalidInput",
     "InvalidProposal",
     "InvalidScores",
+    "LayerSkip",
     "Mixture",
     "NGram",
     "Packing",

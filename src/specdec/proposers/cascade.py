@@ -28,7 +28,8 @@ from specdec.errors import InvalidInput
 from specdec.layouts.compiled import clock
 from specdec.length import DraftLength
 from specdec.proposers import Call, Nothing, Proposer, checked
-from specdec.proposers.draft_model import DraftModel, always, sound
+from specdec.proposers.draft_model import DraftModel, always
+from specdec.proposers.drafting import sound
 from specdec.proposers.past import Past
 from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import check_sizes, named
@@ -73,7 +74,10 @@ class Cascade:
             check_sizes(call.target, model.model)
         # how many guesses are made for a level is a question of its own at each
         lengths = [call.own_length() for _ in self._models]
-        judges = [replace(call, goes_on=length.goes_on, begins=length.begins) for length in lengths]
+        # and the target's cache holds its text, not a level's
+        judges = [
+            replace(call, goes_on=length.goes_on, begins=length.begins, scorer=None) for length in lengths
+        ]
         run: Proposer = self._first.begin(judges[0]) if hasattr(self._first, "begin") else self._first
         for model, length, judge in zip(self._models, lengths, [*judges[1:], call], strict=True):
             run = model.open(judge, partial(_Level, below=run, length=length))

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from specdec.errors import InvalidInput, UnsupportedModel
+from specdec.errors import UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps, compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
+from specdec.proposers.drafting import check_confidence, draft
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
 from specdec.state import State, device_of, in_common, put, to_host
@@ -44,8 +45,7 @@ class DraftModel:
             layout: forces one, for tests.
             compile: run the model's steps as graphs, as ``SpeculativeGenerator(compile=True)`` does.
         """
-        if confidence is not None and not 0 <= confidence <= 1:
-            raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
+        check_confidence(confidence)
         self.model = inner_model(model)
         self._confidence = confidence
         self._layout = layout
@@ -68,6 +68,13 @@ class DraftModel:
             raise
         except (TypeError, ValueError) as error:
             return self._refuse(str(error))
+
+    def sure(self, confidence: float) -> DraftModel:
+        """The same draft, stopping below ``confidence``."""
+        check_confidence(confidence)
+        other = copy.copy(self)
+        other._confidence = confidence
+        return other
 
     def _refuse(self, reason: str) -> Proposer:
         """A draft that cannot take the call's inputs must not break the call."""
@@ -135,35 +142,15 @@ class _Run:
             self._longest -= self._scorer.hidden
             self._prompt = None
         self._sync(state)
-        guesses: list[Tensor] = []
-        rows: list[Tensor] = []
-        start = state.device_lengths - state.prompt_length
-        for step in range(most):
-            scores = self._next_scores(state, step)
-            guess = self._call.sampling.guess(scores, start + step if step else start)
-            if self._call.sampling.keeps_logits:
-                rows.append(sound(scores, guess < 0))
-                guess = guess.clamp(min=0)
-            guesses.append(guess)
-            if self._confidence:
-                sure = (chance_of(scores, guess) >= self._confidence).cpu().numpy()
-                limits = np.where(sure, limits, np.minimum(limits, step + 1))
-            elif self._goes_on is not None:
-                chance = chance_of(scores, guess).double().numpy()
-                if not self._goes_on(np.where(limits > step, chance, 0.0)):
-                    limits = np.minimum(limits, step + 1)
-            if step + 1 >= int(limits.max()):
-                break
-            self._write(state, guess, step)
-        proposal = Proposal(torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None)
+        proposal = draft(self, state, limits, self._call, self._confidence, self._goes_on)
         settled = int(state.settled.min())
         loose = state.host_tokens[:, settled : int(state.lengths.max())].copy()
         self._drafted = (settled, loose, state.lengths.copy(), proposal)
         self._observed = None
         return proposal
 
-    def _next_scores(self, state: State, step: int) -> Tensor:
-        """Processed scores (B, V) for guess ``step`` of every row, on the target's device."""
+    def next_scores(self, state: State, step: int) -> Tensor:
+        """See ``Steps``."""
         lengths = np.minimum(state.lengths + step, self._longest)  # rows that have ended go no further
         if step:
             self._scorer.hold(state.live)
@@ -174,7 +161,8 @@ class _Run:
         """Committed tokens and the guesses so far, for processors that look at them."""
         return state.tokens if not step else self._tokens.to(state.device)
 
-    def _write(self, state: State, guess: Tensor, step: int) -> None:
+    def write(self, state: State, guess: Tensor, step: int) -> None:
+        """See ``Steps``."""
         guess = guess.clamp(0, self._embeds - 1).to(self._device)
         put(self._tokens, state.lengths + step, guess[:, None])
 
@@ -283,19 +271,6 @@ def _newest(name: str, value: Tensor, columns: int) -> Tensor:
 def always() -> bool:
     """Nobody decides whether a draft guesses: it does."""
     return True
-
-
-def chance_of(scores: Tensor, guess: Tensor) -> Tensor:
-    """(B,) the draft's own probability of its guesses (B,)."""
-    # on a CPU softmax takes half of logsumexp's time
-    return scores.softmax(dim=1).gather(1, guess.clamp(min=0)[:, None])[:, 0].nan_to_num(0)
-
-
-def sound(scores: Tensor, bad: Tensor) -> Tensor:
-    """Where a draft's scores are no distribution (NaN) it has guessed token 0, and says that it was certain."""
-    scores = scores.masked_fill(bad[:, None], -torch.inf)
-    scores[:, 0] = scores[:, 0].masked_fill(bad, 0)
-    return scores
 
 
 def embedded(model: Any) -> int:
