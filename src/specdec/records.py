@@ -83,8 +83,8 @@ class Round:
     def hidden(self) -> Tensor | None:
         """The target's last hidden states, as its head reads them, for a proposer that ``wants_hidden``.
 
-        (B, K + 1, D): row i scored emitted token i, so it belongs to the token before. The first round has the whole
-        prompt's, (B, P, D), the last of which scored its only token. None when nobody asked for hidden states.
+        (B, K + 1, D): row i scored emitted token i, so it belongs to the token before. The first round has the
+        whole prompt's, (B, P, D), the last of which scored its only token. None when nobody asked for any.
         """
         for name in ("hidden_states", "decoder_hidden_states"):
             if self.states and self.states.get(name):

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.errors import InvalidInput
+from specdec.errors import InvalidInput, SpecdecError
 from specdec.layouts.slots import Slots
-from specdec.proposers import Call, Proposer
+from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.drafting import check_confidence, draft
 from specdec.records import Proposal, Round
@@ -52,10 +52,8 @@ class EarlyExit:
             InvalidInput: not a whole number >= 1, or a confidence that is no probability.
         """
         check_confidence(confidence)
-        if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
-            raise InvalidInput(
-                f"layers={layers!r}; give a whole number >= 1 and below the target's number of layers"
-            )
+        if not _is_number(layers) or layers < 1:
+            raise InvalidInput(f"layers={layers!r}; give a whole number from 1 to one less than the target has")
         self.layers = layers
         self._confidence = confidence
         self._part = _Part()
@@ -101,8 +99,7 @@ class LayerSkip:
         """
         check_confidence(confidence)
         self.skip = tuple(sorted(set(skip)))
-        whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in self.skip)
-        if not self.skip or not whole:
+        if not self.skip or not all(_is_number(layer) and layer >= 0 for layer in self.skip):
             raise InvalidInput(
                 f"skip={self.skip!r}; give the numbers of the layers to leave out, from 0. Where no choice of "
                 "layers pays, draft=None decodes plainly"
@@ -115,7 +112,7 @@ class LayerSkip:
         keep = tuple(layer for layer in range(depth) if layer not in self.skip)
         if self.skip[-1] >= depth or not keep:
             raise InvalidInput(
-                f"skip={self.skip!r}, and the target has the layers 0 to {depth - 1}; leave out some of these, not all"
+                f"skip={self.skip!r}, and the target's layers are 0 to {depth - 1}; leave out some of them, not all"
             )
         return keep
 
@@ -131,6 +128,10 @@ class LayerSkip:
     def sure(self, confidence: float) -> LayerSkip:
         """The same draft, stopping below ``confidence``."""
         return LayerSkip(self.skip, confidence=confidence)
+
+
+def _is_number(layer: Any) -> bool:
+    return isinstance(layer, int) and not isinstance(layer, bool)
 
 
 class _Part:
@@ -155,7 +156,7 @@ class _Run:
     def __init__(self, model: Any, keep: tuple[int, ...], call: Call, confidence: float | None) -> None:
         self._model, self._keep, self._call = model, keep, call
         self._confidence = confidence
-        self._run: Any = None
+        self._run: Proposer | None = None
 
     @property
     def forwards(self) -> int:
@@ -164,27 +165,41 @@ class _Run:
 
     @property
     def layout(self) -> str:
-        """ "shared slots", or the layout of the draft's own cache."""
+        """Where the draft's keys and values lie: "shared slots", or the layout of a cache of its own."""
         return getattr(self._run, "layout", "")
 
     def observe(self, round_: Round) -> None:
         """See ``Proposer``."""
-        if hasattr(self._run, "observe"):
-            self._run.observe(round_)
+        observe = getattr(self._run, "observe", None)
+        if observe is not None:
+            observe(round_)
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
         if not limits.any():
             return Proposal.empty(state.batch, state.device)
-        if self._run is None:
-            scorer = self._call.scorer
-            slots = None if scorer is None else scorer.share(self._model, self._keep)
-            if scorer is not None and slots is not None:
-                self._run = _InSlots(slots, scorer, self._call, self._confidence)
-            else:
-                self._run = DraftModel(self._model, confidence=self._confidence).begin(self._call)
-        proposal: Proposal = self._run.propose(state, limits)
-        return proposal
+        if self._run is not None:
+            return self._run.propose(state, limits)
+        try:
+            self._run = self._begin()
+            return self._run.propose(state, limits)
+        except SpecdecError:
+            raise
+        except Exception as error:
+            # layers that need one another in a way that nothing tells: the text must not depend on it
+            warnings.warn(
+                f"specdec drafts nothing with {len(self._keep)} layers of {type(self._model).__name__}: {error}",
+                stacklevel=2,
+            )
+            self._run = Nothing()
+            return Proposal.empty(state.batch, state.device)
+
+    def _begin(self) -> Proposer:
+        scorer = self._call.scorer
+        slots = None if scorer is None else scorer.share(self._model, self._keep)
+        if scorer is None or slots is None:
+            return DraftModel(self._model, confidence=self._confidence).begin(self._call)
+        return _InSlots(slots, scorer, self._call, self._confidence)
 
 
 class _InSlots:
@@ -200,7 +215,6 @@ class _InSlots:
             self._goes_on = call.goes_on
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._limits = np.zeros(0, dtype=np.int64)
-        self._broken = False
 
     @property
     def forwards(self) -> int:
@@ -209,20 +223,10 @@ class _InSlots:
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
-        if self._broken:
-            return Proposal.empty(state.batch, state.device)
         # the target's next pass begins at these columns and writes every one that is written here, or sees none
         self._slots.stand_at(self._scorer.kept.copy())
         self._tokens, self._limits = state.tokens.clone(), limits
-        if self._slots.forwards:
-            return draft(self, state, limits, self._call, self._confidence, self._goes_on)
-        try:
-            return draft(self, state, limits, self._call, self._confidence, self._goes_on)
-        except Exception as error:
-            # a model whose layers need one another in a way that nothing tells: the text must not depend on it
-            warnings.warn(f"specdec drafts nothing with some of the target's layers: {error}", stacklevel=2)
-            self._broken = True
-            return Proposal.empty(state.batch, state.device)
+        return draft(self, state, limits, self._call, self._confidence, self._goes_on)
 
     def next_scores(self, state: State, step: int) -> Tensor:
         """See ``Steps``. A row that has all its guesses feeds its last token once more."""

@@ -23,8 +23,8 @@ from torch import Tensor
 from specdec.errors import InvalidInput
 from specdec.layouts.compiled import compiled_steps
 from specdec.proposers import Call, Proposer
-from specdec.proposers.drafting import chance_of, sound
 from specdec.proposers.draft_past import DraftPast
+from specdec.proposers.drafting import chance_of, sound
 from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
 from specdec.records import Proposal, Round

@@ -44,14 +44,10 @@ def _place(model: Any) -> str:
     """The dotted name of the list of layers: the one list of modules as long as the model is deep."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise UnsupportedModel(
-            f"{name} is an encoder-decoder; only decoder-only models can draft with their layers"
-        )
+        raise UnsupportedModel(f"{name} is an encoder-decoder; only decoder-only models can be taken apart")
     text = model.config.get_text_config(decoder=True)
     if getattr(text, "num_kv_shared_layers", None):
-        raise UnsupportedModel(
-            f"layers of {name} share keys and values, so none can be left out; give another draft"
-        )
+        raise UnsupportedModel(f"layers of {name} share keys and values, none can be left out; give another draft")
     depth = getattr(text, "num_hidden_layers", 0)
     found = [
         place
@@ -65,7 +61,7 @@ def _place(model: Any) -> str:
         raise UnsupportedModel(
             f"{name} has {len(found)} lists of {depth} modules where one is wanted, the layers; give another draft"
         )
-    return found[0]
+    return str(found[0])
 
 
 def _rebuilt(module: Any, path: list[str], layers: Any, keep: Sequence[int], depth: int) -> Any:
@@ -100,8 +96,8 @@ def _shallow(module: Any) -> Any:
     """A copy with the parameters, buffers and hooks of ``module``, and modules that can be exchanged."""
     if "forward" in vars(module):
         raise UnsupportedModel(
-            f"the forward of {type(module).__name__} is patched (as accelerate does to spread a model over devices), "
-            "and a part of the model would run all layers; load the model on one device, or give another draft"
+            f"the forward of {type(module).__name__} is patched (as accelerate does to spread a model over "
+            "devices), and a part of the model would run all layers; load it on one device, or give another draft"
         )
     clone = copy.copy(module)
     vars(clone)["_modules"] = dict(module._modules)
