@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specdec.choosing import choose_layers
     from specdec.errors import (
         InvalidInput,
         InvalidProposal,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "specdec.choosing": ("choose_layers",),
     "specdec.errors": (
         "InvalidInput",
         "InvalidProposal",
@@ -102,6 +104,7 @@ __all__ = [
     "UnsupportedModel",
     "UnsupportedOption",
     "VocabularyMismatch",
+    "choose_layers",
     "pack_weights",
     "prune_head",
     "quantize_draft",
