@@ -1,10 +1,10 @@
 """Which layers of a model can be left out of its own draft: a search on a few texts (SWIFT 2410.06916, section 4).
 
 The model writes a continuation of every prompt. A choice of layers is judged by one pass of the part over each
-continuation, behind the keys and values that the whole model left for the prompt, as when it drafts: how often does
-it say what the model said? With the part's share of the weights as its cost that gives an expected speed. The search
-starts from the layers that change their input least (by cosine) and goes on by single changes, as long as there is
-time. Nothing is learnt of long contexts or sampled text, and wide passes are taken to cost what narrow ones do.
+continuation, behind the keys and values that the whole model left for the prompt, as when it drafts: how often
+does it say what the model said? With the part's share of the weights as its cost that gives an expected speed. The
+search starts from the layers that change their input least (by cosine) and goes on by small changes, as long as
+there is time. Nothing is learnt of long contexts or sampled text, and wide passes are taken to cost what narrow ones do.
 
 Read next: ``proposers/layers.py``.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -127,10 +128,8 @@ class _Search:
         failed = 0
         while failed < PATIENCE * self._depth and perf_counter() < end:
             out = set(self.best)
-            changed = {
-                int(layer) for layer in chance.choice(self._depth, size=chance.integers(1, 3), replace=False)
-            }
-            choice = out ^ changed
+            changed = chance.choice(self._depth, size=chance.integers(1, 3), replace=False)
+            choice = out ^ set(changed.tolist())
             if not max(least, 1) <= len(choice) < self._depth:
                 failed += 1
                 continue
@@ -160,8 +159,7 @@ def _written(model: Any, prompt: Tensor, tokens: int) -> tuple[_Text, np.ndarray
     fed = text[:, read:-1]
     out = model(input_ids=fed, past_key_values=copy.deepcopy(past), use_cache=True, output_hidden_states=True)
     states = [layer[0].float() for layer in out.hidden_states]
-    pairs = zip(states, states[1:], strict=False)
-    moved = [1 - float(torch.cosine_similarity(before, after, dim=-1).mean()) for before, after in pairs]
+    moved = [1 - float(torch.cosine_similarity(one, two, dim=-1).mean()) for one, two in pairwise(states)]
     return _Text(past, fed, text[0, read + 1 :]), np.array(moved)
 
 
