@@ -33,7 +33,18 @@ from specdec.proposers import layers as layers_room
 from specdec.testing import lively, tiny_llama
 from specdec.weights.layers import count_layers, with_layers
 
-from .contract import SPECIAL, assert_untouched, fingerprint, gemma, mistral, plain, prompts, qwen3_next, t5
+from .contract import (
+    SPECIAL,
+    Counted,
+    assert_untouched,
+    fingerprint,
+    gemma,
+    mistral,
+    plain,
+    prompts,
+    qwen3_next,
+    t5,
+)
 from .test_contract_cache import DICT, assert_same_cache
 
 START = 9
@@ -106,6 +117,9 @@ def test_nothing_is_fed_twice(name, batch):
     for layer, seen in enumerate(widths):
         assert seen.count(START) == 1
         assert len(seen) == stats.target_forwards + stats.draft_forwards * (layer in kept)
+    with Counted(target) as counted:  # who listens to the model hears its own passes
+        gen.generate(**prompts(batch), **LONG)
+    assert counted.calls == stats.target_forwards
     assert [len(w) for w in widths].count(stats.target_forwards) == 4 - len(kept)
 
 

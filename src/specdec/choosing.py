@@ -4,7 +4,8 @@ The model writes a continuation of every prompt. A choice of layers is judged by
 continuation, behind the keys and values that the whole model left for the prompt, as when it drafts: how often
 does it say what the model said? With the part's share of the weights as its cost that gives an expected speed. The
 search starts from the layers that change their input least (by cosine) and goes on by small changes, as long as
-there is time. Nothing is learnt of long contexts or sampled text, and wide passes are taken to cost what narrow ones do.
+there is time. Nothing is learnt of long contexts or of sampled text, and wide passes are taken to cost what narrow
+ones do.
 
 Read next: ``proposers/layers.py``.
 """

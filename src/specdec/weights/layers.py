@@ -11,6 +11,7 @@ Knows nothing of drafts. Read next: ``share.py``.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,6 +75,8 @@ def _rebuilt(module: Any, path: list[str], layers: Any, keep: Sequence[int], dep
     vars(clone).pop("generate", None)  # lent to the model for a while, and bound to it
     # transformers records states by hooks that a model puts on its modules once; these belong to ``module``
     vars(clone)["_output_capturing_hooks_installed"] = True
+    # and who listens to the model itself means its own passes
+    vars(clone).update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     return clone
 
 
