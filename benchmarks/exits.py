@@ -29,6 +29,7 @@ import torch
 import transformers
 from contestants import draft_length
 from costs import cost_curve
+from exactness import divergences
 from machine import provenance
 from models import load
 from torch import Tensor
@@ -112,7 +113,7 @@ def measure(target: Any, inputs: list[dict[str, Tensor]], options: argparse.Name
                 start = perf_counter()
                 text = run.generate(**one, max_new_tokens=options.new, do_sample=False)
                 spent += perf_counter() - start
-                texts[key].append(text.tolist())
+                texts[key].append(text)
                 if key is not None:
                     counts[key].append(generators[key].stats)
             seconds[key].append(spent)
@@ -135,13 +136,17 @@ def measure(target: Any, inputs: list[dict[str, Tensor]], options: argparse.Name
             "ratio": statistics.median(ratios),
             "lowest": min(ratios),
             "highest": max(ratios),
-            "parted": sum(a != b for a, b in zip(texts[None], texts[name, k], strict=True)),
+            "divergences": [
+                found
+                for one, plain, ours in zip(inputs, texts[None], texts[name, k], strict=False)
+                for found in divergences(target, one, plain, ours)
+            ],
         }
         rows.append(row)
         print(
             f"{name[:40]:40s} {k!s:>7s} {row['step']:5.2f} {row['kept']:5.2f} {row['tokens_per_round']:7.2f} "
             f"{row['ratio']:5.2f} ({row['lowest']:.2f}, {row['highest']:.2f})"
-            + (f"  {row['parted']} texts parted from plain's" if row["parted"] else "")
+            + "".join(f"  parts from plain, gap {found['gap']:.2g}" for found in row["divergences"])
         )
     return {"depth": depth, "wide": [wide, whole[wide] / whole[1]], "drafts": rows}
 

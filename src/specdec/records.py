@@ -112,7 +112,8 @@ class Stats:
         prediction_accepted: tokens of the call's ``prediction`` that appeared in the text.
         prediction_rejected: tokens of the prediction that did not; both 0 without one.
         layout: how the target's batch kept its keys and values.
-        draft_layout: the same for the draft model, "" where there is none.
+        draft_layout: the same for the draft model, "" where there is none; "shared slots" where it is part of the
+            target and keeps nothing of its own.
         drafting: what a draft says of itself: how one with another tokenizer was used and why so, what a level of
             a cascade kept of the one below, how often a mixture used which; "" for any other.
         row_drafted, row_accepted, row_emitted: the same counts per row, (B,).

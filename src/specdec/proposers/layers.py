@@ -214,6 +214,7 @@ class _InSlots:
         if confidence is None and call.prompt.device.type == "cpu":
             self._goes_on = call.goes_on
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
+        self._known = 0  # columns of ``_tokens`` that are committed in every row
         self._limits = np.zeros(0, dtype=np.int64)
 
     @property
@@ -225,7 +226,12 @@ class _InSlots:
         """See ``Proposer.propose``."""
         # the target's next pass begins at these columns and writes every one that is written here, or sees none
         self._slots.stand_at(self._scorer.kept.copy())
-        self._tokens, self._limits = state.tokens.clone(), limits
+        self._limits = limits
+        if not self._known:
+            self._tokens = torch.zeros_like(state.tokens)
+        longest = int(state.lengths.max())
+        self._tokens[:, self._known : longest] = state.tokens[:, self._known : longest]
+        self._known = int(state.lengths.min())
         return draft(self, state, limits, self._call, self._confidence, self._goes_on)
 
     def next_scores(self, state: State, step: int) -> Tensor:
