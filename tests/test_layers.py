@@ -16,11 +16,13 @@ from transformers import (
 )
 
 from specdec import (
+    Cascade,
     DraftModel,
     EarlyExit,
     Fallback,
     InvalidInput,
     LayerSkip,
+    Mixture,
     SpeculativeGenerator,
     Suffix,
     UnsupportedModel,
@@ -30,7 +32,7 @@ from specdec import (
 from specdec.layouts import compiled
 from specdec.layouts.slots import Slots
 from specdec.proposers import layers as layers_room
-from specdec.testing import lively, tiny_llama
+from specdec.testing import lively, noisy_copy, tiny_llama
 from specdec.weights.layers import count_layers, with_layers
 
 from .contract import (
@@ -212,6 +214,21 @@ def test_behind_another_proposer():
     got = gen.generate(**prompts(3), **LONG)
     assert got.tolist() == plain(deep(), prompts(3), max_new_tokens=90).tolist()
     assert gen.stats.draft_layout == "shared slots"
+
+
+def test_under_a_cascade():
+    """A level's text is not the target's, so nothing can be shared there."""
+    gen = SpeculativeGenerator(deep(), Cascade(EarlyExit(layers=3), noisy_copy(deep(), 0.02)), num_draft_tokens=3)
+    got = gen.generate(**prompts(3), **LONG)
+    assert got.tolist() == plain(deep(), prompts(3), max_new_tokens=90).tolist()
+    assert gen.stats.accepted > 0
+
+
+def test_in_a_mixture():
+    gen = SpeculativeGenerator(deep(), Mixture("ngram", EarlyExit(layers=3)), num_draft_tokens=3)
+    for _ in range(2):
+        got = gen.generate(**prompts(3), **LONG)
+        assert got.tolist() == plain(deep(), prompts(3), max_new_tokens=90).tolist()
 
 
 def test_with_the_controller():

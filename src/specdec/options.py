@@ -45,8 +45,7 @@ REFUSED = {
     "dola_layers": PLAIN,
     "compile_config": "give compile=True to SpeculativeGenerator",
 }
-# drafts that are the target itself with fewer bits a weight
-SELF = {"self-int4": "int4", "self-int8": "int8"}
+SELF = {"self-int4": "int4", "self-int8": "int8"}  # the target itself with fewer bits a weight
 # every word that ``draft`` may be
 NAMES = (*WORDS, *SELF, "auto")
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)

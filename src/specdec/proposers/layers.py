@@ -26,7 +26,7 @@ from torch import Tensor
 from specdec.errors import InvalidInput, SpecdecError
 from specdec.layouts.slots import Slots
 from specdec.proposers import Call, Nothing, Proposer
-from specdec.proposers.draft_model import DraftModel
+from specdec.proposers.draft_model import DraftModel, always
 from specdec.proposers.drafting import check_confidence, draft
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
@@ -213,6 +213,7 @@ class _InSlots:
         self._goes_on: Callable[[np.ndarray], bool] | None = None
         if confidence is None and call.prompt.device.type == "cpu":
             self._goes_on = call.goes_on
+        self._begins = call.begins if self._goes_on and call.begins else always
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._known = 0  # columns of ``_tokens`` that are committed in every row
         self._limits = np.zeros(0, dtype=np.int64)
@@ -224,6 +225,8 @@ class _InSlots:
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
+        if not self._begins():
+            return Proposal.empty(state.batch, state.device)
         # the target's next pass begins at these columns and writes every one that is written here, or sees none
         self._slots.stand_at(self._scorer.kept.copy())
         self._limits = limits
