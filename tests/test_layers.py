@@ -173,6 +173,28 @@ def test_the_part_follows_the_models_weights():
     assert gen.generate(**prompts(3), **LONG).tolist() == plain(packed, prompts(3), max_new_tokens=90).tolist()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("draft", ["exit", "first left out"])
+def test_adapters_are_switched_between_calls(draft):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    target = peft.get_peft_model(copy.deepcopy(deep(torch.float64)), config)
+    target.add_adapter("other", config)
+    target.double()  # in float32 one of these texts meets a tie
+    gen = SpeculativeGenerator(target, DRAFTS[draft](), num_draft_tokens=3, layout="slots")
+    texts = []
+    for name in ("default", "other", "default"):
+        target.set_adapter(name)
+        texts.append(gen.generate(**prompts(3), **LONG).tolist())
+        assert texts[-1] == target.generate(**prompts(3), **LONG).tolist()
+        assert gen.stats.draft_layout == "shared slots"
+        fresh = SpeculativeGenerator(target, DRAFTS[draft](), num_draft_tokens=3, layout="slots")
+        fresh.generate(**prompts(3), **LONG)
+        assert gen.stats.accepted == fresh.stats.accepted > 0
+    assert texts[0] == texts[2] != texts[1]
+
+
 def test_attention_is_changed_between_calls():
     target = copy.deepcopy(deep())
     gen = SpeculativeGenerator(target, LayerSkip(skip=[1]), num_draft_tokens=3)
