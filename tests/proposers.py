@@ -7,11 +7,25 @@ the batch are expected to have (right or not).
 from collections.abc import Callable
 from typing import Any
 
-from specdec import Cascade, DraftModel, Fallback, Mixture, NGram, Recycling, Store, Suffix
+from specdec import (
+    Cascade,
+    DraftModel,
+    EarlyExit,
+    Fallback,
+    LayerSkip,
+    Mixture,
+    NGram,
+    Recycling,
+    Store,
+    Suffix,
+)
 from specdec.testing import noisy_copy
 
 Texts = list[list[int]]
 Row = Callable[[Any, Texts], tuple[Any, dict[str, Any]]]
+
+# drafts that are layers of the target itself: it must have two, and no encoder
+OWN_LAYERS = ("early exit", "layer skip")
 
 
 class Printed(Store):
@@ -45,6 +59,8 @@ PROPOSERS: dict[str, Row] = {
     "mixture": lambda model, texts: (Mixture("suffix", "recycling", NGram(2)), {}),
     "mixture, model": lambda model, texts: (Mixture(NGram(2), model, other(model)), {}),
     "a list": lambda model, texts: ([NGram(3, 2), "suffix", model], {}),
+    "early exit": lambda model, texts: (EarlyExit(layers=1), {}),
+    "layer skip": lambda model, texts: (LayerSkip(skip=[0]), {}),
     "prediction": lambda model, texts: (None, {"prediction": texts}),
     "prediction, suffix": lambda model, texts: (Suffix(), {"prediction": [*texts[:1], *[None] * (len(texts) - 1)]}),
     "prediction, model": lambda model, texts: (model, {"prediction": [*texts[:1], *[None] * (len(texts) - 1)]}),

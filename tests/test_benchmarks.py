@@ -320,6 +320,22 @@ def test_another_tokenizer(saved, capsys):
     assert " of 0 guesses" not in printed
 
 
+def test_exits(saved, capsys):
+    import exits
+
+    command = [saved[0], "--exit", "1", "--skip", "0", "--k", "2", "--new", "12", "--dtype", "float32"]
+    assert exits.main([*command, "--classes", "chat,code", "--rounds", "2"]) == 0
+    drafts = last_line(capsys)["drafts"]
+    assert [found["draft"] for found in drafts] == ["exit after 1", "without 0"]
+    for found in drafts:
+        assert found["step"] > 0
+        assert 0 < found["lowest"] <= found["ratio"] <= found["highest"]
+        assert 0 <= found["kept"] <= 1
+        assert found["divergences"] == []
+    assert exits.main([saved[0], "--search", "0", "--least", "1", "--new", "8", "--dtype", "float32"]) == 0
+    assert last_line(capsys)["found"]["1"] in ([0], [1])
+
+
 def test_first_use():
     from useless import first_use
 

@@ -93,12 +93,18 @@ REFUSED = {
     ),
     "ensemble": ({"assistant_ensemble_weight": 0.5}, UnsupportedOption, "distribution"),
     "two drafts": (
-        {"assistant_model": llama(), "prompt_lookup_num_tokens": 3}, InvalidInput, "two drafts"
+        {"assistant_model": llama(), "prompt_lookup_num_tokens": 3}, InvalidInput, "several drafts"
     ),
     "no guess": ({"num_assistant_tokens": 0}, InvalidInput, "num_assistant_tokens=0"),
     "a size of a match alone": ({"max_matching_ngram_size": 3}, UnsupportedOption, "prompt_lookup_num_tokens"),
     "a tokenizer alone": ({"assistant_tokenizer": object()}, UnsupportedOption, "assistant_model"),
-    "early exit": ({"assistant_early_exit": 1}, UnsupportedOption, "assistant_early_exit"),
+    "an exit behind the last layer": ({"assistant_early_exit": 1}, InvalidInput, "an exit after 1 layers"),
+    "an exit and a lookup": (
+        {"assistant_early_exit": 1, "prompt_lookup_num_tokens": 3}, InvalidInput, "are several drafts"
+    ),
+    "an exit and a tokenizer": (
+        {"assistant_early_exit": 1, "assistant_tokenizer": object()}, UnsupportedOption, "assistant_tokenizer"
+    ),
 }  # fmt: skip
 
 

@@ -107,7 +107,6 @@ def test_ngram_sizes(longest, shortest):
 
 REFUSED = {
     "num_beams": 2,
-    "assistant_early_exit": 1,
     "cache_implementation": "quantized",
     "penalty_alpha": 0.6,
     "dola_layers": "high",

@@ -29,7 +29,7 @@ LEVELS = [
     {"call", "options"},
     {"outputs", "assistance", "attaching"},
     {"loop"},
-    {"lockstep"},
+    {"lockstep", "choosing"},
     {"proposers", "shaping"},
     {"length"},
     {"processing", "stopping", "streaming"},

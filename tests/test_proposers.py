@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import specdec.state as state_room
-from specdec import Fallback, Recycling, SpeculativeGenerator, Store, Suffix
+from specdec import EarlyExit, Fallback, LayerSkip, Recycling, SpeculativeGenerator, Store, Suffix
 from specdec.proposers import draft_model as draft_model_room
 from specdec.proposers import suffix as suffix_room
 from specdec.proposers.prediction import Prediction
-from specdec.testing import assert_lossless
+from specdec.testing import assert_lossless, tiny_llama
 
-from .contract import NEW, bart, llama, mistral, noisy, plain, prompts, t5
-from .proposers import PROPOSERS, Printed
+from .contract import NEW, bart, mistral, noisy, plain, prompts, t5
+from .proposers import OWN_LAYERS, PROPOSERS, Printed
 
 BATCHES = (1, 3)
 START = 9
@@ -30,6 +30,12 @@ OPTIONS = {
         "prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) * 5 + row + i) % 64 for i in range(1, 9)]
     },
 }  # fmt: skip
+
+
+@cache
+def llama(seed=0, dtype=torch.float32):
+    """Two layers, so that one of them can draft."""
+    return tiny_llama(seed, dtype=dtype)
 
 
 @cache
@@ -68,7 +74,7 @@ def test_windows_and_a_long_draft(name, batch):
 
 
 @pytest.mark.parametrize("make", [t5, bart])
-@pytest.mark.parametrize("name", MODEL_FREE)
+@pytest.mark.parametrize("name", [name for name in MODEL_FREE if name not in OWN_LAYERS])
 def test_encoder_decoder(name, make):
     draft, given = PROPOSERS[name](noisy(make()), [[5, 9, 9, 3]] * 3)
     gen = SpeculativeGenerator(make(), draft)
@@ -130,6 +136,8 @@ LOSSLESS = {
     "a store that fills up": lambda: Suffix(store=Store(tokens=30), tenant="me"),
     "recycling": lambda: Recycling(),
     "fallback": lambda: Fallback(Suffix(shortest=3), Recycling()),
+    "early exit": lambda: EarlyExit(layers=1),
+    "layer skip": lambda: LayerSkip(skip=[0]),
     "prediction": lambda: Prediction([np.array(TEXT)]),
     "prediction, suffix": lambda: Fallback(Prediction([np.array(TEXT)]), Suffix()),
 }

@@ -16,7 +16,7 @@ from transformers import masking_utils
 from transformers.generation import logits_process as hf
 
 import specdec.sampling
-from specdec import Cascade, Fallback, Mixture, Recycling, Suffix
+from specdec import Cascade, EarlyExit, Fallback, LayerSkip, Mixture, Recycling, Suffix
 from specdec.layouts import compiled
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
@@ -157,9 +157,9 @@ def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4, g
             monkeypatch.setattr(room, "prepare", lambda model, call, _: (call.prompt, dict(kwargs), config, model))
         sampling = sampling_of(state)
         processing = Processing(processors)
-        call = Call(target, prompt, {}, PROMPT + NEW, processing, sampling)
-        proposer = guesser(draft, layout=layout).begin(call)
         scorer = Scorer(target, kwargs, config, max_length=PROMPT + NEW, layout=layout, steps=steps)
+        call = Call(target, prompt, {}, PROMPT + NEW, processing, sampling, scorer=scorer)
+        proposer = guesser(draft, layout=layout).begin(call)
         stats = Stats()
         rounds = decode(state, scorer, proposer, Fixed(GUESSES), processing, sampling, stats)
         with torch.no_grad():
@@ -187,8 +187,10 @@ def test_one_copy_a_round(monkeypatch, name, layout):
     assert len(calls) == 2 + 4
 
 
-WITHOUT_A_MODEL = {
+WITHOUT_A_SECOND_MODEL = {
     "suffix": lambda draft, layout: Suffix(),
+    "early exit": lambda draft, layout: EarlyExit(layers=1),
+    "layer skip": lambda draft, layout: LayerSkip(skip=[0]),
     "recycling": lambda draft, layout: Recycling(),
     "suffix, recycling": lambda draft, layout: Fallback(Suffix(), Recycling()),
     "suffix, model": lambda draft, layout: Fallback(Suffix(), DraftModel(draft, layout=layout)),
@@ -199,9 +201,9 @@ WITHOUT_A_MODEL = {
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-@pytest.mark.parametrize("guesser", WITHOUT_A_MODEL)
+@pytest.mark.parametrize("guesser", WITHOUT_A_SECOND_MODEL)
 def test_one_copy_a_round_without_a_model(monkeypatch, guesser, name):
-    calls = rounds_on_fake_cuda(monkeypatch, SAMPLINGS[name], "slots", [], guesser=WITHOUT_A_MODEL[guesser])
+    calls = rounds_on_fake_cuda(monkeypatch, SAMPLINGS[name], "slots", [], guesser=WITHOUT_A_SECOND_MODEL[guesser])
     assert len(calls) == 2 + 4
 
 

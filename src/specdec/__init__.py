@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specdec.choosing import choose_layers
     from specdec.errors import (
         InvalidInput,
         InvalidProposal,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from specdec.proposers.cascade import Cascade
     from specdec.proposers.draft_model import DraftModel
     from specdec.proposers.fallback import Fallback
+    from specdec.proposers.layers import EarlyExit, LayerSkip
     from specdec.proposers.mixture import Mixture
     from specdec.proposers.ngram import NGram
     from specdec.proposers.recycling import Recycling
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "specdec.choosing": ("choose_layers",),
     "specdec.errors": (
         "InvalidInput",
         "InvalidProposal",
@@ -57,6 +60,7 @@ _HOMES = {
     "specdec.proposers.cascade": ("Cascade",),
     "specdec.proposers.draft_model": ("DraftModel",),
     "specdec.proposers.fallback": ("Fallback",),
+    "specdec.proposers.layers": ("EarlyExit", "LayerSkip"),
     "specdec.proposers.mixture": ("Mixture",),
     "specdec.proposers.ngram": ("NGram",),
     "specdec.proposers.recycling": ("Recycling",),
@@ -76,10 +80,12 @@ __all__ = [
     "Chunk",
     "Content",
     "DraftModel",
+    "EarlyExit",
     "Fallback",
     "InvalidInput",
     "InvalidProposal",
     "InvalidScores",
+    "LayerSkip",
     "Mixture",
     "NGram",
     "Packing",
@@ -98,6 +104,7 @@ __all__ = [
     "UnsupportedModel",
     "UnsupportedOption",
     "VocabularyMismatch",
+    "choose_layers",
     "pack_weights",
     "prune_head",
     "quantize_draft",

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.errors import InvalidInput, UnsupportedOption
+from specdec.proposers.layers import EarlyExit
 from specdec.proposers.ngram import NGram
 
 # arguments that are read here and that generate() must not see: it would take them for its own assisted decoding
 UNDERSTOOD = (
     "assistant_model",
     "assistant_tokenizer",
+    "assistant_early_exit",
     "prompt_lookup_num_tokens",
     "max_matching_ngram_size",
     "num_assistant_tokens",
@@ -59,11 +61,14 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
     sources = [given, config] if has_draft else [given, config, own]
     lookup = _first(sources, "prompt_lookup_num_tokens")
     model = given.get("assistant_model")
+    early = _first(sources, "assistant_early_exit") or None
     number = given.get("num_assistant_tokens")
     confidence = given.get("assistant_confidence_threshold")
     matched = given.get("max_matching_ngram_size")
-    if model is not None and lookup is not None:
-        raise InvalidInput("assistant_model and prompt_lookup_num_tokens are two drafts; give one of them")
+    named = {"assistant_model": model, "prompt_lookup_num_tokens": lookup, "assistant_early_exit": early}
+    asked = [name for name, draft in named.items() if draft is not None]
+    if len(asked) > 1:
+        raise InvalidInput(f"{' and '.join(asked)} are several drafts; give one of them")
     if lookup is not None:
         longest = _whole("max_matching_ngram_size", _first(sources, "max_matching_ngram_size") or MATCHED)
         number = lookup if number is None else number
@@ -76,16 +81,18 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
         raise UnsupportedOption(
             "max_matching_ngram_size", "give prompt_lookup_num_tokens with it, or draft=NGram(longest=...)"
         )
-    if model is not None:
+    if model is None and given.get("assistant_tokenizer") is not None:
+        raise UnsupportedOption(
+            "assistant_tokenizer", "give assistant_model with it, or draft_tokenizer to SpeculativeGenerator"
+        )
+    if early is not None:
+        model = EarlyExit(_whole("assistant_early_exit", early))
+    elif model is not None:
         settings = getattr(model, "generation_config", None)
         if number is None:
             number = getattr(settings, "num_assistant_tokens", None)
         if confidence is None:
             confidence = getattr(settings, "assistant_confidence_threshold", None)
-    if model is None and given.get("assistant_tokenizer") is not None:
-        raise UnsupportedOption(
-            "assistant_tokenizer", "give assistant_model with it, or draft_tokenizer to SpeculativeGenerator"
-        )
     if model is None and number is None and confidence is None:
         return None
     number = None if number is None else _whole("num_assistant_tokens", number)

@@ -146,8 +146,12 @@ def follow_call(
                 tenants=request.tenants,
                 clock=None if promised else clock,
                 own_length=length.within,
+                scorer=target,
             ),
         )
+    keep_states = collector.keeps_states
+    if getattr(proposer, "wants_hidden", False):
+        keep_states = tuple({*keep_states, target.give_hidden()})
     watcher = Watcher(stopping_criteria, streamer, state)
     if processing.in_lockstep and watcher.watches:
         # a processor with state must not be called for a step that a condition would have prevented
@@ -161,7 +165,7 @@ def follow_call(
         sampling,
         stats,
         keep_logits=collector.keeps_logits,
-        keep_states=collector.keeps_states,
+        keep_states=keep_states,
     )
     for round_ in rounds:
         collector.add(round_)

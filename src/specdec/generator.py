@@ -40,6 +40,7 @@ from specdec.options import (
 )
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.fallback import Fallback
+from specdec.proposers.layers import EarlyExit, LayerSkip
 from specdec.proposers.prediction import Prediction, read_predictions
 from specdec.records import Stats
 from specdec.sampling import Sampling, sampling_for
@@ -364,9 +365,9 @@ class SpeculativeGenerator:
         elif isinstance(draft, torch.nn.Module):
             other._memory = self._memories.setdefault(draft, other._memory)
         if asked.confidence is not None:
-            if not isinstance(other._proposer, DraftModel):
+            if not isinstance(other._proposer, (DraftModel, EarlyExit, LayerSkip)):
                 raise UnsupportedOption("assistant_confidence_threshold", "it needs a draft that is a model")
-            other._proposer = DraftModel(other._proposer.model, confidence=asked.confidence)
+            other._proposer = other._proposer.sure(asked.confidence)
         return other
 
     def _length(self, seed: Any) -> Callable[[int, bool], DraftLength]:

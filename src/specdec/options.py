@@ -23,6 +23,7 @@ from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
 from specdec.proposers.auto import automatic
 from specdec.proposers.draft_model import DraftModel
+from specdec.proposers.layers import EarlyExit, LayerSkip
 from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import WORDS, check_sizes, one_behind_another
 from specdec.sampling import VERIFICATIONS
@@ -34,7 +35,6 @@ PLAIN = "call target.generate() for it"
 OURS = "drafting is what SpeculativeGenerator does; set `draft` and `num_draft_tokens` there"
 # names of arguments and config fields that are refused when they hold something
 REFUSED = {
-    "assistant_early_exit": OURS,
     "use_mtp": OURS,
     "custom_generate": "SpeculativeGenerator is one itself; " + PLAIN,
     "synced_gpus": PLAIN,
@@ -45,8 +45,7 @@ REFUSED = {
     "dola_layers": PLAIN,
     "compile_config": "give compile=True to SpeculativeGenerator",
 }
-# drafts that are the target itself with fewer bits a weight
-SELF = {"self-int4": "int4", "self-int8": "int8"}
+SELF = {"self-int4": "int4", "self-int8": "int8"}  # the target itself with fewer bits a weight
 # every word that ``draft`` may be
 NAMES = (*WORDS, *SELF, "auto")
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
@@ -56,7 +55,7 @@ ASSISTANCE = {
     "speculation_type": OURS,
 }
 # fields that the door of generate() cannot take
-HIDDEN = ("stop_strings", "prompt_lookup_num_tokens", "max_matching_ngram_size")
+HIDDEN = ("stop_strings", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit")
 # "hybrid" comes with old checkpoints, and generate() itself unsets it
 CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 
@@ -116,6 +115,8 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
         )
     if isinstance(draft, type):
         raise UnsupportedModel(f"the draft is the class {draft.__name__}; give an object: {draft.__name__}()")
+    if isinstance(draft, (EarlyExit, LayerSkip)):
+        draft.check(target)
     if hasattr(draft, "propose") or hasattr(draft, "begin"):
         return draft
     if not hasattr(draft, "generate") or not hasattr(draft, "config"):

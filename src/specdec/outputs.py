@@ -45,8 +45,8 @@ class Collector:
             self._place(self.scores, round_.scores, round_)
         if self._logits is not None and round_.logits is not None:
             self._place(self._logits, round_.logits.float(), round_)
-        for name, layers in (round_.states or {}).items():
-            steps = self._states[name]
+        for name, steps in self._states.items():
+            layers = (round_.states or {})[name]
             if not steps or "attentions" in name:
                 steps.append(layers)  # of the whole prompt, or of a one-token step of all rows
             else:

@@ -79,6 +79,18 @@ class Round:
     logits: Tensor | None = None
     states: States | None = None
 
+    @property
+    def hidden(self) -> Tensor | None:
+        """The target's last hidden states, as its head reads them, for a proposer that ``wants_hidden``.
+
+        (B, K + 1, D): row i scored emitted token i, so it belongs to the token before. The first round has the
+        whole prompt's, (B, P, D), the last of which scored its only token. None when nobody asked for any.
+        """
+        for name in ("hidden_states", "decoder_hidden_states"):
+            if self.states and self.states.get(name):
+                return self.states[name][-1]
+        return None
+
 
 @dataclass(slots=True)
 class Stats:
@@ -101,7 +113,8 @@ class Stats:
         prediction_accepted: tokens of the call's ``prediction`` that appeared in the text.
         prediction_rejected: tokens of the prediction that did not; both 0 without one.
         layout: how the target's batch kept its keys and values.
-        draft_layout: the same for the draft model, "" where there is none.
+        draft_layout: the same for the draft model, "" where there is none; "shared slots" where it is part of the
+            target and keeps nothing of its own.
         drafting: what a draft says of itself: how one with another tokenizer was used and why so, what a level of
             a cascade kept of the one below, how often a mixture used which; "" for any other.
         row_drafted, row_accepted, row_emitted: the same counts per row, (B,).

@@ -8,6 +8,7 @@ are in the cache and still true. Knows nothing of rules or proposers. Read next:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,10 @@ class Scorer:
             self.layout, self._trial = self._trial.decide(tokens), None
             self._compile()
 
+    def give_hidden(self) -> str:
+        """Have every pass return its hidden states from now on; the name that ``states`` has for them."""
+        return self._columns.give_hidden()
+
     def states(self, names: tuple[str, ...]) -> States | None:
         """The outputs called ``names`` for the columns that the last scores belong to.
 
@@ -168,6 +173,13 @@ class Scorer:
         self.layout.settle(int(final[live].min()) if live.any() else 0)
         if isinstance(self.layout, Columns):
             self.layout.catch_up(tokens, final, live)
+
+    def share(self, model: Any, layers: Sequence[int]) -> Slots | None:
+        """The slots for ``model``, made of some ``layers`` of this one's; None in every other layout.
+
+        See ``Slots.share``. ``kept`` is where the next pass of this model will begin.
+        """
+        return self.layout.share(model, layers) if isinstance(self.layout, Slots) else None
 
     def finish(self, tokens: Tensor, columns: int) -> Any:
         """The cache of transformers with the first ``columns`` of every row, as plain ``generate()`` leaves it."""

@@ -16,9 +16,11 @@ import torch
 
 import specdec.scorer
 from specdec import Proposal, SpeculativeGenerator
+from specdec.layouts.slot_cache import SlotLayer
+from specdec.layouts.slots import Slots
 from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
-from specdec.proposers import cascade, draft_model, fallback, mixture
+from specdec.proposers import cascade, draft_model, fallback, layers, mixture
 from specdec.state import State
 from specdec.testing import TableModel
 from specdec.verify import (
@@ -30,7 +32,8 @@ from specdec.verify import (
     verify,
 )
 
-from ..proposers import PROPOSERS
+from ..proposers import OWN_LAYERS, PROPOSERS
+from .layered import LayeredTable
 
 # guesses -> (vocabulary, new tokens): the first token takes no guess, and a bonus must fit
 SIZES = {1: (3, 3), 2: (2, 4), 3: (2, 5)}
@@ -129,6 +132,11 @@ def tables(seed: int, vocabulary: int) -> tuple[TableModel, TableModel]:
     return TableModel(rows[0]), TableModel(rows[1])
 
 
+def layered(seed: int, vocabulary: int) -> LayeredTable:
+    generator = torch.Generator().manual_seed(seed)
+    return LayeredTable([torch.randn((vocabulary,) * 3, generator=generator) for _ in range(2)])
+
+
 def without_token(table: torch.Tensor, token: int) -> torch.Tensor:
     """A look-up table whose head lacks one token."""
     return table.index_fill(-1, torch.tensor([token]), -torch.inf)
@@ -187,9 +195,12 @@ def law_error(
     options = {}
     if kind in PROPOSERS:
         drafts[kind], options = PROPOSERS[kind](draft, [EXPECTED[:new]])
+    layout = "columns"
+    if kind in OWN_LAYERS:  # what they share with the target is its slots
+        target, layout = layered(seed, vocabulary), "slots"
     # with a seed given no decision depends on the clock, so every walk meets the same ones
     gen = SpeculativeGenerator(
-        target, drafts[kind], num_draft_tokens=guesses, verification=rule, layout="columns", seed=0
+        target, drafts[kind], num_draft_tokens=guesses, verification=rule, layout=layout, seed=0
     )
 
     if controlled:  # with assumed costs, for the same reason
@@ -199,8 +210,9 @@ def law_error(
         current.append(script)
         gen._sampling = lambda *_: Scripted(rule, script)
         out = gen.generate(
-            PROMPT, max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=0, **options
-        )
+            PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=new, do_sample=True, top_k=0,
+            eos_token_id=eos, pad_token_id=0, **options,
+        )  # fmt: skip
         text = out[0, PROMPT.shape[1] :].tolist()
         return tuple(text + [0] * (new - len(text)))
 
@@ -208,6 +220,7 @@ def law_error(
     for chance, text in walk(run):
         law[text] += chance
     want = exact(target, new, eos)
+    assert gen.stats.draft_layout == "shared slots" or kind not in OWN_LAYERS
     return max(abs(law[text] - want.get(text, 0.0)) for text in law.keys() | want.keys())
 
 
@@ -233,7 +246,9 @@ def test_law_when_a_text_may_end_inside_a_block(rule):
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("kind", ["model", "ngram", "own", "fallback", "mixture, model", "prediction, model"])
+@pytest.mark.parametrize(
+    "kind", ["model", "ngram", "own", "fallback", "layer skip", "mixture, model", "prediction, model"]
+)
 def test_law_with_the_controller(rule, kind):
     assert law_error(rule, kind, 3, controlled=True) < TOLERANCE
 
@@ -527,6 +542,53 @@ def test_a_wrong_loop_breaks_the_law(mutant, monkeypatch):
     except (RuntimeError, IndexError):
         return  # it breaks something sooner than the law
     assert error > 1e-3
+
+
+def shared_one_column_too_early(monkeypatch):
+    """The draft begins at a column that the target does not write again."""
+    right = Slots.stand_at
+    monkeypatch.setattr(Slots, "stand_at", lambda self, columns: right(self, columns - 1))
+
+
+def drafted_columns_taken_for_scored_ones(monkeypatch):
+    """The target goes on behind what the draft wrote, instead of writing there itself."""
+    right = layers._InSlots.propose
+
+    def propose(self, state, limits):
+        proposal = right(self, state, limits)
+        self._scorer.layout._starts = self._slots._starts.copy()
+        return proposal
+
+    monkeypatch.setattr(layers._InSlots, "propose", propose)
+
+
+def left_out_layers_only(monkeypatch):
+    """Only the layers that the draft lacks go through the target's pass; the others keep what the draft left."""
+    right = SlotLayer.update
+    drafting = []
+    propose = layers._InSlots.propose
+
+    def proposing(self, state, limits):
+        drafting.append(self._slots._cache.layers)
+        return propose(self, state, limits)
+
+    def update(self, keys, values, *args, **kwargs):
+        held = self.keys.clone(), self.values.clone()
+        right(self, keys, values)
+        if drafting and self in drafting[-1] and keys.shape[-2] > 1:
+            self.keys, self.values = held
+        return self.keys, self.values
+
+    monkeypatch.setattr(layers._InSlots, "propose", proposing)
+    monkeypatch.setattr(SlotLayer, "update", update)
+
+
+@pytest.mark.parametrize(
+    "mutant", [shared_one_column_too_early, drafted_columns_taken_for_scored_ones, left_out_layers_only]
+)
+def test_a_draft_that_shares_the_wrong_slots_breaks_the_law(mutant, monkeypatch):
+    mutant(monkeypatch)
+    assert law_error("token", "layer skip", 2) > 1e-3
 
 
 # --- shared noise --------------------------------------------------------------------------------

@@ -80,6 +80,11 @@ class Columns:
         self.hidden = held - self._fed if held else 0
         return self._scores(1)
 
+    def give_hidden(self) -> str:
+        """To be asked before the prefill: passes return hidden states; under which name."""
+        self._kwargs["output_hidden_states"] = True
+        return "decoder_hidden_states" if self.encoder_decoder else "hidden_states"
+
     def mark(self) -> tuple[Any, ...]:
         """Where the model stands, for ``go_back``; the cache is kept by others."""
         return dict(self._kwargs), dict(self._fed_kwargs), self._outputs, self._columns, self._fed

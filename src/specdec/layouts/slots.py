@@ -12,6 +12,8 @@ measured; the self-check finds out. Knows nothing of proposals. Read next: ``slo
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,28 @@ class Slots:
         self._prepared: dict[int, dict[str, Any]] = {}
         self._steps: CompiledSteps | None = None
         self._least_room = 0
+        self._lender: Slots | None = None
+
+    def share(self, model: Any, layers: Sequence[int]) -> Slots | None:
+        """These slots for ``model``, whose layer i is this model's layer ``layers[i]``: one memory for both.
+
+        What either writes the other sees. A pass of ``model`` must therefore begin, row by row, where the next pass
+        of this one will begin (``stand_at``), so that this one overwrites or never looks at what was written there.
+        None where the cache does not keep plain keys and values for each layer.
+        """
+        own = self._cache.layers
+        if max(layers) >= len(own) or not all(isinstance(own[layer], SlotLayer) for layer in layers):
+            return None
+        other = copy.copy(self)
+        other._model, other._lender = model, self
+        other._cache = other._handed = SlotCache([own[layer] for layer in layers])
+        other._cache.room = self._cache.room
+        other._prepared, other._steps, other.forwards = {}, None, 0
+        return other
+
+    def stand_at(self, columns: np.ndarray) -> None:
+        """The next pass writes from ``columns`` (B,) on; somebody else has filled what lies before."""
+        self._starts = columns
 
     def compile_with(self, steps: CompiledSteps, max_length: int) -> None:
         """Make passes through the graphs of ``steps`` from now on; rows reach ``max_length`` columns at most."""
@@ -196,6 +220,14 @@ class Slots:
 
     def _grow(self, batch: int, columns: int) -> None:
         """Room for ``columns`` columns, in blocks: attention cost follows the room."""
+        lender = self._lender
+        if lender is not None:
+            # buffers that are lent must not grow apart from the others
+            lender._grow(batch, columns)
+            if self._mask is not lender._mask:
+                self._cache.room, self._mask = lender._cache.room, lender._mask
+                self._prepared.clear()
+            return
         if columns <= self._cache.room >= self._least_room:
             return
         room = max(-(-columns // BLOCK) * BLOCK, self._least_room)

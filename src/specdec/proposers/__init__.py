@@ -6,7 +6,8 @@ of the running round. It may have more, each asked for once when a call starts:
 * ``begin(call)`` returns the proposer to use for this call, so that what a call needs (a cache, a table)
   lives as long as the call and nothing is left behind, exception or not;
 * ``observe(round)`` sees every finished round. One that reads ``round.scores`` there says so with an attribute
-  ``wants_scores = True``; a round may go without them where nobody wants them;
+  ``wants_scores = True``; a round may go without them where nobody wants them. With ``wants_hidden = True`` there
+  are the target's last hidden states as well, ``round.hidden``;
 * ``foresees = True`` says that it asks ``call.processing.foresee`` itself; for others that is done before them
   (``jump.py``);
 * ``finish(state, stats)`` is told when a call is over and has not failed: ``state`` holds what came out, stop
@@ -32,6 +33,7 @@ from specdec.length.fixed import Fixed
 from specdec.processing import Processing
 from specdec.records import Proposal
 from specdec.sampling import Sampling
+from specdec.scorer import Scorer
 from specdec.state import State
 
 T = TypeVar("T")
@@ -71,6 +73,7 @@ class Call:
         tenants: whose text a row is, one for all rows or one each; None where nobody said.
         clock: tells the seconds; None where a seed promises one text, which must not depend on them.
         own_length: makes a rule of draft lengths that knows nothing yet, for a proposer with rounds of its own.
+        scorer: the target with its cache, for drafts that are part of it; it belongs to the loop. None in tests.
     """
 
     target: Any
@@ -84,6 +87,7 @@ class Call:
     tenants: list[str] | None = None
     clock: Callable[[], float] | None = None
     own_length: Callable[[], DraftLength] = ALWAYS_FOUR
+    scorer: Scorer | None = None
 
 
 def one_a_row(values: list[T], rows: int, name: str) -> list[T]:

@@ -74,7 +74,8 @@ class Cascade:
             check_sizes(call.target, model.model)
         # how many guesses are made for a level is a question of its own at each
         lengths = [call.own_length() for _ in self._models]
-        judges = [replace(call, goes_on=length.goes_on, begins=length.begins) for length in lengths]
+        # and the target's cache holds its text, not a level's
+        judges = [replace(call, goes_on=length.goes_on, begins=length.begins, scorer=None) for length in lengths]
         run: Proposer = self._first.begin(judges[0]) if hasattr(self._first, "begin") else self._first
         for model, length, judge in zip(self._models, lengths, [*judges[1:], call], strict=True):
             run = model.open(judge, partial(_Level, below=run, length=length))

@@ -9,6 +9,7 @@ next one. Knows nothing of verification. Read next: ``prompt.py``.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.errors import InvalidInput, UnsupportedModel
+from specdec.errors import UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps, compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
-from specdec.proposers.drawn import certain, chance_of, mixed, sound
+from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
 from specdec.proposers.prompt import embedded, prepare
 from specdec.records import Proposal, Round
@@ -46,8 +47,7 @@ class DraftModel:
             layout: forces one, for tests.
             compile: run the model's steps as graphs, as ``SpeculativeGenerator(compile=True)`` does.
         """
-        if confidence is not None and not 0 <= confidence <= 1:
-            raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
+        check_confidence(confidence)
         self.model = inner_model(model)
         self._confidence = confidence
         self._layout = layout
@@ -70,6 +70,13 @@ class DraftModel:
             raise
         except (TypeError, ValueError) as error:
             return self._refuse(str(error))
+
+    def sure(self, confidence: float) -> DraftModel:
+        """The same draft, stopping below ``confidence``."""
+        check_confidence(confidence)
+        other = copy.copy(self)
+        other._confidence = confidence
+        return other
 
     def _refuse(self, reason: str) -> Proposer:
         """A draft that cannot take the call's inputs must not break the call."""
@@ -142,68 +149,27 @@ class _Run:
             self._longest -= self._scorer.hidden
             self._prompt = None
         self._sync(state)
-        guesses: list[Tensor] = []
-        rows: list[Tensor] = []
-        asks = True  # until the call's draft length has had enough: then only what is foreseen is guessed
-        for step in range(most):
-            known = ahead.at(step, limits, self._history(state, step))
-            drafted = (known < 0) & (limits > step)
-            if not asks:
-                limits = np.where(drafted, step, limits)
-                if step >= int(limits.max()):
-                    break
-            guess, scores = self._guess(state, step, drafted & asks, known)
-            guesses.append(guess)
-            if self._call.sampling.keeps_logits:
-                rows.append(scores)
-            if self._confidence:
-                sure = (chance_of(scores, guess) >= self._confidence).cpu().numpy()
-                limits = np.where(sure, limits, np.minimum(limits, step + 1))
-            elif self._goes_on is not None:
-                chance = chance_of(scores, guess).double().numpy()
-                asks = self._goes_on(np.where(limits > step, chance, 0.0)) and asks
-            limits = ahead.cut(step, limits, guess)
-            if step + 1 >= int(limits.max()) or not (asks or ahead.more):
-                limits = np.minimum(limits, step + 1)
-                break
-            self._write(state, guess, step)
-        proposal = Proposal(torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None)
+        proposal = draft(self, state, limits, self._call, self._confidence, self._goes_on, ahead)
         settled = int(state.settled.min())
         loose = state.host_tokens[:, settled : int(state.lengths.max())].copy()
         self._drafted = (settled, loose, state.lengths.copy(), proposal)
         self._observed = None
         return proposal
 
-    def _guess(self, state: State, step: int, drafted: np.ndarray, known: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Guess ``step`` of every row (B,), and the scores (B, V) that it is drawn from.
-
-        Rows ``drafted`` (B,) ask the model, rows whose guess is ``known`` (B,) and not -1 do not.
-        """
-        if not drafted.any():
-            return certain(torch.from_numpy(known.clip(min=0)).to(state.device), state.vocabulary)
-        scores = self._next_scores(state, step, drafted)
-        start = state.device_lengths - state.prompt_length
-        guess = self._call.sampling.guess(scores, start + step if step else start)
-        if self._call.sampling.keeps_logits:
-            scores = sound(scores, guess < 0)
-            guess = guess.clamp(min=0)
-        if (known >= 0).any():
-            guess, scores = mixed(guess, scores, torch.from_numpy(known).to(state.device))
-        return guess, scores
-
-    def _next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
-        """Processed scores (B, V) for guess ``step`` of every row, on the target's device."""
+    def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
+        """See ``Steps``."""
         lengths = np.minimum(state.lengths + step, self._longest)  # rows that have ended go no further
         if step:
             self._scorer.hold(state.live)
         logits = self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0].to(state.device)
-        return self._call.processing.draft(logits, self._history(state, step), lengths, state.vocabulary, guessing)
+        return self._call.processing.draft(logits, self.history(state, step), lengths, state.vocabulary, guessing)
 
-    def _history(self, state: State, step: int) -> Tensor:
-        """Committed tokens and the guesses so far, for processors that look at them."""
+    def history(self, state: State, step: int) -> Tensor:
+        """See ``Steps``."""
         return state.tokens if not step else self._tokens.to(state.device)
 
-    def _write(self, state: State, guess: Tensor, step: int) -> None:
+    def write(self, state: State, guess: Tensor, step: int) -> None:
+        """See ``Steps``."""
         guess = guess.clamp(0, self._embeds - 1).to(self._device)
         put(self._tokens, state.lengths + step, guess[:, None])
 

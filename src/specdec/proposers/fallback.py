@@ -44,6 +44,7 @@ class _Run:
     def __init__(self, first: Any, second: Any) -> None:
         self._parts = (first, second)
         self.wants_scores = any(getattr(part, "wants_scores", False) for part in self._parts)
+        self.wants_hidden = any(getattr(part, "wants_hidden", False) for part in self._parts)
         self._proposals: tuple[Proposal, Proposal] | None = None
         self._of_first = np.zeros(0, dtype=bool)
 

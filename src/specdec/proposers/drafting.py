@@ -1,0 +1,112 @@
+"""Drafting token by token: score, guess, write, once more; for every proposer that draws from rows of its own.
+
+What is recorded as the guesses' distribution is exactly what they were drawn from. Whether one more is guessed is
+settled by tokens that are submitted. What a grammar foresees is guessed without scores.
+Knows no model. Read next: ``draft_model.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.errors import InvalidInput
+from specdec.proposers import Call
+from specdec.proposers.drawn import certain, chance_of, mixed, sound
+from specdec.proposers.foresight import Ahead
+from specdec.records import Proposal
+from specdec.state import State
+
+
+class Steps(Protocol):
+    """What drafts, one token of every row a step."""
+
+    def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
+        """Processed scores (B, V) for guess ``step``, on the target's device; only rows ``guessing`` (B,) count."""
+        ...
+
+    def history(self, state: State, step: int) -> Tensor:
+        """(B, capacity) committed tokens and the guesses before ``step``, for processors that look at them."""
+        ...
+
+    def write(self, state: State, guess: Tensor, step: int) -> None:
+        """Guess ``step`` of every row was ``guess`` (B,); the next step goes on from there."""
+        ...
+
+
+def draft(
+    steps: Steps,
+    state: State,
+    limits: np.ndarray,
+    call: Call,
+    confidence: float | None,
+    goes_on: Callable[[np.ndarray], bool] | None,
+    ahead: Ahead,
+) -> Proposal:
+    """Up to ``limits[b]`` (B,) guesses for row b, at least one for some row.
+
+    Args:
+        steps: what drafts.
+        state: the committed tokens.
+        limits: (B,) guesses that a row may submit.
+        call: how tokens are drawn.
+        confidence: a row stops after a guess whose own chance is below this; None or 0 never stops.
+        goes_on: told the chance (B,) of each guess, says whether one more pays; None always goes on.
+        ahead: what is foreseen.
+    """
+    guesses: list[Tensor] = []
+    rows: list[Tensor] = []
+    asks = True  # until the call's draft length has had enough: then only what is foreseen is guessed
+    for step in range(int(limits.max())):
+        known = ahead.at(step, limits, steps.history(state, step))
+        drafted = (known < 0) & (limits > step)
+        if not asks:
+            limits = np.where(drafted, step, limits)
+            if step >= int(limits.max()):
+                break
+        guess, scores = _guess(steps, state, step, drafted & asks, known, call)
+        guesses.append(guess)
+        if call.sampling.keeps_logits:
+            rows.append(scores)
+        if confidence:
+            sure = (chance_of(scores, guess) >= confidence).cpu().numpy()
+            limits = np.where(sure, limits, np.minimum(limits, step + 1))
+        elif goes_on is not None:
+            chance = chance_of(scores, guess).double().numpy()
+            asks = goes_on(np.where(limits > step, chance, 0.0)) and asks
+        limits = ahead.cut(step, limits, guess)
+        if step + 1 >= int(limits.max()) or not (asks or ahead.more):
+            limits = np.minimum(limits, step + 1)
+            break
+        steps.write(state, guess, step)
+    return Proposal(torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None)
+
+
+def _guess(
+    steps: Steps, state: State, step: int, drafted: np.ndarray, known: np.ndarray, call: Call
+) -> tuple[Tensor, Tensor]:
+    """Guess ``step`` of every row (B,), and the scores (B, V) that it is drawn from.
+
+    Rows ``drafted`` (B,) are asked for scores, rows whose guess is ``known`` (B,) and not -1 are not.
+    """
+    if not drafted.any():
+        return certain(torch.from_numpy(known.clip(min=0)).to(state.device), state.vocabulary)
+    scores = steps.next_scores(state, step, drafted)
+    start = state.device_lengths - state.prompt_length
+    guess = call.sampling.guess(scores, start + step if step else start)
+    if call.sampling.keeps_logits:
+        scores = sound(scores, guess < 0)
+        guess = guess.clamp(min=0)
+    if (known >= 0).any():
+        guess, scores = mixed(guess, scores, torch.from_numpy(known).to(state.device))
+    return guess, scores
+
+
+def check_confidence(confidence: float | None) -> None:
+    """Refuse a confidence that is no probability."""
+    if confidence is not None and not 0 <= confidence <= 1:
+        raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")

@@ -1,0 +1,256 @@
+"""The target drafts for itself with some of its layers: early exit, and layers left out.
+
+Early exit: the first E layers, then the target's own norm and head (LayerSkip 2404.16710, section 4.3). Layers left
+out: anywhere, chosen for the model (Draft & Verify 2309.08168, SWIFT 2410.06916). Neither needs other weights;
+models are the better at it the more they were trained for it, and most were not.
+
+In slots nothing is computed twice. The draft reads the keys and values that the target left for committed tokens,
+which for the first E layers are its own and for later ones stand for its own, and writes those of its guesses where
+the target's next pass begins, which overwrites them. So it never feeds the prompt, has nothing to forget, and every
+step is one token. In other layouts a cache cannot be lent so: there the draft keeps one of its own, like any model.
+
+Knows nothing of verification. Read next: ``../weights/layers.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.errors import InvalidInput, SpecdecError
+from specdec.layouts.slots import Slots
+from specdec.proposers import Call, Nothing, Proposer
+from specdec.proposers.draft_model import DraftModel, always
+from specdec.proposers.drafting import check_confidence, draft
+from specdec.proposers.foresight import Ahead
+from specdec.records import Proposal, Round
+from specdec.scorer import Scorer
+from specdec.state import State, put
+from specdec.weights.layers import count_layers, with_layers
+
+
+class EarlyExit:
+    """The first layers of the target draft, with its norm and head.
+
+    Example:
+        >>> SpeculativeGenerator(target, EarlyExit(layers=8))  # doctest: +SKIP
+    """
+
+    def __init__(self, layers: int, *, confidence: float | None = None) -> None:
+        """Leave the target after ``layers`` of its layers.
+
+        Args:
+            layers: from 1 to one less than the target has.
+            confidence: as for ``DraftModel``.
+
+        Raises:
+            InvalidInput: not a whole number >= 1, or a confidence that is no probability.
+        """
+        check_confidence(confidence)
+        if not _is_number(layers) or layers < 1:
+            raise InvalidInput(f"layers={layers!r}; give a whole number from 1 to one less than the target has")
+        self.layers = layers
+        self._confidence = confidence
+        self._part = _Part()
+
+    def kept(self, depth: int) -> tuple[int, ...]:
+        """The layers of a target of ``depth`` layers that draft."""
+        if self.layers >= depth:
+            raise InvalidInput(
+                f"an exit after {self.layers} layers, and the target has {depth}; give 1 to {depth - 1}"
+            )
+        return tuple(range(self.layers))
+
+    def check(self, target: Any) -> None:
+        """Refuse a target that does not have these layers, or whose layers cannot be told from the rest."""
+        self.kept(count_layers(target))
+
+    def begin(self, call: Call) -> Proposer:
+        """A drafting run for one call."""
+        keep = self.kept(count_layers(call.target))
+        return _Run(self._part.of(call.target, keep), keep, call, self._confidence)
+
+    def sure(self, confidence: float) -> EarlyExit:
+        """The same draft, stopping below ``confidence``."""
+        return EarlyExit(self.layers, confidence=confidence)
+
+
+class LayerSkip:
+    """The target without some of its layers drafts; ``choose_layers`` finds which.
+
+    Example:
+        >>> SpeculativeGenerator(target, LayerSkip(skip=choose_layers(target, texts, tokenizer)))  # doctest: +SKIP
+    """
+
+    def __init__(self, skip: Iterable[int], *, confidence: float | None = None) -> None:
+        """Leave out the layers ``skip``, counted from 0.
+
+        Args:
+            skip: at least one layer, and not all.
+            confidence: as for ``DraftModel``.
+
+        Raises:
+            InvalidInput: ``skip`` is empty or holds anything but whole numbers >= 0.
+        """
+        check_confidence(confidence)
+        self.skip = tuple(sorted(set(skip)))
+        if not self.skip or not all(_is_number(layer) and layer >= 0 for layer in self.skip):
+            raise InvalidInput(
+                f"skip={self.skip!r}; give the numbers of the layers to leave out, from 0. Where no choice of "
+                "layers pays, draft=None decodes plainly"
+            )
+        self._confidence = confidence
+        self._part = _Part()
+
+    def kept(self, depth: int) -> tuple[int, ...]:
+        """The layers of a target of ``depth`` layers that draft."""
+        keep = tuple(layer for layer in range(depth) if layer not in self.skip)
+        if self.skip[-1] >= depth or not keep:
+            raise InvalidInput(
+                f"skip={self.skip!r}, and the target's layers are 0 to {depth - 1}; leave out some of them, not all"
+            )
+        return keep
+
+    def check(self, target: Any) -> None:
+        """Refuse a target that does not have these layers, or whose layers cannot be told from the rest."""
+        self.kept(count_layers(target))
+
+    def begin(self, call: Call) -> Proposer:
+        """A drafting run for one call."""
+        keep = self.kept(count_layers(call.target))
+        return _Run(self._part.of(call.target, keep), keep, call, self._confidence)
+
+    def sure(self, confidence: float) -> LayerSkip:
+        """The same draft, stopping below ``confidence``."""
+        return LayerSkip(self.skip, confidence=confidence)
+
+
+def _is_number(layer: Any) -> bool:
+    return isinstance(layer, int) and not isinstance(layer, bool)
+
+
+class _Part:
+    """The part of a target that drafts, made once: it follows the target's weights."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, Any, tuple[int, ...]] | None = None
+        self._model: Any = None
+
+    def of(self, target: Any, keep: tuple[int, ...]) -> Any:
+        """``target`` with the layers ``keep`` only."""
+        attention = getattr(target.config, "_attn_implementation", None)
+        if self._of is None or self._of[0]() is not target or self._of[1:] != (attention, keep):
+            self._model = with_layers(target, keep)
+            self._of = (weakref.ref(target), attention, keep)
+        return self._model
+
+
+class _Run:
+    """Drafting during one call; where the keys and values lie is known with the first guess that is asked for."""
+
+    foresees = True
+
+    def __init__(self, model: Any, keep: tuple[int, ...], call: Call, confidence: float | None) -> None:
+        self._model, self._keep, self._call = model, keep, call
+        self._confidence = confidence
+        self._run: Proposer | None = None
+
+    @property
+    def forwards(self) -> int:
+        """Passes of the draft."""
+        return getattr(self._run, "forwards", 0)
+
+    @property
+    def layout(self) -> str:
+        """Where the draft's keys and values lie: "shared slots", or the layout of a cache of its own."""
+        return getattr(self._run, "layout", "")
+
+    def observe(self, round_: Round) -> None:
+        """See ``Proposer``."""
+        observe = getattr(self._run, "observe", None)
+        if observe is not None:
+            observe(round_)
+
+    def propose(self, state: State, limits: np.ndarray) -> Proposal:
+        """See ``Proposer.propose``."""
+        if not limits.any():
+            return Proposal.empty(state.batch, state.device)
+        if self._run is not None:
+            return self._run.propose(state, limits)
+        try:
+            self._run = self._begin()
+            return self._run.propose(state, limits)
+        except SpecdecError:
+            raise
+        except Exception as error:
+            # layers that need one another in a way that nothing tells: the text must not depend on it
+            warnings.warn(
+                f"specdec drafts nothing with {len(self._keep)} layers of {type(self._model).__name__}: {error}",
+                stacklevel=2,
+            )
+            self._run = Nothing()
+            return Proposal.empty(state.batch, state.device)
+
+    def _begin(self) -> Proposer:
+        scorer = self._call.scorer
+        slots = None if scorer is None else scorer.share(self._model, self._keep)
+        if scorer is None or slots is None:
+            return DraftModel(self._model, confidence=self._confidence).begin(self._call)
+        return _InSlots(slots, scorer, self._call, self._confidence)
+
+
+class _InSlots:
+    """Drafting in the target's slots."""
+
+    layout = "shared slots"
+
+    def __init__(self, slots: Slots, scorer: Scorer, call: Call, confidence: float | None) -> None:
+        self._slots, self._scorer, self._call = slots, scorer, call
+        self._confidence = confidence
+        self._goes_on: Callable[[np.ndarray], bool] | None = None
+        if confidence is None and call.prompt.device.type == "cpu":
+            self._goes_on = call.goes_on
+        self._begins = call.begins if self._goes_on and call.begins else always
+        self._tokens = torch.zeros(0, 0, dtype=torch.int64)
+        self._known = 0  # columns of ``_tokens`` that are committed in every row
+        self._limits = np.zeros(0, dtype=np.int64)
+
+    @property
+    def forwards(self) -> int:
+        """Passes of the draft."""
+        return self._slots.forwards
+
+    def propose(self, state: State, limits: np.ndarray) -> Proposal:
+        """See ``Proposer.propose``."""
+        ahead = Ahead(self._call.processing, state, limits)
+        if ahead.covers(limits) or not self._begins():
+            return ahead.proposal()
+        # the target's next pass begins at these columns and writes every one that is written here, or sees none
+        self._slots.stand_at(self._scorer.kept.copy())
+        self._limits = limits
+        if not self._known:
+            self._tokens = torch.zeros_like(state.tokens)
+        longest = int(state.lengths.max())
+        self._tokens[:, self._known : longest] = state.tokens[:, self._known : longest]
+        self._known = int(state.lengths.min())
+        return draft(self, state, limits, self._call, self._confidence, self._goes_on, ahead)
+
+    def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
+        """See ``Steps``. A row that has all its guesses feeds its last token once more."""
+        ends = self._scorer.kept + 1 + np.minimum(step, np.maximum(self._limits - 1, 0))
+        logits = self._slots.forward(self._tokens, ends, ends - 1, 1)[:, 0]
+        return self._call.processing.draft(logits, self._tokens, ends, state.vocabulary, guessing)
+
+    def history(self, state: State, step: int) -> Tensor:
+        """See ``Steps``."""
+        return self._tokens
+
+    def write(self, state: State, guess: Tensor, step: int) -> None:
+        """See ``Steps``."""
+        put(self._tokens, state.lengths + step, guess[:, None].clamp(0, state.vocabulary - 1))
