@@ -99,7 +99,7 @@ HINTS = {"a": [1, 0, 1], "b": [0, 0], "d": [1, 2, 1]}
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("kind", ["none", "model", "own", "recycling", "fallback"])
+@pytest.mark.parametrize("kind", ["none", "model", "own", "recycling", "fallback", "cascade of models", "a list"])
 @pytest.mark.parametrize("guesses", [2, 3])
 @pytest.mark.parametrize("controlled", [False, True])
 def test_law_with_foreseen_guesses(rule, kind, guesses, controlled):
