@@ -13,12 +13,23 @@ import specdec.stepwise
 from specdec import SpeculativeGenerator
 from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
-from specdec.proposers import draft_model, drawn
+from specdec.proposers import drafting, drawn
 from specdec.testing import TableModel
 
 from ..grammars import ENDING, TOY, toy
-from ..proposers import PROPOSERS
-from .test_loop_law import EXPECTED, PROMPT, SIZES, TOLERANCE, Scripted, Stubborn, tables, walk, without_token
+from ..proposers import OWN_LAYERS, PROPOSERS
+from .test_loop_law import (
+    EXPECTED,
+    PROMPT,
+    SIZES,
+    TOLERANCE,
+    Scripted,
+    Stubborn,
+    layered,
+    tables,
+    walk,
+    without_token,
+)
 
 
 def exact(target, new, table, eos):
@@ -53,7 +64,10 @@ def law_error(rule, kind, guesses, *, table=TOY, eos=None, seed=0, controlled=Fa
     options = {}
     if kind in PROPOSERS:
         drafts[kind], options = PROPOSERS[kind](draft, [EXPECTED[:new]])
-    gen = SpeculativeGenerator(target, drafts[kind], num_draft_tokens=guesses, verification=rule, layout="columns")
+    layout = "columns"
+    if kind in OWN_LAYERS:
+        target, layout = layered(seed, vocabulary), "slots"
+    gen = SpeculativeGenerator(target, drafts[kind], num_draft_tokens=guesses, verification=rule, layout=layout)
     if controlled:
         gen._length = lambda _: lambda *_: Adaptive(Assumed(0.15))
     constraint = toy(table, () if eos is None else (eos,), hints)
@@ -62,8 +76,8 @@ def law_error(rule, kind, guesses, *, table=TOY, eos=None, seed=0, controlled=Fa
         current.append(script)
         gen._sampling = lambda *_: Scripted(rule, script)
         out = gen.generate(
-            PROMPT, max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=eos, pad_token_id=0,
-            logits_processor=[constraint], **options,
+            PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=new, do_sample=True, top_k=0,
+            eos_token_id=eos, pad_token_id=0, logits_processor=[constraint], **options,
         )  # fmt: skip
         text = out[0, PROMPT.shape[1] :].tolist()
         return tuple(text + [0] * (new - len(text)))
@@ -99,7 +113,9 @@ HINTS = {"a": [1, 0, 1], "b": [0, 0], "d": [1, 2, 1]}
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("kind", ["none", "model", "own", "recycling", "fallback", "cascade of models", "a list"])
+@pytest.mark.parametrize(
+    "kind", ["none", "model", "own", "recycling", "fallback", "cascade of models", "a list", "layer skip"]
+)
 @pytest.mark.parametrize("guesses", [2, 3])
 @pytest.mark.parametrize("controlled", [False, True])
 def test_law_with_foreseen_guesses(rule, kind, guesses, controlled):
@@ -193,18 +209,18 @@ def shown_with_the_rows_of_the_draft(monkeypatch):
         return guess, torch.zeros(len(guess), vocabulary)
 
     monkeypatch.setattr(drawn, "certain", blurred)
-    monkeypatch.setattr(draft_model, "certain", blurred)
+    monkeypatch.setattr(drafting, "certain", blurred)
 
 
 def foreseen_before_the_guess(monkeypatch):
     """What is foreseen depends on a guess that is then thrown away."""
-    right = draft_model._Run._guess
+    right = drafting._guess
 
-    def choosy(self, state, step, drafted, known):
-        guess, scores = right(self, state, step, drafted, known)
-        return (guess, scores) if (guess == 0).all() else draft_model.certain(guess, state.vocabulary)
+    def choosy(steps, state, *more):
+        guess, scores = right(steps, state, *more)
+        return (guess, scores) if (guess == 0).all() else drafting.certain(guess, state.vocabulary)
 
-    monkeypatch.setattr(draft_model._Run, "_guess", choosy)
+    monkeypatch.setattr(drafting, "_guess", choosy)
 
 
 @pytest.mark.parametrize("mutant", [shown_with_the_rows_of_the_draft, foreseen_before_the_guess])
