@@ -85,6 +85,11 @@ def figures(name: str, cases: Sequence[Case], target: Weights, draft: Weights | 
         "bytes_per_second": mean(bandwidth(run, target, draft) for run in runs),
         "peak_memory_bytes": max((run.memory for run in runs if run.memory is not None), default=None),
         "joules_per_token": mean(run.joules and run.joules / run.emitted for run in runs),
+        "oracle_tokens_per_round": mean(
+            oracle(text, prompt)
+            for run in runs
+            for text, prompt in zip(run.texts, run.sequences[:, : run.prompt].tolist(), strict=True)
+        ),
         "repeated_8grams": mean(repeated(text) for run in runs for text in run.texts),
         "copied_8grams": mean(
             copied(text, prompt)
@@ -163,3 +168,22 @@ def copied(text: Sequence[int], prompt: Sequence[int], n: int = 8) -> float:
 def windows(text: Sequence[int], n: int) -> list[tuple[int, ...]]:
     """All n-grams of ``text``, in order."""
     return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
+
+
+def oracle(text: Sequence[int], prompt: Sequence[int], most: int = 16) -> float | None:
+    """Tokens a round of a draft that knows from where in prompt and text to copy, up to ``most`` a round.
+
+    No draft that copies can do better: what it guesses is right to the end, and the longest that there is. It may
+    go on from its own guesses, as a text that goes in circles does.
+    """
+    whole, rounds, place = [*prompt, *text], 0, len(prompt)
+    while place < len(whole):
+        longest = 0
+        for start in range(place):
+            length = 0
+            while length < min(most, len(whole) - place) and whole[start + length] == whole[place + length]:
+                length += 1
+            longest = max(longest, length)
+        place += longest + 1
+        rounds += 1
+    return len(text) / rounds if rounds else None

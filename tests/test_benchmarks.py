@@ -259,6 +259,16 @@ def test_both_models_are_packed(monkeypatch, saved, capsys):
     assert set(last_line(capsys)["summary"]["chat"]) == {"plain", "packed plain", "specdec model", "specdec none"}
 
 
+def test_an_oracle_copies_the_longest_that_there_is():
+    from summary import oracle
+
+    assert oracle([1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 4, 5]) == 3.0  # 1 2 3 and 4; 5 and 6
+    assert oracle([7, 8], [1, 2]) == 1.0
+    assert oracle([1] * 12, [1]) == 12.0  # goes on from its own guesses
+    assert oracle([5] * 40, [5] * 30, most=3) == 10 / 2.5
+    assert oracle([], [1]) is None
+
+
 def test_shares_of_8grams():
     from summary import copied, percentiles, repeated
 
