@@ -230,6 +230,17 @@ def test_survival_falls_and_borrows():
     assert LONGEST_WAIT < 64
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("tells", [False, True])
+@pytest.mark.parametrize(("cost", "acceptance"), [(1.5, 0.95), (1.1, 0.8), (0.9, 0.8)])
+def test_a_good_draft_that_is_too_dear_costs_a_few_percent(cost, acceptance, tells, rows):
+    """Kept probes must not be confirmed for ever: what is kept may still not be worth its price."""
+    speeds = []
+    for seed in range(6):
+        speeds.append(Rig(cost, rows=rows, tells=tells, seed=seed).run(Adaptive(Timings()), acceptance, 256))
+    assert np.mean(speeds) > 0.97
+
+
 class TwoDrafts:
     """Every other round a text is copied, wide and cheap and right; in between a model guesses, and tells."""
 

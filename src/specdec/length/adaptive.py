@@ -182,7 +182,9 @@ class Adaptive:
         self._idle = 0 if told else self._idle
         for _, acceptance in self._learnt.of(told):
             acceptance.add(self._asked, lengths, accepted, [chance[live] for chance in self._chances])
-        self._promising = self._probing and bool(accepted.any())
+        # the one guess of a probe pays where it is kept more often than its price in plain rounds
+        price = float(self._table[1] / self._table[0]) - 1
+        self._promising = self._probing and bool(accepted.sum() > price * len(accepted))
         if self._probing and not self._promising:
             self._learnt.doubt()
             self._failed += 1
