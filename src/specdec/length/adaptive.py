@@ -118,6 +118,9 @@ class Adaptive:
         """A probe is affordable, or the price is not known yet, or the last probe was kept and wants confirming."""
         if self._promising or not self._timings.priced:
             return True
+        if not best_length(np.arange(1.0, self.most + 2), self._table):
+            # not even guesses that are always kept would pay, prices change seldom, and a draft may have to be fed
+            return self._since >= 8 * LONGEST_WAIT
         affordable = ceil((float(self._table[1] / self._table[0]) - 1) / PROBES)
         return self._since >= min(affordable, FIRST_WAIT << min(self._failed, 8), LONGEST_WAIT)
 
