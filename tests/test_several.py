@@ -329,13 +329,13 @@ def test_a_model_that_is_never_right_is_seldom_asked():
 def test_a_model_that_is_right_is_asked_and_its_cost_counts(monkeypatch):
     twin = copy.deepcopy(llama())
     (right,) = answers(1)
+    monkeypatch.setattr("specdec.call.clock", None)  # prices as assumed, whatever else the machine does
     gen = SpeculativeGenerator(llama(), Mixture(Says(wrong([right])), twin), num_draft_tokens=3, seed=1)
     gen.generate(**prompts(1), max_new_tokens=60, do_sample=False)
     assert gen.stats.accepted > 36
     # at five plain rounds a guess it cannot pay
     monkeypatch.setattr("specdec.proposers.mixture.ASSUMED_COST", 5.0)
     gen = SpeculativeGenerator(llama(), Mixture(Says(wrong([right])), twin), num_draft_tokens=3)
-    monkeypatch.setattr("specdec.call.clock", None)
     gen.generate(**prompts(1), max_new_tokens=60, do_sample=False)
     assert gen.stats.draft_forwards < 30
 
