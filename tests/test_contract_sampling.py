@@ -227,5 +227,5 @@ def test_a_seed_means_the_same_text_on_the_first_call_of_a_model_and_later(token
     gen = SpeculativeGenerator(model, noisy_copy(model, 0.1), num_draft_tokens=tokens, verification=rule)
     options = {**WARM, "max_new_tokens": 24}
     texts = [gen.generate(**inputs(1), **options, seed=5).tolist() for _ in range(3)]
-    assert gen.stats.drafted > 0
+    assert gen.stats.drafted > 0 or rule == "coupled"  # whose text does not depend on it: there the clock decides
     assert texts[0] == texts[1] == texts[2]
