@@ -22,7 +22,7 @@ from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
 from specdec.processing import Processing
-from specdec.proposers import Call, draft_model, past
+from specdec.proposers import Call, past
 from specdec.proposers.draft_model import DraftModel
 from specdec.records import Stats
 from specdec.sampling import Coupled, Greedy, Rejection
@@ -153,8 +153,7 @@ def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4, g
             "logits_to_keep": 1,
         }
         config = SimpleNamespace(prefill_chunk_size=None)
-        for room in (draft_model, past):
-            monkeypatch.setattr(room, "prepare", lambda model, call, _: (call.prompt, dict(kwargs), config, model))
+        monkeypatch.setattr(past, "prepare", lambda model, call, _: (call.prompt, dict(kwargs), config, model))
         sampling = sampling_of(state)
         processing = Processing(processors)
         scorer = Scorer(target, kwargs, config, max_length=PROMPT + NEW, layout=layout, steps=steps)

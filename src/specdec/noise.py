@@ -27,4 +27,5 @@ class Noise:
 
     def uniforms(self, *shape: int) -> Tensor:
         """Uniform on [0, 1), in float64, so that tokens of very small chance are met as often as they should."""
-        return torch.rand(shape, generator=self._generator, device=self._device, dtype=torch.float64)
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64  # which Apple's devices lack
+        return torch.rand(shape, generator=self._generator, device=self._device, dtype=dtype)

@@ -35,11 +35,12 @@ def install() -> None:
 @contextmanager
 def attending() -> Iterator[None]:
     """A forward pass of ours: attention in this thread goes by groups where it can."""
+    before = getattr(_here, "masks", None)
     _here.masks = {}
     try:
         yield
     finally:
-        _here.masks = None
+        _here.masks = before
 
 
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -91,7 +91,7 @@ class _Level:
         self._call, self._below, self._length = call, below, length
         self._name = type(draft.model).__name__
         self._confidence = draft._confidence
-        self._past = Past(draft, call)
+        self._past = Past(draft.model, call, draft._layout, draft._steps)
         on_cpu = self._past.device.type == "cpu"
         self._goes_on = call.goes_on if draft._confidence is None and on_cpu else None
         self._begins = call.begins if self._goes_on and call.begins else always

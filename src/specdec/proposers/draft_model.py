@@ -4,7 +4,7 @@ The draft compares the committed tokens with what it has been fed, forgets from 
 feeds the rest; so "all guesses kept" (it has not seen its own last guess) and "rejected at i" are not two
 cases. Its rows get the call's processors exactly once, and what is recorded as the guesses' distribution is
 exactly what they were drawn from. Tokens that a grammar foresees are guessed without a pass, and fed with the
-next one. Knows nothing of verification. Read next: ``prompt.py``.
+next one. Knows nothing of verification. Read next: ``past.py``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from specdec.layouts.compiled import CompiledSteps, compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
-from specdec.proposers.prompt import embedded, prepare
+from specdec.proposers.past import Past
 from specdec.records import Proposal, Round
-from specdec.scorer import Scorer
-from specdec.state import State, device_of, in_common, put, to_host
+from specdec.state import State, in_common, put, to_host
 from specdec.weights.adapters import inner_model
 
 
@@ -94,30 +93,15 @@ class _Run:
     ) -> None:
         self._call = call
         self._confidence = confidence
-        self._device = device_of(model, call.prompt.device)
-        on_cpu = self._device.type == "cpu"
+        self._past = Past(model, call, layout, steps)
+        self._scorer = self._past.scorer
+        on_cpu = self._past.device.type == "cpu"
         self._goes_on = call.goes_on if confidence is None and on_cpu else None
         self._begins = call.begins if self._goes_on and call.begins else always
-        self._embeds = embedded(model)
-        prompt, kwargs, config, inner = prepare(model, call, self._embeds)
-        if prompt.shape != call.prompt.shape:
-            raise UnsupportedModel(
-                f"{type(model).__name__} prepares a prompt of shape {tuple(prompt.shape)} where the target "
-                f"has {tuple(call.prompt.shape)}; give a draft with the same special tokens"
-            )
-        text = model.config.get_text_config(decoder=True)
-        self._longest = getattr(text, "max_position_embeddings", None) or call.max_length
-        self._scorer = Scorer(
-            inner, kwargs, config, max_length=call.max_length, layout=layout, is_draft=True, steps=steps
-        )
-        # fed with the first guess that is asked for: a draft that does not pay must not even cost that
-        self._prompt: Tensor | None = prompt.to(self._device)
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         # settled columns, the text behind them (B, n), lengths before, guesses
         self._drafted: tuple[int, np.ndarray, np.ndarray, Proposal] | None = None
         self._observed: np.ndarray | None = None
-        self._usable = np.ones(call.prompt.shape[0], dtype=bool)
-        self._checked = 0
 
     @property
     def forwards(self) -> int:
@@ -136,18 +120,13 @@ class _Run:
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
-        room = np.maximum(self._longest - state.lengths, 0)
-        limits = np.where(self._can_embed(state), np.minimum(limits, room), 0)
-        most = int(limits.max(initial=0))
-        if most == 0:
+        limits = self._past.limits(state, limits)
+        if not limits.any():
             return Proposal.empty(state.batch, state.device)
         ahead = Ahead(self._call.processing, state, limits)
         if ahead.covers(limits) or not self._begins():
             return ahead.proposal()
-        if self._prompt is not None:
-            self._scorer.prefill(self._prompt, speculate=True)
-            self._longest -= self._scorer.hidden
-            self._prompt = None
+        self._past.feed_prompt()
         self._sync(state)
         proposal = draft(self, state, limits, self._call, self._confidence, self._goes_on, ahead)
         settled = int(state.settled.min())
@@ -158,7 +137,7 @@ class _Run:
 
     def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
         """See ``Steps``."""
-        lengths = np.minimum(state.lengths + step, self._longest)  # rows that have ended go no further
+        lengths = np.minimum(state.lengths + step, self._past.longest)  # rows that have ended go no further
         if step:
             self._scorer.hold(state.live)
         logits = self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0].to(state.device)
@@ -170,7 +149,7 @@ class _Run:
 
     def write(self, state: State, guess: Tensor, step: int) -> None:
         """See ``Steps``."""
-        guess = guess.clamp(0, self._embeds - 1).to(self._device)
+        guess = guess.clamp(0, self._past.embeds - 1).to(self._past.device)
         put(self._tokens, state.lengths + step, guess[:, None])
 
     def _sync(self, state: State) -> None:
@@ -180,8 +159,8 @@ class _Run:
         old = 0 if self._drafted is None else self._drafted[0]
         upto = int(state.lengths.max())
         if not old:
-            self._tokens = torch.zeros(state.tokens.shape, dtype=torch.int64, device=self._device)
-        self._tokens[:, old:upto] = state.tokens[:, old:upto].clamp(0, self._embeds - 1)
+            self._tokens = torch.zeros(state.tokens.shape, dtype=torch.int64, device=self._past.device)
+        self._tokens[:, old:upto] = state.tokens[:, old:upto].clamp(0, self._past.embeds - 1)
         if self._drafted is not None:
             _, loose, before, proposal = self._drafted
             drafted = self._observed if self._observed is not None else to_host(proposal.tokens)
@@ -191,14 +170,6 @@ class _Run:
             self._drafted = None
         # the last committed token is always fed again: its scores are what the next guess needs
         self._scorer.rollback(self._tokens, np.minimum(kept, state.lengths - 1), state.live, state.settled - 1)
-
-    def _can_embed(self, state: State) -> np.ndarray:
-        """(B,) rows whose committed tokens the draft all knows; a row that loses this never gets it back."""
-        top = int(state.lengths.max())
-        new = state.host_tokens[:, self._checked : top]
-        self._usable &= (new < self._embeds).all(axis=1)
-        self._checked = max(int(state.settled.min()) - 1, 0)
-        return self._usable & state.live
 
 
 def always() -> bool:

@@ -9,6 +9,7 @@ as if nothing had been guessed. Knows neither of the two. Read next: ``predictio
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,20 +44,19 @@ class _Run:
 
     def __init__(self, first: Any, second: Any) -> None:
         self._parts = (first, second)
-        self.wants_scores = any(getattr(part, "wants_scores", False) for part in self._parts)
-        self.wants_hidden = any(getattr(part, "wants_hidden", False) for part in self._parts)
+        self.wants_scores, self.wants_hidden = wishes(self._parts)
         self._proposals: tuple[Proposal, Proposal] | None = None
         self._of_first = np.zeros(0, dtype=bool)
 
     @property
     def forwards(self) -> int:
         """Forward passes of draft models."""
-        return sum(getattr(part, "forwards", 0) for part in self._parts)
+        return passes(self._parts)
 
     @property
     def layout(self) -> str:
         """The layout of the draft model, if one of the two is one."""
-        return next((part.layout for part in self._parts if getattr(part, "layout", "")), "")
+        return first_layout(self._parts)
 
     @property
     def drafting(self) -> str:
@@ -73,7 +73,7 @@ class _Run:
             return second
         if not np.asarray(second.lengths).any():
             return first
-        return _merged(first, second, self._of_first, state.vocabulary)
+        return merged(first, second, self._of_first, state.vocabulary)
 
     def observe(self, round_: Round) -> None:
         """Show each of the two its part of the round."""
@@ -85,7 +85,7 @@ class _Run:
             if self._proposals is None or parts[number].all():
                 observe(round_)
             else:
-                observe(_seen_by(parts[number], self._proposals[number], round_))
+                observe(seen_by(parts[number], self._proposals[number], round_))
 
     def finish(self, state: State, stats: Stats) -> None:
         """Tell both that the call is over."""
@@ -94,7 +94,7 @@ class _Run:
                 part.finish(state, stats)
 
 
-def _merged(first: Proposal, second: Proposal, of_first: np.ndarray, vocabulary: int) -> Proposal:
+def merged(first: Proposal, second: Proposal, of_first: np.ndarray, vocabulary: int) -> Proposal:
     """One proposal, row by row from the first or the second."""
     width = max(first.tokens.shape[1], second.tokens.shape[1])
     choice = torch.from_numpy(of_first).to(first.tokens.device)[:, None]
@@ -116,7 +116,7 @@ def _rows(part: Proposal, tokens: Tensor, vocabulary: int) -> Tensor:
     return rows.scatter(-1, tokens.clamp(0, vocabulary - 1)[..., None], 0.0)
 
 
-def _seen_by(own: np.ndarray, proposal: Proposal, round_: Round) -> Round:
+def seen_by(own: np.ndarray, proposal: Proposal, round_: Round) -> Round:
     """The round as it looks to who guessed for the rows ``own`` (B,) only."""
     return dataclasses.replace(
         round_,
@@ -125,3 +125,19 @@ def _seen_by(own: np.ndarray, proposal: Proposal, round_: Round) -> Round:
         lengths=np.where(own, round_.lengths, 0),
         accepted=np.where(own, round_.accepted, 0),
     )
+
+
+def wishes(parts: Sequence[Any]) -> tuple[bool, bool]:
+    """Whether one of ``parts`` wants the target's scores, and whether one wants its hidden states."""
+    scores = any(getattr(part, "wants_scores", False) for part in parts)
+    return scores, any(getattr(part, "wants_hidden", False) for part in parts)
+
+
+def passes(parts: Sequence[Any]) -> int:
+    """Forward passes of the draft models among ``parts``."""
+    return sum(getattr(part, "forwards", 0) for part in parts)
+
+
+def first_layout(parts: Sequence[Any]) -> str:
+    """The layout of the first draft model among ``parts``, "" where there is none."""
+    return next((part.layout for part in parts if getattr(part, "layout", "")), "")

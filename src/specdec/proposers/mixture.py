@@ -24,7 +24,7 @@ import numpy as np
 from specdec.errors import InvalidInput
 from specdec.length.adaptive import ASSUMED_COST, FIRST_WAIT, LAG, LONGEST_WAIT, MOST
 from specdec.proposers import Call, Proposer, checked
-from specdec.proposers.fallback import _merged, _seen_by
+from specdec.proposers.fallback import first_layout, merged, passes, seen_by, wishes
 from specdec.proposers.words import named
 from specdec.records import Proposal, Round, Stats
 from specdec.state import State
@@ -72,7 +72,7 @@ class _Run:
 
     def __init__(self, parts: list[Any], names: list[str], rows: int, clock: Callable[[], float] | None) -> None:
         self._parts, self._names, self._clock = parts, names, clock
-        self.wants_scores = any(getattr(part, "wants_scores", False) for part in parts)
+        self.wants_scores, self.wants_hidden = wishes(parts)
         self._has_model = np.array([hasattr(part, "forwards") for part in parts])
         self.record = Record(len(parts), rows)
         self._waiting: list[_Waiting] = []
@@ -91,12 +91,12 @@ class _Run:
     @property
     def forwards(self) -> int:
         """Forward passes of draft models."""
-        return sum(getattr(part, "forwards", 0) for part in self._parts)
+        return passes(self._parts)
 
     @property
     def layout(self) -> str:
         """The layout of the first draft model."""
-        return next((part.layout for part in self._parts if getattr(part, "layout", "")), "")
+        return first_layout(self._parts)
 
     @property
     def drafting(self) -> str:
@@ -128,15 +128,15 @@ class _Run:
         self._choice = choice
         if most:
             self._used += np.bincount(choice[choice >= 0], minlength=len(self._parts))
-        merged = _cut(self._proposals[0], choice == 0)
+        whole = _cut(self._proposals[0], choice == 0)
         for number, proposal in enumerate(self._proposals[1:], start=1):
             own = choice == number
             if own[choice >= 0].all():
-                merged = _cut(proposal, own)
+                whole = _cut(proposal, own)
             elif own.any():
-                merged = _merged(proposal, merged, own, state.vocabulary)
+                whole = merged(proposal, whole, own, state.vocabulary)
         self._left = self._clock() if self._clock else None
-        return merged
+        return whole
 
     def _choose(self, lengths: np.ndarray, most: int) -> np.ndarray:
         """(B,) the proposer with most expected tokens a second, of those that would guess ``lengths`` (N, B)."""
@@ -215,7 +215,7 @@ class _Run:
             if own is None or own.all():
                 observe(round_)
             else:
-                observe(_seen_by(own, self._proposals[number], round_))
+                observe(seen_by(own, self._proposals[number], round_))
 
     def _judged_at_once(self, number: int) -> bool:
         return bool(self._has_model[number]) or self._proposals[number].tokens.device.type != "cpu"

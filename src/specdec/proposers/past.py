@@ -6,12 +6,14 @@ to guess. Read next: ``cascade.py``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 from specdec.errors import UnsupportedModel
+from specdec.layouts.compiled import CompiledSteps
 from specdec.proposers import Call
-from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.prompt import embedded, prepare
 from specdec.scorer import Scorer
 from specdec.state import State, device_of
@@ -24,15 +26,21 @@ class Past:
         scorer: the model, prepared for the call.
         device: where it is.
         embeds: ids from this one on it does not know.
+        longest: columns that it has positions for.
     """
 
-    def __init__(self, draft: DraftModel, call: Call) -> None:
-        """Prepare ``draft`` for ``call``; nothing is fed yet.
+    def __init__(self, model: Any, call: Call, layout: str, steps: CompiledSteps | None) -> None:
+        """Prepare ``model`` for ``call``; nothing is fed yet.
+
+        Args:
+            model: the draft.
+            call: what it drafts in.
+            layout: "auto", or the one to use.
+            steps: its graphs, or None to run it eagerly.
 
         Raises:
             UnsupportedModel: the draft's prompt would have other columns than the target's.
         """
-        model = draft.model
         self.device = device_of(model, call.prompt.device)
         self.embeds = embedded(model)
         prompt, kwargs, config, inner = prepare(model, call, self.embeds)
@@ -42,15 +50,15 @@ class Past:
                 f"has {tuple(call.prompt.shape)}; give a draft with the same special tokens"
             )
         text = model.config.get_text_config(decoder=True)
-        self._longest = getattr(text, "max_position_embeddings", None) or call.max_length
+        self.longest = getattr(text, "max_position_embeddings", None) or call.max_length
         self.scorer = Scorer(
             inner,
             kwargs,
             config,
             max_length=call.max_length,
-            layout=draft._layout,
+            layout=layout,
             is_draft=True,
-            steps=draft._steps,
+            steps=steps,
         )
         self._prompt: Tensor | None = prompt.to(self.device)
         self._usable = np.ones(call.prompt.shape[0], dtype=bool)
@@ -60,7 +68,7 @@ class Past:
         """Feed the prompt, once: a draft that does not pay must not even cost that."""
         if self._prompt is not None:
             self.scorer.prefill(self._prompt, speculate=True)
-            self._longest -= self.scorer.hidden
+            self.longest -= self.scorer.hidden
             self._prompt = None
 
     def limits(self, state: State, limits: np.ndarray) -> np.ndarray:
@@ -68,5 +76,5 @@ class Past:
         new = state.host_tokens[:, self._looked : int(state.lengths.max())]
         self._usable &= (new < self.embeds).all(axis=1)
         self._looked = max(int(state.settled.min()) - 1, 0)
-        room = np.maximum(self._longest - state.lengths, 0)
+        room = np.maximum(self.longest - state.lengths, 0)
         return np.where(self._usable & state.live, np.minimum(limits, room), 0)

@@ -50,8 +50,8 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     """One draw per row, in proportion to weights: the token whose share of [0, total) holds the noise.
 
     Token v is drawn for noise in [W(v - 1), W(v)) / W(V - 1), with W the running sums, so that nothing needs to be
-    normalised and a token of weight 0, whose share is empty, is never drawn. Sums are taken in float64: the
-    error of a share is far below what float32 weights can tell apart.
+    normalised and a token of weight 0, whose share is empty, is never drawn. Sums are taken in float64, where
+    the device has it: the error of a share is far below what float32 weights can tell apart.
 
     Args:
         weights: (..., V), none negative.
@@ -60,9 +60,15 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         (...) int64, -1 for a row that has a NaN or an infinity, or nothing but zeros.
     """
-    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    wide = widest(weights.device)
+    sums = weights.cumsum(dim=-1, dtype=wide)
     total = sums[..., -1:] + 0  # entries side by side, which searchsorted wants
-    token = torch.searchsorted(sums, uniforms.to(torch.float64)[..., None] * total, right=True)
+    token = torch.searchsorted(sums, uniforms.to(wide)[..., None] * total, right=True)
     # noise just below 1 may round to the total: then it is the last token that has a share
     token = torch.minimum(token, torch.searchsorted(sums, total))
     return torch.where((total > 0) & (total < torch.inf), token, -1).squeeze(-1)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating point type of ``device``; Apple's has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

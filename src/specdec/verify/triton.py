@@ -229,6 +229,35 @@ def _weigh(
 
 
 @triton.jit
+def _residual(
+    target_start,
+    target_peak,
+    target_total,
+    draft_start,
+    draft_peak,
+    draft_total,
+    scale,
+    guess,
+    refused,
+    column,
+    vocabulary,
+    WORK: tl.constexpr,
+    HAS_DRAFT: tl.constexpr,
+):
+    """The target's probabilities of some columns, and what is left of them after a refusal."""
+    real = column < vocabulary
+    score = tl.load(target_start + column, mask=real, other=float("-inf")).to(WORK)
+    prob = tl.exp(score - target_peak) / target_total
+    if HAS_DRAFT:
+        score = tl.load(draft_start + column, mask=real & refused, other=float("-inf"))
+        theirs = tl.exp(score.to(WORK) - draft_peak) / draft_total
+        weight = tl.where(refused, tl.maximum(scale * prob - theirs, 0.0), prob)
+    else:
+        weight = tl.where(column == guess, 0.0, prob)
+    return prob, weight
+
+
+@triton.jit
 def _draw(
     target,
     target_row_stride,
@@ -287,10 +316,13 @@ def _draw(
         target_peak = tl.load(target_peaks + at)
         target_total = tl.load(target_totals + at)
         target_start = target + row * target_row_stride + accepted * target_position_stride
+        draft_start = draft + row * draft_row_stride + accepted * draft_position_stride
+        draft_peak = tl.full((), 0.0, WORK)
+        draft_total = tl.full((), 1.0, WORK)
+        guess = tl.full((), -1, tl.int64)
         if HAS_DRAFT:
             draft_peak = tl.load(draft_peaks + row * width + accepted, mask=refused, other=0.0)
             draft_total = tl.load(draft_totals + row * width + accepted, mask=refused, other=1.0)
-            draft_start = draft + row * draft_row_stride + accepted * draft_position_stride
         else:
             guess = tl.load(tokens + row * width + accepted, mask=refused, other=-1)
 
@@ -299,15 +331,10 @@ def _draw(
         plain = tl.full((), 0.0, tl.float64)
         for offset in range(0, vocabulary, COLUMNS):
             column = offset + tl.arange(0, COLUMNS)
-            real = column < vocabulary
-            score = tl.load(target_start + column, mask=real, other=float("-inf")).to(WORK)
-            prob = tl.exp(score - target_peak) / target_total
-            if HAS_DRAFT:
-                score = tl.load(draft_start + column, mask=real & refused, other=float("-inf"))
-                theirs = tl.exp(score.to(WORK) - draft_peak) / draft_total
-                weight = tl.where(refused, tl.maximum(scale * prob - theirs, 0.0), prob)
-            else:
-                weight = tl.where(column == guess, 0.0, prob)
+            prob, weight = _residual(
+                target_start, target_peak, target_total, draft_start, draft_peak, draft_total,
+                scale, guess, refused, column, vocabulary, WORK, HAS_DRAFT,
+            )  # fmt: skip
             left += tl.sum(weight.to(tl.float64), axis=0)
             plain += tl.sum(prob.to(tl.float64), axis=0)
         whole = left > 0
@@ -320,15 +347,10 @@ def _draw(
         last = tl.full((), 0, tl.int32)
         for offset in range(0, vocabulary, COLUMNS):
             column = offset + tl.arange(0, COLUMNS)
-            real = column < vocabulary
-            score = tl.load(target_start + column, mask=real, other=float("-inf")).to(WORK)
-            prob = tl.exp(score - target_peak) / target_total
-            if HAS_DRAFT:
-                score = tl.load(draft_start + column, mask=real & refused, other=float("-inf"))
-                theirs = tl.exp(score.to(WORK) - draft_peak) / draft_total
-                weight = tl.where(refused, tl.maximum(scale * prob - theirs, 0.0), prob)
-            else:
-                weight = tl.where(column == guess, 0.0, prob)
+            prob, weight = _residual(
+                target_start, target_peak, target_total, draft_start, draft_peak, draft_total,
+                scale, guess, refused, column, vocabulary, WORK, HAS_DRAFT,
+            )  # fmt: skip
             weight = tl.where(whole, weight, prob).to(tl.float64)
             sums = before + tl.cumsum(weight, axis=0)
             reached = (weight > 0) & (sums > threshold)
