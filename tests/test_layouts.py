@@ -11,9 +11,10 @@ import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from specdec import SpeculativeGenerator
-from specdec.layouts import check, masks
+from specdec.layouts import check, masks, slots
 from specdec.layouts.facts import one_token_reason
 from specdec.layouts.forget import drop, trim
+from specdec.layouts.slot_cache import SlotLayer
 from specdec.scorer import Scorer
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
@@ -69,6 +70,30 @@ def test_after_every_round_the_cache_holds_all_committed_tokens_but_the_last(lay
     assert 0 < gen.stats.acceptance_rate < 1
     if len(lengths) > 1:
         assert any(len(set(kept.tolist())) > 1 for kept in seen)  # rows did come apart
+
+
+def test_columns_are_made_ahead_but_hardly_beyond_what_the_call_may_reach(monkeypatch):
+    target = tiny_llama(dtype=torch.float64)
+    prompt = ragged_prompt((9, 6, 3))
+    want = target.generate(**prompt, max_new_tokens=60, do_sample=False)
+    monkeypatch.setattr(slots, "BLOCK", 4)
+    monkeypatch.setattr(slots, "RESERVE", 16)
+    made, copies = [], []
+    right = SlotLayer.grow
+
+    def grow(self, room, reserve):
+        before = self._reserved[0]
+        right(self, room, reserve)
+        made.append(self._reserved[0].shape[2])
+        copies.append(self._reserved[0] is not before)
+        assert self.keys.shape[2] == room <= made[-1]
+        assert self.keys.data_ptr() == self._reserved[0].data_ptr()
+
+    monkeypatch.setattr(SlotLayer, "grow", grow)
+    gen = SpeculativeGenerator(target, noisy_copy(target, 0.1), num_draft_tokens=4, layout="slots")
+    assert torch.equal(gen.generate(**prompt, max_new_tokens=60, do_sample=False), want)
+    assert max(made) <= 9 + 60 + 8  # rows that have ended are filled up beside the others, in blocks
+    assert 0.15 < np.mean(copies) < 0.35  # one growth of four or five copies what is there
 
 
 def windowed(**config):

@@ -50,7 +50,7 @@ def verify_in_lockstep(
         # the row of a bonus is asked for and not used: a kept guess is this position's token
         both = rows[:, None].expand(-1, 2 if waiting else 1, -1)
         lengths = (submitted > step).to(torch.int64)
-        positions = state.device_lengths - state.prompt_length + step
+        positions = state.lengths - state.prompt_length + step
         kept, drawn = sampling.verify(both, tokens, lengths, drawn_from, positions)
         goes_on = kept == 1
         if waiting:

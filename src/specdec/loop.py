@@ -97,7 +97,7 @@ def _verify(
     guesses = np.where(state.live, proposal.lengths, 0)
     scores = processing.target(logits, state.tokens, state.lengths, np.where(state.live, guesses + 1, 0))
     submitted = torch.from_numpy(guesses).to(state.device)
-    positions = state.device_lengths - state.prompt_length
+    positions = state.lengths - state.prompt_length
     accepted, next_token = sampling.verify(scores, proposal.tokens, submitted, proposal.logits, positions)
     return accepted, next_token, scores
 

@@ -118,12 +118,14 @@ class Processing:
         Processors that may hold state are left out: their calls belong to the target. ``live`` (B,) are the rows
         that guess, None for all.
         """
-        logits = logits[:, :vocabulary].float()
-        if not self._known and logits.shape[1] == vocabulary:
-            return logits
         missing = vocabulary - logits.shape[1]
-        if missing:
+        if missing < 0:
+            logits = logits[:, :vocabulary]
+        logits = logits.float()
+        if missing > 0:
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+        if not self._known:
+            return logits
         wanted = np.ones(len(lengths), dtype=np.int64) if live is None else live.astype(np.int64)
         return self._apply(logits[:, None], tokens, lengths, wanted, final=False)[:, 0]
 

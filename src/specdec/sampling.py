@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,16 +22,16 @@ VERIFICATIONS = ("block", "token", "coupled")
 
 
 class Sampling(Protocol):
-    """``scores`` are processed; ``positions`` count new tokens of a row from 0."""
+    """``scores`` are processed; ``positions``, on the host, count new tokens of a row from 0."""
 
     keeps_logits: bool
 
-    def guess(self, scores: Tensor, positions: Tensor) -> Tensor:
+    def guess(self, scores: Tensor, positions: np.ndarray) -> Tensor:
         """(B,) guesses of a draft with ``scores`` (B, V) for the new tokens at ``positions`` (B,)."""
         ...
 
     def verify(
-        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: Tensor
+        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """(accepted (B,), next token (B,)) for the target's ``scores`` (B, K + 1, V).
 
@@ -49,12 +50,12 @@ class Greedy:
 
     keeps_logits = False
 
-    def guess(self, scores: Tensor, positions: Tensor) -> Tensor:
+    def guess(self, scores: Tensor, positions: np.ndarray) -> Tensor:
         """See ``Sampling.guess``."""
         return choose(scores)
 
     def verify(
-        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: Tensor
+        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """See ``Sampling.verify``."""
         return match(choose(scores), tokens, lengths)
@@ -71,12 +72,12 @@ class Rejection:
         self._noise = Noise(seed, device)
         self._draft_noise = Noise(seed ^ 0x5DEECE66D, device)
 
-    def guess(self, scores: Tensor, positions: Tensor) -> Tensor:
+    def guess(self, scores: Tensor, positions: np.ndarray) -> Tensor:
         """See ``Sampling.guess``."""
         return sample(scores, self._draft_noise.uniforms(len(scores)))
 
     def verify(
-        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: Tensor
+        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """See ``Sampling.verify``."""
         uniforms = self._noise.uniforms(*scores.shape[:2])
@@ -92,20 +93,22 @@ class Coupled:
         """Use one key (B,) a row; see ``verify/coupled.py``."""
         self._keys = keys
 
-    def guess(self, scores: Tensor, positions: Tensor) -> Tensor:
+    def guess(self, scores: Tensor, positions: np.ndarray) -> Tensor:
         """See ``Sampling.guess``."""
-        noise = keyed_gumbel(self._keys, positions[:, None], scores.shape[-1], torch.float64)
-        return choose(scores.double(), noise[:, 0])
+        return choose(scores.double(), self._gumbel(positions[:, None], scores.shape[-1])[:, 0])
 
     def verify(
-        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: Tensor
+        self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """See ``Sampling.verify``."""
-        steps = torch.arange(scores.shape[1], device=scores.device)
-        where = positions[:, None] + steps
-        noise = keyed_gumbel(self._keys, where, scores.shape[-1], torch.float64)
+        noise = self._gumbel(positions[:, None] + np.arange(scores.shape[1]), scores.shape[-1])
         # log p and the scores differ by a constant per row, which no argmax sees
         return match(choose(scores.double(), noise), tokens, lengths)
+
+    def _gumbel(self, positions: np.ndarray, vocabulary: int) -> Tensor:
+        """(B, N, V) noise for the new tokens at ``positions`` (B, N)."""
+        where = torch.from_numpy(positions).to(self._keys.device, non_blocking=True)
+        return keyed_gumbel(self._keys, where, vocabulary, torch.float64)
 
 
 def sampling_for(

@@ -227,19 +227,20 @@ class Scorer:
         reason = one_token_reason(self.model, prompt_length, max_length, batch)
         if not reason and self._columns.is_foreign:
             reason = "its past is of a form of its own, which cannot be put back"
+        makers = {**MAKERS, "slots": lambda columns: Slots(columns, self._max_length)}
         if self._wanted != "auto":
             if self._wanted not in LAYOUTS:
                 raise InvalidInput(f"layout={self._wanted!r} does not exist; use one of {LAYOUTS}")
             if self._wanted != "plain" and reason:
                 raise InvalidInput(f"layout={self._wanted!r} would not be exact here: {reason}")
-            return {self._wanted: MAKERS[self._wanted]}
+            return {self._wanted: makers[self._wanted]}
         last = "one by one" if self._is_draft else "plain"
         names = [last] if reason else ["slots", "columns", "snapshot", last]
         if counts_the_cache(self.model, max_length) and not reason:
             names.remove("slots")
         if reason and not self._is_draft:
             warn_plain(self.model, reason)
-        return {name: MAKERS[name] for name in names}
+        return {name: makers[name] for name in names}
 
 
 def _plain(columns: Columns) -> Layout:
@@ -247,7 +248,6 @@ def _plain(columns: Columns) -> Layout:
 
 
 MAKERS: dict[str, Candidate] = {
-    "slots": Slots,
     "columns": lambda columns: columns.become("crop"),
     "snapshot": lambda columns: columns.become("snapshot"),
     "one by one": lambda columns: columns.become("snapshot", wide=False),

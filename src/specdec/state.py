@@ -179,7 +179,7 @@ class State:
             logits=logits,
             states=states,
         )
-        np.put_along_axis(self.host_tokens, self.lengths[:, None] + step, emitted, axis=1)
+        put_on_host(self.host_tokens, self.lengths, emitted)
         if not self._is_host:
             put(self.tokens, self.lengths, torch.from_numpy(emitted).to(self.device, non_blocking=True))
         self.lengths = self.lengths + counts
@@ -224,15 +224,32 @@ def in_common(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return same
 
 
+def span(values: np.ndarray) -> tuple[int, int]:
+    """(lowest, highest) of ``values`` (B,); a batch of one row is so common that it has a way of its own."""
+    if len(values) == 1:
+        return int(values[0]), int(values[0])
+    return int(values.min()), int(values.max())
+
+
 def put(buffer: Tensor, first: np.ndarray, values: Tensor) -> None:
     """Write ``values`` (B, W) into ``buffer`` (B, capacity), row b from column ``first[b]`` on."""
     width = values.shape[1]
-    lowest = int(first.min())
-    if lowest == int(first.max()):
+    lowest, highest = span(first)
+    if lowest == highest:
         buffer[:, lowest : lowest + width] = values
         return
     columns = torch.from_numpy(first).to(buffer.device, non_blocking=True)[:, None]
     buffer.scatter_(1, columns + torch.arange(width, device=buffer.device), values)
+
+
+def put_on_host(buffer: np.ndarray, first: np.ndarray, values: np.ndarray) -> None:
+    """The same as ``put`` for arrays."""
+    width = values.shape[1]
+    lowest, highest = span(first)
+    if lowest == highest:
+        buffer[:, lowest : lowest + width] = values
+    else:
+        np.put_along_axis(buffer, first[:, None] + np.arange(width), values, axis=1)
 
 
 def device_of(model: Any, given: torch.device) -> torch.device:

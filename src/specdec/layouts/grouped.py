@@ -13,8 +13,7 @@ function. Read next: ``masks.py``.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,15 +31,15 @@ def install() -> None:
         AttentionInterface.register("sdpa", _wrapped(original))
 
 
-@contextmanager
-def attending() -> Iterator[None]:
-    """A forward pass of ours: attention in this thread goes by groups where it can."""
-    before = getattr(_here, "masks", None)
-    _here.masks = {}
-    try:
-        yield
-    finally:
-        _here.masks = before
+class attending:
+    """While a forward pass of ours runs: attention in this thread goes by groups where it can."""
+
+    def __enter__(self) -> None:
+        self._before = getattr(_here, "masks", None)
+        _here.masks = {}
+
+    def __exit__(self, *_: object) -> None:
+        _here.masks = self._before
 
 
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.state import span
+
 
 def rows_from_the_end(states: Tensor, first: np.ndarray, count: int) -> Tensor:
     """``count`` rows of ``states`` (B, W, V) from ``first`` (B,) on, counted from behind: -1 is the last.
@@ -17,8 +19,8 @@ def rows_from_the_end(states: Tensor, first: np.ndarray, count: int) -> Tensor:
     gone ahead; outside, the edge is repeated.
     """
     width = states.shape[1]
-    lowest = width + int(first.min())
-    if lowest == width + int(first.max()):
+    lowest, highest = (width + edge for edge in span(first))
+    if lowest == highest:
         if lowest == 0 and width == count:
             return states
         if lowest >= 0 and lowest + count <= width:

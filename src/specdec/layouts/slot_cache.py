@@ -26,38 +26,50 @@ from specdec.layouts.handover import newest
 KINDS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
+class Place:
+    """Where the next forward writes; all layers look at the same one.
+
+    Attributes:
+        columns: (B, W).
+        start: the first column where all rows begin at the same one, else None.
+        length: the highest first column.
+    """
+
+    def __init__(self) -> None:
+        self.columns = torch.zeros(0, 0, dtype=torch.int64)
+        self.start: int | None = None
+        self.length = 0
+
+
 class SlotCache(Cache):  # type: ignore[misc]
     """A cache whose rows stand at columns of their own."""
 
-    def __init__(self, layers: list[Any]) -> None:
+    def __init__(self, layers: list[Any], where: Place) -> None:
+        """Hold ``layers``, all slots among them made with the place ``where``."""
         super().__init__(layers=layers)
+        self.where = where
         self.room = 0
-        self._columns = torch.zeros(0, 0, dtype=torch.int64)
 
     def place(self, columns: Tensor, lowest: int, longest: int) -> None:
         """The next forward writes at ``columns`` (B, W), rows beginning between ``lowest`` and ``longest``."""
-        self._columns = columns
-        uniform = longest if lowest == longest else None
-        for layer in self.layers:
-            if isinstance(layer, SlotLayer):
-                layer.columns, layer.start, layer.length = columns, uniform, longest
+        where = self.where
+        where.columns, where.length = columns, longest
+        where.start = longest if lowest == longest else None
 
     def place_by_data(self) -> None:
         """Say the same in tensors only, so that a graph made for one place serves every place."""
-        for layer in self.layers:
-            if isinstance(layer, SlotLayer):
-                layer.start, layer.length = None, self.room
+        self.where.start, self.where.length = None, self.room
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(B, W, room) of the next forward."""
-        batch, width = self._columns.shape
+        batch, width = self.where.columns.shape
         return batch, width, self.room
 
     @property
     def device(self) -> torch.device:
         """Where the next forward writes."""
-        return self._columns.device
+        return self.where.columns.device
 
     def buffers(self) -> list[Tensor]:
         """Keys and values of every layer."""
@@ -67,18 +79,18 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Go on in ``buffers``, which hold the same."""
         layers = [layer for layer in self.layers if isinstance(layer, SlotLayer)]
         for layer, keys, values in zip(layers, buffers[::2], buffers[1::2], strict=True):
-            layer.keys, layer.values = keys, values
+            layer.hold(keys, values)
 
-    def grow(self, room: int) -> None:
-        """Make every layer ``room`` columns wide."""
+    def grow(self, room: int, reserve: int) -> None:
+        """Make every layer ``room`` columns wide; where that needs a copy, ``reserve`` columns are made."""
         self.room = room
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
-                layer.grow(room)
+                layer.grow(room, reserve)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """(B,) column of the first query of each row; ``masks.py`` understands it."""
-        return self._columns[:, 0]
+        return self.where.columns[:, 0]
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -86,35 +98,40 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, where: Place) -> None:
         super().__init__()
-        self.keys, self.values = keys, values
+        self.hold(keys, values)
+        self.where = where
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
-        self.columns: Tensor | None = None
-        self.start: int | None = None
-        self.length = int(keys.shape[-2])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The prompt is there already."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write (B, heads, W, head size) at the round's columns; return the whole buffer."""
-        width = key_states.shape[-2]
+        width, start = key_states.shape[-2], self.where.start
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if self.start is not None:
-                buffer[:, :, self.start : self.start + width] = states
+            if start is not None:
+                buffer[:, :, start : start + width] = states
             else:
                 # not scatter_: compiled, that copies the whole buffer
                 rows = torch.arange(len(states), device=states.device)[:, None]
-                buffer[rows, :, self.columns] = states.transpose(1, 2)
+                buffer[rows, :, self.where.columns] = states.transpose(1, 2)
         return self.keys, self.values
 
-    def grow(self, room: int) -> None:
-        """Fill up with zeros to ``room`` columns."""
-        missing = room - self.keys.shape[-2]
-        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
-        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
+    def grow(self, room: int, reserve: int) -> None:
+        """See ``SlotCache.grow``; new columns are zeros."""
+        keys, values = self._reserved
+        missing = reserve - keys.shape[-2]
+        if room > keys.shape[-2]:
+            keys, values = (torch.nn.functional.pad(one, (0, 0, 0, missing)) for one in (keys, values))
+        self.hold(keys, values)
+        self.keys, self.values = keys[:, :, :room], values[:, :, :room]
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Go on in these."""
+        self.keys, self.values = self._reserved = keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The whole buffer, from column 0."""
@@ -122,15 +139,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         """Columns of the longest row; exact for rows that stand together."""
-        return self.length
+        return self.where.length
 
     def get_max_length(self) -> int:
         """The buffer grows."""
         return -1
 
 
-def slot_layer(layer: Any, width: int) -> Any:
-    """A slot layer with the prompt's keys and values of ``layer``."""
+def slot_layer(layer: Any, width: int, where: Place) -> Any:
+    """A slot layer with the prompt's keys and values of ``layer``, written at the place ``where``."""
     if isinstance(layer, DummyLayer):
         return layer
     if type(layer) not in KINDS:
@@ -141,4 +158,4 @@ def slot_layer(layer: Any, width: int) -> Any:
     keys, values = newest(layer, width)
     missing = width - keys.shape[-2]
     keys, values = (torch.nn.functional.pad(t, (0, 0, missing, 0)) for t in (keys, values))
-    return SlotLayer(keys, values)
+    return SlotLayer(keys, values, where)

@@ -28,10 +28,11 @@ from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
 from specdec.layouts.handover import cached_columns, give_back, is_callers
 from specdec.layouts.picking import rows_from_the_end
-from specdec.layouts.slot_cache import SlotCache, SlotLayer, slot_layer
-from specdec.state import device_of
+from specdec.layouts.slot_cache import Place, SlotCache, SlotLayer, slot_layer
+from specdec.state import device_of, span
 
 BLOCK = 64
+RESERVE = 8 * BLOCK  # columns are made for so many tokens ahead: every time all that are there are copied
 
 
 class Slots:
@@ -39,8 +40,8 @@ class Slots:
 
     name = "slots"
 
-    def __init__(self, columns: Columns) -> None:
-        """Take over from ``columns``, whose cache holds exactly the prompt.
+    def __init__(self, columns: Columns, longest: int | None = None) -> None:
+        """Take over from ``columns``, whose cache holds exactly the prompt; rows reach ``longest`` columns at most.
 
         Raises:
             ValueError: the cache has layers that are no plain keys and values, or no mask can be given.
@@ -59,8 +60,9 @@ class Slots:
             raise ValueError("slots need a transformers cache of layers")
         held = cached_columns(native)
         self._hidden = held - self._width
-        layers = [slot_layer(layer, held) for layer in own.layers]
-        self._cache = SlotCache(layers)
+        self._longest = None if longest is None else longest + self._hidden
+        where = Place()
+        self._cache = SlotCache([slot_layer(layer, held, where) for layer in own.layers], where)
         for layer in own.layers:
             if not isinstance(layer, (DummyLayer, StaticLayer)) and not is_callers(native):
                 layer.keys = layer.values = None  # the prompt shall not be held twice
@@ -78,6 +80,7 @@ class Slots:
         self.outputs: Any = None
         self._wanted = (self._starts, 0)  # what ``pick`` takes: rows counted from the last one
         self._mask: Tensor | None = None
+        self._columns = self._positions = torch.zeros(0, 0, dtype=torch.int64)  # all there is room for
         self._ids_key = "decoder_input_ids" if columns.encoder_decoder else "input_ids"
         self._reuses = _prepares_as_usual(self._model)
         self._prepared: dict[int, dict[str, Any]] = {}
@@ -97,7 +100,7 @@ class Slots:
             return None
         other = copy.copy(self)
         other._model, other._lender = model, self
-        other._cache = other._handed = SlotCache([own[layer] for layer in layers])
+        other._cache = other._handed = SlotCache([own[layer] for layer in layers], self._cache.where)
         other._cache.room = self._cache.room
         other._prepared, other._steps, other.forwards = {}, None, 0
         return other
@@ -120,25 +123,25 @@ class Slots:
         if not len(self._starts):
             self._starts = np.full_like(lengths, self._width)
         starts = np.minimum(self._starts, lengths - 1)
-        lowest, longest = int(starts.min()), int(starts.max())
-        needed = width = int((lengths - starts).max())
+        (lowest, longest), hidden = span(starts), self._hidden
+        needed = width = span(lengths - starts)[1]
         if self._steps is not None:
             width = self._steps.width(needed)
-        self._grow(tokens.shape[0], longest + width + self._hidden)
+        self._grow(tokens, longest + width + hidden)
         if self._steps is None and lowest == longest:
-            columns = torch.arange(lowest, lowest + width, device=tokens.device).expand(tokens.shape[0], -1)
-            inputs = self._inputs(tokens[:, lowest : lowest + width], columns)
+            here = slice(lowest, lowest + width)
+            columns = self._columns[:, lowest + hidden : lowest + hidden + width]
+            inputs = self._inputs(tokens[:, here], self._positions[..., here])
         else:
             where = starts[:, None] + np.arange(width)
             # rows that feed less than others are filled up with their last token
             read = torch.from_numpy(np.minimum(where, lengths[:, None] - 1)).to(tokens.device, non_blocking=True)
-            inputs = self._inputs(tokens.gather(1, read), read)
-            columns = torch.from_numpy(where).to(tokens.device, non_blocking=True)
-        hidden = self._hidden
-        place = (columns + hidden if hidden else columns, lowest + hidden, longest + hidden)
+            inputs = self._inputs(tokens.gather(1, read), self._positions_of(read))
+            columns = torch.from_numpy(where + hidden).to(tokens.device, non_blocking=True)
+        place = (columns, lowest + hidden, longest + hidden)
         self._cache.place(*place)
         # nobody wants the scores before the first; a graph has one number of rows
-        skipped = int((first - starts).min()) if self._steps is None else 0
+        skipped = span(first - starts)[0] if self._steps is None else 0
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = width - skipped
         self.outputs = self._pass(inputs, place, needed)
@@ -150,14 +153,14 @@ class Slots:
         """See ``Layout.pick``."""
         return rows_from_the_end(states, *self._wanted)
 
-    def _inputs(self, ids: Tensor, columns: Tensor) -> dict[str, Any]:
-        """What the model is given for ``ids`` (B, W) at ``columns`` (B, W), as it prepares that itself.
+    def _inputs(self, ids: Tensor, positions: Tensor) -> dict[str, Any]:
+        """What the model is given for ``ids`` (B, W) at ``positions``, as it prepares that itself.
 
         transformers' own preparation passes everything but ids and positions on unchanged, so for a width that
         was prepared before only these two are exchanged. A model with a preparation of its own is always asked.
         """
         width = ids.shape[1]
-        ids, positions = ids.contiguous(), self._positions(columns)
+        ids, positions = ids.contiguous(), positions.contiguous()
         prepared = self._prepared.get(width)
         if prepared is not None:
             return {**prepared, self._ids_key: ids, self._position_key: positions}
@@ -211,30 +214,38 @@ class Slots:
         """See ``Layout.reach``: rows never wait for one another."""
         return np.full_like(lengths, np.iinfo(np.int64).max)
 
-    def _positions(self, columns: Tensor) -> Tensor:
+    def _positions_of(self, columns: Tensor) -> Tensor:
         """Positions of ``columns`` (B, W): those of the prompt go on; without any, columns are counted."""
         if self._last_position is None:
             return columns + self._hidden
         positions: Tensor = self._last_position + 1 + (columns - self._width)
         return positions
 
-    def _grow(self, batch: int, columns: int) -> None:
-        """Room for ``columns`` columns, in blocks: attention cost follows the room."""
+    def _grow(self, tokens: Tensor, columns: int) -> None:
+        """Room for ``columns`` columns of ``tokens`` (B, capacity), in blocks: attention cost follows the room."""
         lender = self._lender
         if lender is not None:
             # buffers that are lent must not grow apart from the others
-            lender._grow(batch, columns)
+            lender._grow(tokens, columns)
             if self._mask is not lender._mask:
                 self._cache.room, self._mask = lender._cache.room, lender._mask
+                self._columns, self._positions = lender._columns, lender._positions
                 self._prepared.clear()
             return
         if columns <= self._cache.room >= self._least_room:
             return
         room = max(-(-columns // BLOCK) * BLOCK, self._least_room)
         self._prepared.clear()  # they hold the mask
-        self._cache.grow(room)
+        reserve = room
+        if self._steps is None:  # graphs know buffers of one size only
+            ahead = room + RESERVE
+            reserve = max(room, ahead if self._longest is None else min(ahead, self._longest))
+        self._cache.grow(room, reserve)
         if self._steps is not None:
             self._steps.lend(self._cache)
+        batch = len(tokens)
+        self._columns = torch.arange(room, device=tokens.device).expand(batch, -1)
+        self._positions = self._positions_of(self._columns)
         prompt = self._prompt_mask
         if prompt is None:
             device = device_of(self._model, self._cache.device)

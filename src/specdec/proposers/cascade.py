@@ -159,7 +159,7 @@ class _Level:
         text.write_guesses(proposal)
         scores = self._scores(text, proposal)
         submitted = torch.from_numpy(proposal.lengths).to(text.device)
-        positions = text.device_lengths - text.prompt_length
+        positions = text.lengths - text.prompt_length
         accepted, next_token = self._call.sampling.verify(
             scores, proposal.tokens, submitted, proposal.logits, positions
         )

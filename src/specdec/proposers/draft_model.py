@@ -25,7 +25,7 @@ from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
 from specdec.proposers.past import Past
 from specdec.records import Proposal, Round
-from specdec.state import State, in_common, put, to_host
+from specdec.state import State, in_common, put, put_on_host, to_host
 from specdec.weights.adapters import inner_model
 
 
@@ -149,8 +149,7 @@ class _Run:
 
     def write(self, state: State, guess: Tensor, step: int) -> None:
         """See ``Steps``."""
-        guess = guess.clamp(0, self._past.embeds - 1).to(self._past.device)
-        put(self._tokens, state.lengths + step, guess[:, None])
+        put(self._tokens, state.lengths + step, self._past.known(guess)[:, None])
 
     def _sync(self, state: State) -> None:
         """Bring the draft's tokens to the committed ones; forget what it was fed and was not kept."""
@@ -160,12 +159,12 @@ class _Run:
         upto = int(state.lengths.max())
         if not old:
             self._tokens = torch.zeros(state.tokens.shape, dtype=torch.int64, device=self._past.device)
-        self._tokens[:, old:upto] = state.tokens[:, old:upto].clamp(0, self._past.embeds - 1)
+        self._tokens[:, old:upto] = self._past.known(state.tokens[:, old:upto])
         if self._drafted is not None:
             _, loose, before, proposal = self._drafted
             drafted = self._observed if self._observed is not None else to_host(proposal.tokens)
             fed = np.concatenate([loose, np.zeros_like(drafted)], axis=1)
-            np.put_along_axis(fed, before[:, None] - old + np.arange(drafted.shape[1]), drafted, axis=1)
+            put_on_host(fed, before - old, drafted)
             kept = np.minimum(kept, old + in_common(state.host_tokens[:, old : old + fed.shape[1]], fed))
             self._drafted = None
         # the last committed token is always fed again: its scores are what the next guess needs

@@ -19,7 +19,7 @@ from specdec.proposers import Call
 from specdec.proposers.drawn import certain, chance_of, mixed, sound
 from specdec.proposers.foresight import Ahead
 from specdec.records import Proposal
-from specdec.state import State
+from specdec.state import State, span
 
 
 class Steps(Protocol):
@@ -61,12 +61,12 @@ def draft(
     guesses: list[Tensor] = []
     rows: list[Tensor] = []
     asks = True  # until the call's draft length has had enough: then only what is foreseen is guessed
-    for step in range(int(limits.max())):
+    for step in range(span(limits)[1]):
         known = ahead.at(step, limits, steps.history(state, step))
-        drafted = (known < 0) & (limits > step)
+        drafted = limits > step if known is None else (known < 0) & (limits > step)
         if not asks:
             limits = np.where(drafted, step, limits)
-            if step >= int(limits.max()):
+            if step >= span(limits)[1]:
                 break
         guess, scores = _guess(steps, state, step, drafted & asks, known, call)
         guesses.append(guess)
@@ -79,7 +79,7 @@ def draft(
             chance = chance_of(scores, guess).double().numpy()
             asks = goes_on(np.where(limits > step, chance, 0.0)) and asks
         limits = ahead.cut(step, limits, guess)
-        if step + 1 >= int(limits.max()) or not (asks or ahead.more):
+        if step + 1 >= span(limits)[1] or not (asks or ahead.more):
             limits = np.minimum(limits, step + 1)
             break
         steps.write(state, guess, step)
@@ -87,21 +87,20 @@ def draft(
 
 
 def _guess(
-    steps: Steps, state: State, step: int, drafted: np.ndarray, known: np.ndarray, call: Call
+    steps: Steps, state: State, step: int, drafted: np.ndarray, known: np.ndarray | None, call: Call
 ) -> tuple[Tensor, Tensor]:
     """Guess ``step`` of every row (B,), and the scores (B, V) that it is drawn from.
 
     Rows ``drafted`` (B,) are asked for scores, rows whose guess is ``known`` (B,) and not -1 are not.
     """
-    if not drafted.any():
+    if known is not None and not drafted.any():
         return certain(torch.from_numpy(known.clip(min=0)).to(state.device), state.vocabulary)
     scores = steps.next_scores(state, step, drafted)
-    start = state.device_lengths - state.prompt_length
-    guess = call.sampling.guess(scores, start + step if step else start)
+    guess = call.sampling.guess(scores, state.lengths - state.prompt_length + step)
     if call.sampling.keeps_logits:
         scores = sound(scores, guess < 0)
         guess = guess.clamp(min=0)
-    if (known >= 0).any():
+    if known is not None and (known >= 0).any():
         guess, scores = mixed(guess, scores, torch.from_numpy(known).to(state.device))
     return guess, scores
 

@@ -27,7 +27,6 @@ class Ahead:
         """Ask about the committed tokens of rows that may guess up to ``limits`` (B,) tokens."""
         self._processing = processing
         self._state = state
-        self._nothing = np.full(state.batch, -1, dtype=np.int64)
         self.runs: list[list[int]] = []
         if processing.foresees:
             self._ask(state.tokens, 0, limits)
@@ -46,8 +45,8 @@ class Ahead:
         """Some row's next guess is known."""
         return any(self.runs)
 
-    def at(self, step: int, limits: np.ndarray, tokens: Tensor) -> np.ndarray:
-        """(B,) foreseen ids for guess ``step``, -1 where the draft must be asked.
+    def at(self, step: int, limits: np.ndarray, tokens: Tensor) -> np.ndarray | None:
+        """(B,) foreseen ids for guess ``step``, -1 where the draft must be asked; None where nothing is foreseen.
 
         Args:
             step: guesses of each row so far.
@@ -55,7 +54,7 @@ class Ahead:
             tokens: (B, capacity) committed tokens and the guesses so far.
         """
         if not self.runs:
-            return self._nothing
+            return None
         if step:
             self._ask(tokens, step, limits)
         return np.array([run.pop(0) if run else -1 for run in self.runs], dtype=np.int64)

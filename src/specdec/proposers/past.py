@@ -71,6 +71,10 @@ class Past:
             self.longest -= self.scorer.hidden
             self._prompt = None
 
+    def known(self, ids: Tensor) -> Tensor:
+        """``ids`` where the model is, with others in place of those that it does not know."""
+        return ids.to(self.device).clamp(0, self.embeds - 1)
+
     def limits(self, state: State, limits: np.ndarray) -> np.ndarray:
         """(B,) ``limits``, lowered to what the model can do; a row with an id unknown to it is lost to it."""
         new = state.host_tokens[:, self._looked : int(state.lengths.max())]

@@ -168,7 +168,7 @@ class _Tokens:
             scores, mass = self._moved(self._past.scores(step).to(state.device), state.vocabulary)
             lengths = state.lengths + step
             scores = self._call.processing.draft(scores, history, lengths, state.vocabulary, limits > step)
-            guess = sampling.guess(scores, state.device_lengths - state.prompt_length + step)
+            guess = sampling.guess(scores, state.lengths - state.prompt_length + step)
             if sampling.keeps_logits:
                 rows.append(sound(scores, guess < 0))
             guess = guess.clamp(min=0)

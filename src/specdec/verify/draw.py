@@ -26,19 +26,18 @@ def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
     Returns:
         (...) int64, -1 for a row that has a NaN or is -inf throughout.
     """
-    best, token = highest(logits if gumbel is None else logits + gumbel)
+    scores = logits if gumbel is None else logits + gumbel
+    if scores.device.type == "cpu" and scores.dtype in _OF_NUMPY and not torch.compiler.is_compiling():
+        # torch's ``max`` with ids goes entry by entry on a CPU, numpy's many at a time; a NaN is highest to both
+        rows = scores.detach().numpy().reshape(-1, scores.shape[-1])
+        ids = rows.argmax(axis=-1)
+        sound = rows.max(axis=-1) > -torch.inf
+        if not sound.all():
+            ids[~sound] = -1
+        return torch.from_numpy(ids.reshape(scores.shape[:-1]))
+    best, token = scores.max(dim=-1)
     # false for a NaN as well
     return torch.where(best > -torch.inf, token, -1)
-
-
-def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest entry of each row (..., V) and its lowest id, as ``max(dim=-1)``; a NaN counts as highest."""
-    if scores.device.type == "cpu" and scores.dtype in _OF_NUMPY and not torch.compiler.is_compiling():
-        # torch's ``max`` with ids goes entry by entry on a CPU, numpy's argmax many at a time
-        token = torch.as_tensor(scores.detach().numpy().argmax(axis=-1))
-        return scores.gather(-1, token[..., None]).squeeze(-1), token
-    best, token = scores.max(dim=-1)
-    return best, token
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
