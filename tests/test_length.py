@@ -241,6 +241,46 @@ def test_a_good_draft_that_is_too_dear_costs_a_few_percent(cost, acceptance, tel
     assert np.mean(speeds) > 0.97
 
 
+def opened(rule, *, room, opening=0.3, prompt=8.0, rounds=60, acceptance=0.8, cost=0.3, seed=0):
+    """The first round in which a draft with a prompt to feed was let guess, and rounds in which it guessed."""
+    random, guessed = np.random.default_rng(seed), []
+    rule.fed(prompt)
+    for number in range(rounds):
+        asked = rule.next(room - number)
+        drafted = 0
+        if asked and rule.begins(0.0 if guessed else opening):
+            drafted, pay = asked, 0.0 if guessed else opening * prompt
+            guessed.append(number)
+        kept = np.array([int((random.random(drafted) < acceptance).cumprod().sum())])
+        rule.observe(outcome(drafted, kept), 1 + cost * drafted + (pay if len(guessed) == 1 else 0))
+    return guessed
+
+
+def test_a_draft_is_not_fed_a_prompt_that_the_rest_of_the_text_cannot_earn():
+    assert not opened(Adaptive(Timings()), room=8, rounds=8)  # 2.4 rounds for the prompt, 8 to go
+    assert opened(Adaptive(Timings()), room=64)[0] == 1
+    assert opened(Adaptive(Timings()), room=8, rounds=8, prompt=1.0)[0] == 1  # a short prompt
+    assert not opened(Adaptive(Timings()), room=10**6, rounds=40, prompt=10_000.0)  # no text is taken to be endless
+    # a seed promises a text that hangs on no clock
+    assert opened(Adaptive(Assumed(0.2)), room=8, rounds=8)[0] == 0
+
+
+def test_what_a_draft_was_not_asked_is_not_held_against_it():
+    memory = Memory()
+    for _ in range(5):
+        assert not opened(memory.recall(1, False), room=8, rounds=8)
+    assert opened(memory.recall(1, False), room=200)[0] == 0
+
+
+def test_a_draft_known_to_be_useless_is_not_fed_again_for_a_probe():
+    memory = Memory()
+    first = opened(memory.recall(1, False), room=300, acceptance=0.0, rounds=200)
+    again = opened(memory.recall(1, False), room=300, acceptance=0.0, rounds=200)
+    assert first[0] == 1 and len(again) <= 1
+    # its prompt costs 2.4 plain rounds and probes may cost a hundredth of all
+    assert not again or again[0] >= 240
+
+
 class TwoDrafts:
     """Every other round a text is copied, wide and cheap and right; in between a model guesses, and tells."""
 

@@ -43,14 +43,13 @@ def decode(
     """Yield rounds until every row has ended. Rows may also be ended from outside, between rounds."""
     observe: Callable[[Round], None] | None = getattr(proposer, "observe", None)
     proposal = Proposal.empty(state.batch, state.device)
-    start = clock()
+    began = start = clock()
     # where the text depends on the number of guesses, a seed must not meet another one on a model's first call
     logits = target.prefill(
         state.tokens[:, : state.prompt_length], speculate=length.most > 0, at_once=sampling.keeps_logits
     )
     state.vocabulary = int(logits.shape[-1])
     stats.seconds_scoring += clock() - start
-    began = None  # the prompt's round says nothing about the rounds to come
     while True:
         start = clock()
         accepted, next_token, scores = _verify(logits, state, proposal, processing, sampling)
@@ -60,7 +59,9 @@ def decode(
         stats.count(round_)
         if observe is not None:
             observe(round_)
-        if began is not None:
+        if stats.rounds == 1:
+            length.fed(clock() - began)
+        else:
             length.observe(round_, clock() - began)
         stats.seconds_verifying += clock() - start
         yield round_

@@ -40,12 +40,20 @@ class DraftLength(Protocol):
         """
         ...
 
-    def begins(self) -> bool:
-        """Whether a draft that tells its chances shall guess at all in this round, where others might as well."""
+    def begins(self, opening: float = 0.0) -> bool:
+        """Whether a draft model shall guess in this round: it may not earn its prompt any more, or be one of several.
+
+        Args:
+            opening: what has to be done before the first guess, as a share of what the prompt took the target.
+        """
         ...
 
     def within(self) -> DraftLength:
         """A rule of the same kind that knows nothing yet, for rounds that a proposer makes of its own."""
+        ...
+
+    def fed(self, seconds: float) -> None:
+        """See how long the target took for the prompt."""
         ...
 
     def observe(self, round_: Round, seconds: float) -> None:

@@ -6,6 +6,7 @@ Where a draft tells its own chance of each guess, one more is drafted only while
 that it and all before it are kept) outweighs its price at the present rate: SpecDec++'s threshold (2405.19715)
 with measured costs. When nothing pays it drafts nothing, and probes with one guess now and then, so seldom that
 probes cost about a hundredth of plain decoding, and often enough to find a draft again that has become good.
+A draft model's prompt is fed with its first guess, so that comes only if what is left of the text may earn it.
 
 Non-anticipating (see ``__init__.py``): ``next`` looks at past rounds, ``goes_on`` at guesses that are submitted
 whatever it says. Knows no model. Read next: ``../processing.py``.
@@ -17,14 +18,15 @@ from math import ceil
 
 import numpy as np
 
-from specdec.length.acceptance import FADE, PRIOR_WEIGHT, Acceptance
-from specdec.length.cost import Assumed, Timings, best_length, tokens_per_round
+from specdec.length.acceptance import FADE, PRIOR, PRIOR_WEIGHT, Acceptance
+from specdec.length.cost import Assumed, Timings, best_length, speed, tokens_per_round
 from specdec.records import Round
 
 ASSUMED_COST = 0.2  # of a guess, in plain rounds, where no clock may be asked (``Assumed``)
 MOST = 16  # guesses a round: wider passes are no longer nearly free on any machine measured
 PROBES = 0.01  # of plain decoding's time, spent on probes while nothing pays
 FIRST_WAIT, LONGEST_WAIT = 12, 48  # rounds without a probe: doubled by each that fails
+FORESEEN = 256  # tokens: how long a text becomes nobody knows, and the most that it may is often far away
 LAG = 4  # rounds after which a draft has so much to catch up on that the seconds of the next say nothing
 
 
@@ -92,10 +94,14 @@ class Adaptive:
         self._tells = False  # the proposer tells the chances of its guesses
         self._chances: list[np.ndarray] = []  # of the running round's guesses
         self._alive: np.ndarray | float = 1.0  # chance that all of them are kept, a row
+        self._prompt = 0.0  # seconds that the target took for the prompt
+        self._left = 0  # tokens that the longest row may still get
+        self._refused = False  # a draft was told not to guess in the running round
 
     def next(self, room: int) -> int:
         """See ``DraftLength.next``."""
         self._chances, self._alive = [], 1.0
+        self._left, self._refused = room, False
         table = self._timings.table(self.most)
         if table is None or not room:  # the first plain round will tell
             self._asked, self._probing = 0, False
@@ -147,13 +153,28 @@ class Adaptive:
         self._alive = self._alive * acceptance.of_chance(chances)
         return self._pays(float(np.sum(self._alive)) / self._rows * acceptance.overall, drafted)
 
-    def begins(self) -> bool:
-        """See ``DraftLength.begins``: where a draft is alone, ``next`` has decided."""
+    def begins(self, opening: float = 0.0) -> bool:
+        """See ``DraftLength.begins``: where a draft is alone and its prompt is fed, ``next`` has decided."""
+        if opening and not self._opens(opening):
+            self._refused = True
+            return False
         timings, acceptance = self._learnt.told
         if not self._others or self._probing or not timings.priced or self._pays(acceptance.overall, 0):
             return True
         self._idle += 1
         return self._idle > LONGEST_WAIT
+
+    def _opens(self, opening: float) -> bool:
+        """Whether what is left of the text may earn the draft's prompt, or a probe may cost it."""
+        every, told = self._learnt.every, self._learnt.told
+        plain, price = float(self._table[0]), opening * self._prompt
+        timings, acceptance = told if told[0].priced else every
+        if timings.priced and (timings is told[0] or not self._others):
+            rate = float((tokens_per_round(acceptance.survival()) / timings.table(self.most)).max())
+        else:  # a guess costs about the same share of a plain round
+            rate = max(speed(PRIOR, opening, guesses) for guesses in range(5)) / plain
+        saved = min(self._left, FORESEEN) * (plain - 1 / rate)
+        return price <= max(saved, PROBES * self._since * plain)
 
     def _pays(self, gain: float, drafted: int) -> bool:
         """``gain`` tokens a row are worth the seconds of one guess behind ``drafted``, at the present rate."""
@@ -163,12 +184,18 @@ class Adaptive:
         """See ``DraftLength.within``."""
         return Adaptive(self._timings.afresh())
 
+    def fed(self, seconds: float) -> None:
+        """See ``DraftLength.fed``."""
+        self._prompt = self._timings.heard(seconds)
+
     def observe(self, round_: Round, seconds: float) -> None:
         """See ``DraftLength.observe``."""
         live = round_.counts > 0
         self._rows = max(int(live.sum()), 1)
         lengths, accepted = round_.lengths[live], round_.accepted[live]
         width = int(lengths.max(initial=0))
+        if self._refused and not width:
+            self._asked, self._probing = 0, False
         told = bool(self._chances)
         self._others |= width > 0 and self._asked > 0 and not told
         if not width or (self._asked and self._since <= LAG):

@@ -63,6 +63,10 @@ class Timings:
         """The same kind, with nothing measured yet."""
         return Timings()
 
+    def heard(self, seconds: float) -> float:
+        """What a clock said, as far as it is listened to."""
+        return seconds
+
     @property
     def priced(self) -> bool:
         """Some round with guesses was timed."""
@@ -99,6 +103,10 @@ class Assumed:
     def afresh(self) -> Assumed:
         """See ``Timings.afresh``."""
         return self
+
+    def heard(self, seconds: float) -> float:
+        """See ``Timings.heard``."""
+        return 0.0
 
     def add(self, width: int, seconds: float) -> None:
         """What the clock says is not listened to."""

@@ -26,13 +26,16 @@ class Fixed:
         """See ``DraftLength.goes_on``."""
         return True
 
-    def begins(self) -> bool:
+    def begins(self, opening: float = 0.0) -> bool:
         """See ``DraftLength.begins``."""
         return True
 
     def within(self) -> Fixed:
         """See ``DraftLength.within``."""
         return Fixed(self.most)
+
+    def fed(self, seconds: float) -> None:
+        """Nothing to learn."""
 
     def observe(self, round_: Round, seconds: float) -> None:
         """Nothing to learn."""

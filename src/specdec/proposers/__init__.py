@@ -69,7 +69,8 @@ class Call:
         sampling: how tokens are drawn.
         goes_on: told the draft's own chance (B,) of each guess (0 for rows that made none), says whether one more
             pays; for proposers that can tell without waiting for the device. The guess is submitted anyway.
-        begins: says whether a proposer that asks ``goes_on`` shall guess at all in this round, others being there.
+        begins: told what a draft model has to do before its first guess, as a share of what the prompt took the
+            target, says whether it shall guess at all in this round (``DraftLength.begins``).
         tenants: whose text a row is, one for all rows or one each; None where nobody said.
         clock: tells the seconds; None where a seed promises one text, which must not depend on them.
         own_length: makes a rule of draft lengths that knows nothing yet, for a proposer with rounds of its own.
@@ -83,7 +84,7 @@ class Call:
     processing: Processing
     sampling: Sampling
     goes_on: Callable[[np.ndarray], bool] | None = None
-    begins: Callable[[], bool] | None = None
+    begins: Callable[[float], bool] | None = None
     tenants: list[str] | None = None
     clock: Callable[[], float] | None = None
     own_length: Callable[[], DraftLength] = ALWAYS_FOUR

@@ -94,7 +94,7 @@ class _Level:
         self._past = Past(draft.model, call, draft._layout, draft._steps)
         on_cpu = self._past.device.type == "cpu"
         self._goes_on = call.goes_on if draft._confidence is None and on_cpu else None
-        self._begins = call.begins if self._goes_on and call.begins else always
+        self._begins = call.begins or always
         self._text: State | None = None
         self._settled = 0  # columns that were settled when last asked, of the shortest row
         self._drafted = self._accepted = 0
@@ -119,7 +119,7 @@ class _Level:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
         limits = self._past.limits(state, limits)
-        if not limits.any() or not self._begins():
+        if not limits.any() or not self._begins(self._past.opening):
             return Proposal.empty(state.batch, state.device)
         self._past.feed_prompt()
         text = self._follow(state)

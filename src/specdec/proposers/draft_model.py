@@ -97,7 +97,7 @@ class _Run:
         self._scorer = self._past.scorer
         on_cpu = self._past.device.type == "cpu"
         self._goes_on = call.goes_on if confidence is None and on_cpu else None
-        self._begins = call.begins if self._goes_on and call.begins else always
+        self._begins = call.begins or always
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         # settled columns, the text behind them (B, n), lengths before, guesses
         self._drafted: tuple[int, np.ndarray, np.ndarray, Proposal] | None = None
@@ -124,7 +124,7 @@ class _Run:
         if not limits.any():
             return Proposal.empty(state.batch, state.device)
         ahead = Ahead(self._call.processing, state, limits)
-        if ahead.covers(limits) or not self._begins():
+        if ahead.covers(limits) or not self._begins(self._past.opening):
             return ahead.proposal()
         self._past.feed_prompt()
         self._sync(state)
@@ -171,6 +171,6 @@ class _Run:
         self._scorer.rollback(self._tokens, np.minimum(kept, state.lengths - 1), state.live, state.settled - 1)
 
 
-def always() -> bool:
+def always(opening: float) -> bool:
     """Nobody decides whether a draft guesses: it does."""
     return True

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specdec.layouts.compiled import CompiledSteps
 from specdec.proposers import Call
+from specdec.proposers.past import work
 from specdec.proposers.prompt import embedded, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
@@ -62,6 +63,9 @@ class DraftPast:
         if self._failed or not limits.any():
             return none
         if self._scorer is None:
+            begins = self._call.begins
+            if begins and not begins(work(self._model) / max(work(self._call.target), 1)):
+                return none
             try:
                 self._open(state)
             except (TypeError, ValueError, IndexError) as error:

@@ -216,7 +216,7 @@ class _InSlots:
         self._goes_on: Callable[[np.ndarray], bool] | None = None
         if confidence is None and call.prompt.device.type == "cpu":
             self._goes_on = call.goes_on
-        self._begins = call.begins if self._goes_on and call.begins else always
+        self._begins = call.begins or always
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._known = 0  # columns of ``_tokens`` that are committed in every row
         self._limits = np.zeros(0, dtype=np.int64)
@@ -229,7 +229,7 @@ class _InSlots:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
         ahead = Ahead(self._call.processing, state, limits)
-        if ahead.covers(limits) or not self._begins():
+        if ahead.covers(limits) or not self._begins(0.0):
             return ahead.proposal()
         # the target's next pass begins at these columns and writes every one that is written here, or sees none
         self._slots.stand_at(self._scorer.kept.copy())

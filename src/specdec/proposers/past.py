@@ -19,6 +19,22 @@ from specdec.scorer import Scorer
 from specdec.state import State, device_of
 
 
+def work(model: Any) -> int:
+    """Multiplications that a token of the prompt takes, about: all weights but the vocabulary's tables."""
+    if model is None:
+        return 0
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    total = 0
+    for module in model.modules():
+        if any(module is table for table in tables):
+            continue
+        if hasattr(module, "in_features"):  # whatever its weights are stored as
+            total += module.in_features * module.out_features
+        else:
+            total += sum(weight.numel() for weight in module._parameters.values() if weight is not None)
+    return total
+
+
 class Past:
     """A draft's cache, and for which rows it may be used.
 
@@ -61,8 +77,14 @@ class Past:
             steps=steps,
         )
         self._prompt: Tensor | None = prompt.to(self.device)
+        self._share = work(model) / max(work(call.target), 1)
         self._usable = np.ones(call.prompt.shape[0], dtype=bool)
         self._looked = 0
+
+    @property
+    def opening(self) -> float:
+        """What has to be done before the first guess; see ``DraftLength.begins``."""
+        return 0.0 if self._prompt is None else self._share
 
     def feed_prompt(self) -> None:
         """Feed the prompt, once: a draft that does not pay must not even cost that."""
