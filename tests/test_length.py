@@ -276,9 +276,8 @@ def test_a_draft_known_to_be_useless_is_not_fed_again_for_a_probe():
     memory = Memory()
     first = opened(memory.recall(1, False), room=300, acceptance=0.0, rounds=200)
     again = opened(memory.recall(1, False), room=300, acceptance=0.0, rounds=200)
-    assert first[0] == 1 and len(again) <= 1
-    # its prompt costs 2.4 plain rounds and probes may cost a hundredth of all
-    assert not again or again[0] >= 240
+    assert first[0] == 1
+    assert not again  # its prompt costs 2.4 plain rounds, and probes may cost a hundredth of all
 
 
 class TwoDrafts:

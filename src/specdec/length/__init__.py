@@ -41,7 +41,7 @@ class DraftLength(Protocol):
         ...
 
     def begins(self, opening: float = 0.0) -> bool:
-        """Whether a draft model shall guess in this round: it may not earn its prompt any more, or be one of several.
+        """Whether a draft model shall guess in this round: it may not earn its prompt, or be one of several.
 
         Args:
             opening: what has to be done before the first guess, as a share of what the prompt took the target.
