@@ -241,10 +241,34 @@ def test_a_good_draft_that_is_too_dear_costs_a_few_percent(cost, acceptance, tel
     assert np.mean(speeds) > 0.97
 
 
+@pytest.mark.parametrize("tells", [False, True])
+def test_plain_rounds_that_have_become_faster_are_noticed_while_drafting(tells):
+    """A neighbour slowed the first rounds down: by their seconds drafting pays, by those of now it does not."""
+    rule, rig = Adaptive(Timings()), Rig(0.95, tells=tells)
+    rule.next(16)
+    rule.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.4)
+    rig.run(rule, 0.85, 60)
+    assert np.mean([guesses > 0 for guesses, _ in rig.rounds]) > 0.8
+    rig.run(rule, 0.85, 800)
+    rig.rounds.clear()
+    assert rig.run(rule, 0.85, 200) > 0.98
+
+
+def test_a_batch_must_promise_more_than_a_row():
+    """Eight rows end when the slowest does: a few percent more in the mean are none at the end."""
+    asked = {1: [], 8: []}
+    for rows, shares in asked.items():
+        for seed in range(6):
+            rule, rig = Adaptive(Timings()), Rig(0.7, rows=rows, seed=seed)
+            rig.run(rule, 0.85, 300)
+            shares.append(np.mean([guesses > 0 for guesses, _ in rig.rounds[-100:]]))
+    assert np.mean(asked[1]) > 2 * np.mean(asked[8])
+
+
 def opened(rule, *, room, opening=0.3, prompt=8.0, rounds=60, acceptance=0.8, cost=0.3, seed=0):
     """The first round in which a draft with a prompt to feed was let guess, and rounds in which it guessed."""
     random, guessed = np.random.default_rng(seed), []
-    rule.fed(prompt)
+    rule.fed(prompt, 1, 1000)
     for number in range(rounds):
         asked = rule.next(room - number)
         drafted = 0

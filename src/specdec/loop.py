@@ -60,7 +60,7 @@ def decode(
         if observe is not None:
             observe(round_)
         if stats.rounds == 1:
-            length.fed(clock() - began)
+            length.fed(clock() - began, state.batch, max(state.prompt_length, 1))
         else:
             length.observe(round_, clock() - began)
         stats.seconds_verifying += clock() - start

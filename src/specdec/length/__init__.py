@@ -52,8 +52,8 @@ class DraftLength(Protocol):
         """A rule of the same kind that knows nothing yet, for rounds that a proposer makes of its own."""
         ...
 
-    def fed(self, seconds: float) -> None:
-        """See how long the target took for the prompt."""
+    def fed(self, seconds: float, rows: int, columns: int) -> None:
+        """See how many seconds the target took for the prompt of so many rows and columns."""
         ...
 
     def observe(self, round_: Round, seconds: float) -> None:

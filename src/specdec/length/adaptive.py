@@ -14,7 +14,7 @@ whatever it says. Knows no model. Read next: ``../processing.py``.
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, log2
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from specdec.records import Round
 
 ASSUMED_COST = 0.2  # of a guess, in plain rounds, where no clock may be asked (``Assumed``)
 MOST = 16  # guesses a round: wider passes are no longer nearly free on any machine measured
-PROBES = 0.01  # of plain decoding's time, spent on probes while nothing pays
+PROBES, DEAREST = 0.01, 0.03  # of plain decoding's time, spent on probes while nothing pays: usually, and at most
 FIRST_WAIT, LONGEST_WAIT = 12, 48  # rounds without a probe: doubled by each that fails
 FORESEEN = 256  # tokens: how long a text becomes nobody knows, and the most that it may is often far away
+STALE, THIN = 48, 1.25  # a plain round is timed again after so many others; after 4 times as many for larger gains
+ROW_MARGIN = 0.03  # for every doubling of the rows: 6 to 9 % of the rounds of eight rows waited for the last one
 LAG = 4  # rounds after which a draft has so much to catch up on that the seconds of the next say nothing
 
 
@@ -94,7 +96,9 @@ class Adaptive:
         self._tells = False  # the proposer tells the chances of its guesses
         self._chances: list[np.ndarray] = []  # of the running round's guesses
         self._alive: np.ndarray | float = 1.0  # chance that all of them are kept, a row
-        self._prompt = 0.0  # seconds that the target took for the prompt
+        self._prompt = self._token = 0.0  # seconds that the target took for the prompt, and for one of its tokens
+        self._excess = 0.0  # plain rounds that the last probe lost
+        self._grown = 0.0  # tokens that a row has got since
         self._left = 0  # tokens that the longest row may still get
         self._refused = False  # a draft was told not to guess in the running round
 
@@ -109,16 +113,26 @@ class Adaptive:
         tokens = tokens_per_round(self._acceptance.survival())
         seconds = table[0] + np.concatenate(([0.0], np.cumsum(self._acceptance.widths() * np.diff(table))))
         best = best_length(tokens, seconds)
-        self._table, self._rate = table, float(tokens[best] / seconds[best])
+        gain = float(tokens[best] / seconds[best] * table[0])
+        if gain < self._least_gain:
+            best, gain = 0, 1.0
+        self._table, self._rate = table, gain / float(table[0])
         told = self._learnt.told[0].table(self.most)
         self._prices = table if told is None else told
         self._probing = best == 0 and self._due()
-        if self._probing:
+        if best and self._timings.age >= (STALE if gain < THIN else 4 * STALE):
+            self._asked = 0  # a plain round, to know again what one takes
+        elif self._probing:
             self._asked = 1
         else:
             # a draft that tells its chances is stopped in time, so it is asked for as many as there may be
             self._asked = min(self.most if best and self._tells else best, room)
         return self._asked
+
+    @property
+    def _least_gain(self) -> float:
+        """What drafting must promise: the slowest row of a batch decides when it ends, and rows differ."""
+        return 1 + ROW_MARGIN * log2(self._rows)
 
     def _due(self) -> bool:
         """A probe is affordable, or the price is not known yet, or the last probe was kept and wants confirming."""
@@ -128,7 +142,9 @@ class Adaptive:
             # not even guesses that are always kept would pay, prices change seldom, and a draft may have to be fed
             return self._since >= 8 * LONGEST_WAIT
         affordable = ceil((float(self._table[1] / self._table[0]) - 1) / PROBES)
-        return self._since >= min(affordable, FIRST_WAIT << min(self._failed, 8), LONGEST_WAIT)
+        usual = min(affordable, FIRST_WAIT << min(self._failed, 8), LONGEST_WAIT)
+        # a draft has to be fed what it missed: in a wide batch that may cost more than the guess
+        return self._since >= max(usual, self._excess / DEAREST)
 
     def free(self, runs: np.ndarray) -> int:
         """See ``DraftLength.free``: the width that brings most tokens a second."""
@@ -167,13 +183,14 @@ class Adaptive:
     def _opens(self, opening: float) -> bool:
         """Whether what is left of the text may earn the draft's prompt, or a probe may cost it."""
         every, told = self._learnt.every, self._learnt.told
-        plain, price = float(self._table[0]), opening * self._prompt
+        plain, price = float(self._table[0]), opening * (self._prompt + self._rows * self._token * self._grown)
         timings, acceptance = told if told[0].priced else every
         if timings.priced and (timings is told[0] or not self._others):
             rate = float((tokens_per_round(acceptance.survival()) / timings.table(self.most)).max())
-        else:  # a guess costs about the same share of a plain round
-            rate = max(speed(PRIOR, opening, guesses) for guesses in range(5)) / plain
-        saved = min(self._left, FORESEEN) * (plain - 1 / rate)
+        else:  # as if a guess cost that share of a plain round, and one token more as much as in the prompt
+            wider = self._rows * self._token / plain
+            rate = max(speed(PRIOR, opening, n, verify=1 + n * wider) for n in range(5)) / plain
+        saved = min(self._left, FORESEEN) * (plain - self._least_gain / rate)
         return price <= max(saved, PROBES * self._since * plain)
 
     def _pays(self, gain: float, drafted: int) -> bool:
@@ -184,14 +201,16 @@ class Adaptive:
         """See ``DraftLength.within``."""
         return Adaptive(self._timings.afresh())
 
-    def fed(self, seconds: float) -> None:
+    def fed(self, seconds: float, rows: int, columns: int) -> None:
         """See ``DraftLength.fed``."""
-        self._prompt = self._timings.heard(seconds)
+        self._prompt, self._rows = self._timings.heard(seconds), rows
+        self._token = self._prompt / (rows * columns)
 
     def observe(self, round_: Round, seconds: float) -> None:
         """See ``DraftLength.observe``."""
         live = round_.counts > 0
         self._rows = max(int(live.sum()), 1)
+        self._grown += float(round_.counts[live].sum()) / self._rows
         lengths, accepted = round_.lengths[live], round_.accepted[live]
         width = int(lengths.max(initial=0))
         if self._refused and not width:
@@ -213,7 +232,9 @@ class Adaptive:
         for _, acceptance in self._learnt.of(told):
             acceptance.add(self._asked, lengths, accepted, [chance[live] for chance in self._chances])
         # the one guess of a probe pays where it is kept more often than its price in plain rounds
-        price = float(self._table[1] / self._table[0]) - 1
+        price = self._least_gain * float(self._table[1] / self._table[0]) - 1
+        if self._probing and not self._promising:
+            self._excess = seconds / float(self._table[0]) - 1
         self._promising = self._probing and bool(accepted.sum() > price * len(accepted))
         if self._probing and not self._promising:
             self._learnt.doubt()

@@ -54,9 +54,11 @@ class Timings:
     def __init__(self) -> None:
         """Nothing is measured yet."""
         self._seen: dict[int, deque[float]] = {}
+        self.age = 0  # rounds since a plain one was timed
 
     def add(self, width: int, seconds: float) -> None:
         """A round whose widest row guessed ``width`` tokens took ``seconds``."""
+        self.age = self.age + 1 if width else 0
         self._seen.setdefault(width, deque(maxlen=REMEMBERED)).append(seconds)
 
     def afresh(self) -> Timings:
@@ -95,6 +97,7 @@ class Assumed:
     """Seconds that are not measured, so that a seed alone decides the text (``Timings`` answers differently)."""
 
     priced = True
+    age = 0  # never out of date
 
     def __init__(self, cost: float) -> None:
         """A guess costs ``cost`` plain rounds."""

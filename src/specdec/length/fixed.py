@@ -34,7 +34,7 @@ class Fixed:
         """See ``DraftLength.within``."""
         return Fixed(self.most)
 
-    def fed(self, seconds: float) -> None:
+    def fed(self, seconds: float, rows: int, columns: int) -> None:
         """Nothing to learn."""
 
     def observe(self, round_: Round, seconds: float) -> None:
