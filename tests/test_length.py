@@ -128,6 +128,18 @@ def test_a_useless_draft_costs_a_few_percent(cost, rows, tells):
     assert sum(guesses > 0 for guesses, _ in rig.rounds) >= 4  # it does look again
 
 
+def test_a_draft_that_is_fed_what_it_missed_at_a_price_is_seldom_asked():
+    """Sixteen rows: every round without the draft will cost it a third of a round to catch up on."""
+    rule, missed, seconds = Adaptive(Timings()), 0, 0.0
+    for _ in range(400):
+        drafted = min(rule.next(16), 1)
+        spent = 1 + drafted * (0.3 + missed / 3)
+        missed = 0 if drafted else missed + 1
+        seconds += spent
+        rule.observe(outcome(drafted, np.zeros(16, dtype=np.int64)), spent)
+    assert seconds < 1.05 * 400
+
+
 @pytest.mark.parametrize("cost", [0.05, 0.4])
 @pytest.mark.parametrize("rows", [1, 16])
 def test_a_draft_that_becomes_good_is_found_within_64_tokens(cost, rows):

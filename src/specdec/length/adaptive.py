@@ -24,7 +24,8 @@ from specdec.records import Round
 
 ASSUMED_COST = 0.2  # of a guess, in plain rounds, where no clock may be asked (``Assumed``)
 MOST = 16  # guesses a round: wider passes are no longer nearly free on any machine measured
-PROBES, DEAREST = 0.01, 0.03  # of plain decoding's time, spent on probes while nothing pays: usually, and at most
+PROBES = 0.01  # of plain decoding's time, spent on probes while nothing pays
+CATCHING_UP = 0.03  # of it, on feeding a draft what it missed between them
 FIRST_WAIT, LONGEST_WAIT = 12, 48  # rounds without a probe: doubled by each that fails
 FORESEEN = 256  # tokens: how long a text becomes nobody knows, and the most that it may is often far away
 STALE, THIN = 48, 1.25  # a plain round is timed again after so many others; after 4 times as many for larger gains
@@ -97,7 +98,8 @@ class Adaptive:
         self._chances: list[np.ndarray] = []  # of the running round's guesses
         self._alive: np.ndarray | float = 1.0  # chance that all of them are kept, a row
         self._prompt = self._token = 0.0  # seconds that the target took for the prompt, and for one of its tokens
-        self._excess = 0.0  # plain rounds that the last probe lost
+        self._opened = 0.0  # seconds that a draft's own prompt should take in the running round
+        self._missed = 0.0  # plain rounds that a draft needs to catch up on one, as the last probe had it
         self._grown = 0.0  # tokens that a row has got since
         self._left = 0  # tokens that the longest row may still get
         self._refused = False  # a draft was told not to guess in the running round
@@ -105,7 +107,7 @@ class Adaptive:
     def next(self, room: int) -> int:
         """See ``DraftLength.next``."""
         self._chances, self._alive = [], 1.0
-        self._left, self._refused = room, False
+        self._left, self._refused, self._opened = room, False, 0.0
         table = self._timings.table(self.most)
         if table is None or not room:  # the first plain round will tell
             self._asked, self._probing = 0, False
@@ -138,13 +140,13 @@ class Adaptive:
         """A probe is affordable, or the price is not known yet, or the last probe was kept and wants confirming."""
         if self._promising or not self._timings.priced:
             return True
-        if not best_length(np.arange(1.0, self.most + 2), self._table):
-            # not even guesses that are always kept would pay, prices change seldom, and a draft may have to be fed
+        # not even guesses that are always kept would pay, and prices change seldom; or what the draft has missed,
+        # and is fed first, costs too much however seldom that is, as in a wide batch
+        hopeless = not best_length(np.arange(1.0, self.most + 2), self._table)
+        if hopeless or self._missed > CATCHING_UP:
             return self._since >= 8 * LONGEST_WAIT
         affordable = ceil((float(self._table[1] / self._table[0]) - 1) / PROBES)
-        usual = min(affordable, FIRST_WAIT << min(self._failed, 8), LONGEST_WAIT)
-        # a draft has to be fed what it missed: in a wide batch that may cost more than the guess
-        return self._since >= max(usual, self._excess / DEAREST)
+        return self._since >= min(affordable, FIRST_WAIT << min(self._failed, 8), LONGEST_WAIT)
 
     def free(self, runs: np.ndarray) -> int:
         """See ``DraftLength.free``: the width that brings most tokens a second."""
@@ -174,6 +176,7 @@ class Adaptive:
         if opening and not self._opens(opening):
             self._refused = True
             return False
+        self._opened = opening * self._prompt
         timings, acceptance = self._learnt.told
         if not self._others or self._probing or not timings.priced or self._pays(acceptance.overall, 0):
             return True
@@ -227,17 +230,18 @@ class Adaptive:
                 self._learnt.foreseen = FADE * self._learnt.foreseen + [kept + failed, kept]
             self._since += 1
             return
-        self._since = 0
         self._idle = 0 if told else self._idle
         for _, acceptance in self._learnt.of(told):
             acceptance.add(self._asked, lengths, accepted, [chance[live] for chance in self._chances])
         # the one guess of a probe pays where it is kept more often than its price in plain rounds
         price = self._least_gain * float(self._table[1] / self._table[0]) - 1
-        if self._probing and not self._promising:
-            self._excess = seconds / float(self._table[0]) - 1
+        if self._probing and self._since > LAG:
+            more = (seconds - self._opened - float(self._table[1])) / float(self._table[0])
+            self._missed = max(more, 0.0) / self._since
         self._promising = self._probing and bool(accepted.sum() > price * len(accepted))
         if self._probing and not self._promising:
             self._learnt.doubt()
             self._failed += 1
         elif not self._probing:
             self._failed = 0
+        self._since = 0

@@ -28,8 +28,9 @@ def work(model: Any) -> int:
     for module in model.modules():
         if any(module is table for table in tables):
             continue
-        if hasattr(module, "in_features"):  # whatever its weights are stored as
-            total += module.in_features * module.out_features
+        columns, rows = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if isinstance(columns, int) and isinstance(rows, int):  # whatever its weights are stored as
+            total += columns * rows
         else:
             total += sum(weight.numel() for weight in module._parameters.values() if weight is not None)
     return total
