@@ -118,7 +118,7 @@ def weights_of(model: Any) -> Weights:
     """Count the weights of ``model``, before they are packed."""
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    tied = head is not None and getattr(head, "weight", None) is table
+    tied = head is not None and head._parameters.get("weight") is table
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.ndim > 1)]
     read = [t for t in tensors if tied or t is not table]
     quantised = any(not t.is_floating_point() for t in read)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from specdec.length import Opening
 from specdec.length.acceptance import Acceptance
 from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
 from specdec.length.cost import Assumed, Timings, best_length, ceiling, rising, speed, tokens_per_round
@@ -284,7 +285,7 @@ def opened(rule, *, room, opening=0.3, prompt=8.0, rounds=60, acceptance=0.8, co
     for number in range(rounds):
         asked = rule.next(room - number)
         drafted = 0
-        if asked and rule.begins(0.0 if guessed else opening):
+        if asked and rule.begins(None if guessed else Opening(opening, cost)):
             drafted, pay = asked, 0.0 if guessed else opening * prompt
             guessed.append(number)
         kept = np.array([int((random.random(drafted) < acceptance).cumprod().sum())])

@@ -7,11 +7,23 @@ the output). Past rounds, and guesses that are submitted in any case, may be loo
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from specdec.records import Round
+
+
+class Opening(NamedTuple):
+    """What is known of a draft model before its prompt is fed, as shares of what the target takes.
+
+    Attributes:
+        work: multiplications for a token: what the prompt takes.
+        reading: bytes of weights in a pass: what a guess takes of a plain round, where nothing was measured.
+    """
+
+    work: float
+    reading: float
 
 
 class DraftLength(Protocol):
@@ -40,11 +52,11 @@ class DraftLength(Protocol):
         """
         ...
 
-    def begins(self, opening: float = 0.0) -> bool:
+    def begins(self, opening: Opening | None = None) -> bool:
         """Whether a draft model shall guess in this round: it may not earn its prompt, or be one of several.
 
         Args:
-            opening: what has to be done before the first guess, as a share of what the prompt took the target.
+            opening: what its prompt will cost, None once it is fed.
         """
         ...
 

@@ -18,6 +18,7 @@ from math import ceil, log2
 
 import numpy as np
 
+from specdec.length import Opening
 from specdec.length.acceptance import FADE, PRIOR, PRIOR_WEIGHT, Acceptance
 from specdec.length.cost import Assumed, Timings, best_length, speed, tokens_per_round
 from specdec.records import Round
@@ -171,28 +172,29 @@ class Adaptive:
         self._alive = self._alive * acceptance.of_chance(chances)
         return self._pays(float(np.sum(self._alive)) / self._rows * acceptance.overall, drafted)
 
-    def begins(self, opening: float = 0.0) -> bool:
+    def begins(self, opening: Opening | None = None) -> bool:
         """See ``DraftLength.begins``: where a draft is alone and its prompt is fed, ``next`` has decided."""
-        if opening and not self._opens(opening):
-            self._refused = True
-            return False
-        self._opened = opening * self._prompt
+        if opening is not None:
+            if not self._opens(opening):
+                self._refused = True
+                return False
+            self._opened = opening.work * self._prompt
         timings, acceptance = self._learnt.told
         if not self._others or self._probing or not timings.priced or self._pays(acceptance.overall, 0):
             return True
         self._idle += 1
         return self._idle > LONGEST_WAIT
 
-    def _opens(self, opening: float) -> bool:
+    def _opens(self, opening: Opening) -> bool:
         """Whether what is left of the text may earn the draft's prompt, or a probe may cost it."""
         every, told = self._learnt.every, self._learnt.told
-        plain, price = float(self._table[0]), opening * (self._prompt + self._rows * self._token * self._grown)
+        plain, price = float(self._table[0]), opening.work * (self._prompt + self._rows * self._token * self._grown)
         timings, acceptance = told if told[0].priced else every
         if timings.priced and (timings is told[0] or not self._others):
             rate = float((tokens_per_round(acceptance.survival()) / timings.table(self.most)).max())
-        else:  # as if a guess cost that share of a plain round, and one token more as much as in the prompt
+        else:  # as if a pass were all reading, and one token more cost as much as in the prompt
             wider = self._rows * self._token / plain
-            rate = max(speed(PRIOR, opening, n, verify=1 + n * wider) for n in range(5)) / plain
+            rate = max(speed(PRIOR, opening.reading, n, verify=1 + n * wider) for n in range(5)) / plain
         saved = min(self._left, FORESEEN) * (plain - self._least_gain / rate)
         return price <= max(saved, PROBES * self._since * plain)
 

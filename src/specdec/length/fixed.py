@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from specdec.length import Opening
 from specdec.records import Round
 
 
@@ -26,7 +27,7 @@ class Fixed:
         """See ``DraftLength.goes_on``."""
         return True
 
-    def begins(self, opening: float = 0.0) -> bool:
+    def begins(self, opening: Opening | None = None) -> bool:
         """See ``DraftLength.begins``."""
         return True
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InvalidInput, InvalidProposal
-from specdec.length import DraftLength
+from specdec.length import DraftLength, Opening
 from specdec.length.fixed import Fixed
 from specdec.processing import Processing
 from specdec.records import Proposal
@@ -69,8 +69,8 @@ class Call:
         sampling: how tokens are drawn.
         goes_on: told the draft's own chance (B,) of each guess (0 for rows that made none), says whether one more
             pays; for proposers that can tell without waiting for the device. The guess is submitted anyway.
-        begins: told what a draft model has to do before its first guess, as a share of what the prompt took the
-            target, says whether it shall guess at all in this round (``DraftLength.begins``).
+        begins: told what a draft model's prompt will cost, None once it is fed, says whether the model shall guess
+            at all in this round (``DraftLength.begins``).
         tenants: whose text a row is, one for all rows or one each; None where nobody said.
         clock: tells the seconds; None where a seed promises one text, which must not depend on them.
         own_length: makes a rule of draft lengths that knows nothing yet, for a proposer with rounds of its own.
@@ -84,7 +84,7 @@ class Call:
     processing: Processing
     sampling: Sampling
     goes_on: Callable[[np.ndarray], bool] | None = None
-    begins: Callable[[float], bool] | None = None
+    begins: Callable[[Opening | None], bool] | None = None
     tenants: list[str] | None = None
     clock: Callable[[], float] | None = None
     own_length: Callable[[], DraftLength] = ALWAYS_FOUR

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specdec.errors import UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps, compiled_steps
+from specdec.length import Opening
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
@@ -171,6 +172,6 @@ class _Run:
         self._scorer.rollback(self._tokens, np.minimum(kept, state.lengths - 1), state.live, state.settled - 1)
 
 
-def always(opening: float) -> bool:
+def always(opening: Opening | None) -> bool:
     """Nobody decides whether a draft guesses: it does."""
     return True

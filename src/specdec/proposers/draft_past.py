@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specdec.layouts.compiled import CompiledSteps
 from specdec.proposers import Call
-from specdec.proposers.past import work
+from specdec.proposers.past import opening
 from specdec.proposers.prompt import embedded, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
@@ -64,7 +64,7 @@ class DraftPast:
             return none
         if self._scorer is None:
             begins = self._call.begins
-            if begins and not begins(work(self._model) / max(work(self._call.target), 1)):
+            if begins and not begins(opening(self._model, self._call.target)):
                 return none
             try:
                 self._open(state)

@@ -229,7 +229,7 @@ class _InSlots:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
         ahead = Ahead(self._call.processing, state, limits)
-        if ahead.covers(limits) or not self._begins(0.0):
+        if ahead.covers(limits) or not self._begins(None):
             return ahead.proposal()
         # the target's next pass begins at these columns and writes every one that is written here, or sees none
         self._slots.stand_at(self._scorer.kept.copy())

@@ -13,27 +13,36 @@ from torch import Tensor
 
 from specdec.errors import UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps
+from specdec.length import Opening
 from specdec.proposers import Call
 from specdec.proposers.prompt import embedded, prepare
 from specdec.scorer import Scorer
 from specdec.state import State, device_of
 
 
-def work(model: Any) -> int:
-    """Multiplications that a token of the prompt takes, about: all weights but the vocabulary's tables."""
-    if model is None:
-        return 0
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    total = 0
+def opening(draft: Any, target: Any) -> Opening:
+    """What ``draft`` costs beside ``target``, about, as their weights have it; nothing where there is no target."""
+    if target is None:
+        return Opening(0.0, 0.0)
+    (work, read), (of_target, read_of_target) = _weights(draft), _weights(target)
+    return Opening(work / max(of_target, 1), read / max(read_of_target, 1))
+
+
+def _weights(model: Any) -> tuple[int, int]:
+    """Multiplications for a token of the prompt, which needs no head; bytes that a pass reads, the head's too."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    work = read = 0
     for module in model.modules():
-        if any(module is table for table in tables):
-            continue
-        columns, rows = getattr(module, "in_features", None), getattr(module, "out_features", None)
-        if isinstance(columns, int) and isinstance(rows, int):  # whatever its weights are stored as
-            total += columns * rows
-        else:
-            total += sum(weight.numel() for weight in module._parameters.values() if weight is not None)
-    return total
+        own = [*module._parameters.values(), *module._buffers.values()]
+        tensors = [one for one in own if one is not None and one.ndim > 1]
+        if module is not table:
+            read += sum(one.nbytes for one in tensors)
+        if module is not table and module is not head:
+            size: list[Any] = [getattr(module, name, None) for name in ("in_features", "out_features")]
+            # whatever the weights of a linear layer are stored as
+            linear = all(isinstance(one, int) for one in size)
+            work += size[0] * size[1] if linear else sum(one.numel() for one in tensors)
+    return work, read
 
 
 class Past:
@@ -78,14 +87,14 @@ class Past:
             steps=steps,
         )
         self._prompt: Tensor | None = prompt.to(self.device)
-        self._share = work(model) / max(work(call.target), 1)
+        self._opening = opening(model, call.target)
         self._usable = np.ones(call.prompt.shape[0], dtype=bool)
         self._looked = 0
 
     @property
-    def opening(self) -> float:
-        """What has to be done before the first guess; see ``DraftLength.begins``."""
-        return 0.0 if self._prompt is None else self._share
+    def opening(self) -> Opening | None:
+        """See ``DraftLength.begins``."""
+        return None if self._prompt is None else self._opening
 
     def feed_prompt(self) -> None:
         """Feed the prompt, once: a draft that does not pay must not even cost that."""

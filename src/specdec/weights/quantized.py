@@ -98,6 +98,15 @@ class _Quantized(torch.nn.Module):
             out = out + self.bias
         return out.view(*states.shape[:-1], self.out_features)
 
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (N, K), for models that multiply with it on their own, as some routers do."""
+        if self._given:
+            weight: Tensor = self._given[0].weight
+            return weight
+        unit = torch.eye(self.in_features, dtype=self.scales.dtype, device=self.scales.device)
+        return self._multiply(unit).t()
+
     def _multiply(self, states: Tensor) -> Tensor:
         raise NotImplementedError
 
