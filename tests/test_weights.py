@@ -210,7 +210,7 @@ def test_what_a_draft_will_cost_is_known_from_its_weights():
         for keep in (False, True):
             work, reading = opening(quantize_draft(target, kind, keep=keep), target)
             assert work == 1.0
-            assert share < reading < share + 0.15  # scales, and layers that stay as they are
+            assert share <= reading < share + 0.15  # scales, and layers that stay as they are
     smaller = opening(tiny_llama(hidden_size=32, vocabulary=48, dtype=torch.bfloat16), target)
     assert 0.2 < smaller.work <= 0.5
     assert 0.2 < smaller.reading <= 0.5
