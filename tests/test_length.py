@@ -278,10 +278,10 @@ def test_a_batch_must_promise_more_than_a_row():
     assert np.mean(asked[1]) > 2 * np.mean(asked[8])
 
 
-def opened(rule, *, room, opening=0.3, prompt=8.0, rounds=60, acceptance=0.8, cost=0.3, seed=0):
+def opened(rule, *, room, opening=0.3, prompt=8.0, columns=1000, rounds=60, acceptance=0.8, cost=0.3, seed=0):
     """The first round in which a draft with a prompt to feed was let guess, and rounds in which it guessed."""
     random, guessed = np.random.default_rng(seed), []
-    rule.fed(prompt, 1, 1000)
+    rule.fed(prompt, 1, columns)
     for number in range(rounds):
         asked = rule.next(room - number)
         drafted = 0
@@ -298,6 +298,9 @@ def test_a_draft_is_not_fed_a_prompt_that_the_rest_of_the_text_cannot_earn():
     assert opened(Adaptive(Timings()), room=64)[0] == 1
     assert opened(Adaptive(Timings()), room=8, rounds=8, prompt=1.0)[0] == 1  # a short prompt
     assert not opened(Adaptive(Timings()), room=10**6, rounds=40, prompt=10_000.0)  # no text is taken to be endless
+    # prompts of one token and of a few, as decoders behind an encoder have them, say little of what a token costs
+    assert opened(Adaptive(Timings()), room=64, prompt=1.0, columns=1)[0] == 1
+    assert opened(Adaptive(Timings()), room=64, prompt=1.2, columns=4)[0] == 1
     # a seed promises a text that hangs on no clock
     assert opened(Adaptive(Assumed(0.2)), room=8, rounds=8)[0] == 0
 

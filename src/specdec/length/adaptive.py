@@ -98,7 +98,10 @@ class Adaptive:
         self._tells = False  # the proposer tells the chances of its guesses
         self._chances: list[np.ndarray] = []  # of the running round's guesses
         self._alive: np.ndarray | float = 1.0  # chance that all of them are kept, a row
-        self._prompt = self._token = 0.0  # seconds that the target took for the prompt, and for one of its tokens
+        self._prompt, self._fed = (
+            0.0,
+            0,
+        )  # seconds that the target took for the prompt; its tokens but the first of a row
         self._opened = 0.0  # seconds that a draft's own prompt should take in the running round
         self._missed = 0.0  # plain rounds that a draft needs to catch up on one, as the last probe had it
         self._grown = 0.0  # tokens that a row has got since
@@ -188,12 +191,16 @@ class Adaptive:
     def _opens(self, opening: Opening) -> bool:
         """Whether what is left of the text may earn the draft's prompt, or a probe may cost it."""
         every, told = self._learnt.every, self._learnt.told
-        plain, price = float(self._table[0]), opening.work * (self._prompt + self._rows * self._token * self._grown)
+        plain = float(self._table[0])
+        token = max(self._prompt - plain, 0.0) / max(
+            self._fed, 1
+        )  # what one more in a pass takes the target, at most
+        price = opening.work * (self._prompt + self._rows * token * self._grown)
         timings, acceptance = told if told[0].priced else every
         if timings.priced and (timings is told[0] or not self._others):
             rate = float((tokens_per_round(acceptance.survival()) / timings.table(self.most)).max())
         else:  # as if a pass were all reading, and one token more cost as much as in the prompt
-            wider = self._rows * self._token / plain
+            wider = self._rows * token / plain
             rate = max(speed(PRIOR, opening.reading, n, verify=1 + n * wider) for n in range(5)) / plain
         saved = min(self._left, FORESEEN) * (plain - self._least_gain / rate)
         return price <= max(saved, PROBES * self._since * plain)
@@ -209,7 +216,7 @@ class Adaptive:
     def fed(self, seconds: float, rows: int, columns: int) -> None:
         """See ``DraftLength.fed``."""
         self._prompt, self._rows = self._timings.heard(seconds), rows
-        self._token = self._prompt / (rows * columns)
+        self._fed = rows * (columns - 1)
 
     def observe(self, round_: Round, seconds: float) -> None:
         """See ``DraftLength.observe``."""

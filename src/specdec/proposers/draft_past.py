@@ -41,6 +41,7 @@ class DraftPast:
         self._steps = steps
         self.device = device_of(model, call.prompt.device)
         self._embeds = embedded(model)
+        self._opening = opening(model, call.target)
         self._scorer: Scorer | None = None
         self._failed = False
         self._rows: list[DraftRow] = []
@@ -64,7 +65,7 @@ class DraftPast:
             return none
         if self._scorer is None:
             begins = self._call.begins
-            if begins and not begins(opening(self._model, self._call.target)):
+            if begins and not begins(self._opening):
                 return none
             try:
                 self._open(state)
