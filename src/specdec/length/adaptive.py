@@ -98,10 +98,8 @@ class Adaptive:
         self._tells = False  # the proposer tells the chances of its guesses
         self._chances: list[np.ndarray] = []  # of the running round's guesses
         self._alive: np.ndarray | float = 1.0  # chance that all of them are kept, a row
-        self._prompt, self._fed = (
-            0.0,
-            0,
-        )  # seconds that the target took for the prompt; its tokens but the first of a row
+        self._prompt = 0.0  # seconds that the target took for the prompt
+        self._beyond = 0  # tokens of the prompt but the first of every row
         self._opened = 0.0  # seconds that a draft's own prompt should take in the running round
         self._missed = 0.0  # plain rounds that a draft needs to catch up on one, as the last probe had it
         self._grown = 0.0  # tokens that a row has got since
@@ -192,9 +190,8 @@ class Adaptive:
         """Whether what is left of the text may earn the draft's prompt, or a probe may cost it."""
         every, told = self._learnt.every, self._learnt.told
         plain = float(self._table[0])
-        token = max(self._prompt - plain, 0.0) / max(
-            self._fed, 1
-        )  # what one more in a pass takes the target, at most
+        # what one token more in a pass takes the target, at most
+        token = max(self._prompt - plain, 0.0) / max(self._beyond, 1)
         price = opening.work * (self._prompt + self._rows * token * self._grown)
         timings, acceptance = told if told[0].priced else every
         if timings.priced and (timings is told[0] or not self._others):
@@ -216,7 +213,7 @@ class Adaptive:
     def fed(self, seconds: float, rows: int, columns: int) -> None:
         """See ``DraftLength.fed``."""
         self._prompt, self._rows = self._timings.heard(seconds), rows
-        self._fed = rows * (columns - 1)
+        self._beyond = rows * (columns - 1)
 
     def observe(self, round_: Round, seconds: float) -> None:
         """See ``DraftLength.observe``."""
