@@ -301,6 +301,8 @@ def test_a_draft_is_not_fed_a_prompt_that_the_rest_of_the_text_cannot_earn():
     # prompts of one token and of a few, as decoders behind an encoder have them, say little of what a token costs
     assert opened(Adaptive(Timings()), room=64, prompt=1.0, columns=1)[0] == 1
     assert opened(Adaptive(Timings()), room=64, prompt=1.2, columns=4)[0] == 1
+    # neither do those of a process that has just begun
+    assert opened(Adaptive(Timings()), room=64, prompt=6.0, columns=14)[0] == 1
     # a seed promises a text that hangs on no clock
     assert opened(Adaptive(Assumed(0.2)), room=8, rounds=8)[0] == 0
 
