@@ -279,17 +279,17 @@ def test_a_batch_must_promise_more_than_a_row():
 
 
 def opened(rule, *, room, opening=0.3, prompt=8.0, columns=1000, rounds=60, acceptance=0.8, cost=0.3, seed=0):
-    """The first round in which a draft with a prompt to feed was let guess, and rounds in which it guessed."""
+    """The rounds in which a draft that has a prompt to feed was let guess."""
     random, guessed = np.random.default_rng(seed), []
     rule.fed(prompt, 1, columns)
     for number in range(rounds):
         asked = rule.next(room - number)
-        drafted = 0
+        drafted, pay = 0, 0.0
         if asked and rule.begins(None if guessed else Opening(opening, cost)):
             drafted, pay = asked, 0.0 if guessed else opening * prompt
             guessed.append(number)
         kept = np.array([int((random.random(drafted) < acceptance).cumprod().sum())])
-        rule.observe(outcome(drafted, kept), 1 + cost * drafted + (pay if len(guessed) == 1 else 0))
+        rule.observe(outcome(drafted, kept), 1 + cost * drafted + pay)
     return guessed
 
 
