@@ -1,9 +1,10 @@
-"""The weights of linear layers in the order that the processor's kernels read them (oneDNN's blocked layouts).
+"""The weights of linear layers in the order that the processor's kernels read them.
 
-``torch.nn.functional.linear`` hands a plain matrix to the kernel at every call. Reordered once beforehand, the
-same kernel reads it faster and computes the same numbers. The layers stay ``torch.nn.Linear``; only their
-weight becomes a ``PackedWeight``, which computes from the packed form in ``linear`` and is the plain matrix to
-everything else. CPU only. Knows nothing of drafts. Read next: ``quantized.py``.
+``torch.nn.functional.linear`` hands a plain matrix to the kernel at every call. Reordered once beforehand
+(oneDNN's blocked layouts), the same kernel reads it faster and computes the same numbers. Where the processor has
+no instructions for the weights' dtype, FBGEMM's half-precision kernels take their place. The layers stay
+``torch.nn.Linear``; only their weight becomes a ``PackedWeight``, which computes from the packed form in
+``linear`` and is the plain matrix to everything else. CPU only. Knows nothing of drafts. Read next: ``fbgemm.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import TensorWeakRef
 
 from specdec.errors import UnsupportedModel
+from specdec.weights import fbgemm
 
 # a hint to oneDNN; from 1 to 40 it chose the same order for all layers tried
 ROWS = 16
@@ -34,7 +36,8 @@ def pack_weights(model: Any) -> Packing:
     ``Linear`` are left alone.
 
     Args:
-        model: any module on the CPU, in float32, or bfloat16 where the processor multiplies it.
+        model: any module on the CPU, in float32, bfloat16 or float16 (the latter two on processors that multiply
+            them, or with AVX2).
 
     Returns:
         A handle: ``handle.unpack()``, or use it as a context manager.
@@ -52,7 +55,10 @@ def pack_weights(model: Any) -> Packing:
                 known = by_number.get(id(weight))
                 # a plain weight that nobody else holds is gone by now, and its number may be another's
                 if known is None or known.origin() is not weight:
-                    known = by_number[id(weight)] = PackedWeight(weight)
+                    form = _form(weight)
+                    if form is None:
+                        continue
+                    known = by_number[id(weight)] = PackedWeight(weight, form)
                     packed.append(known)
                 _put(module, known)
     except BaseException:
@@ -62,7 +68,8 @@ def pack_weights(model: Any) -> Packing:
     if not packed:
         raise UnsupportedModel(
             f"{type(model).__name__} has no linear layer that can be packed: wanted are torch.nn.Linear on the "
-            "CPU in float32, or in bfloat16 on a processor with instructions for it. Use it as it is"
+            "CPU in float32, or in bfloat16 or float16 on a processor that has kernels for them (x86 with AVX2 "
+            "does). Use it as it is"
         )
     return Packing(model, packed)
 
@@ -111,30 +118,62 @@ class Packing:
 
 
 def packable(weight: Any) -> bool:
-    """Whether the kernels take this weight."""
-    if type(weight) is not torch.nn.Parameter or weight.device.type != "cpu" or not weight.numel():
+    """Whether there are kernels for this weight."""
+    if (
+        type(weight) is not torch.nn.Parameter
+        or weight.device.type != "cpu"
+        or weight.ndim != 2
+        or not weight.numel()
+    ):
         return False
+    return _blocks(weight.dtype) or (weight.dtype in (torch.bfloat16, torch.float16) and fbgemm.available())
+
+
+def _blocks(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in ``dtype`` on this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    if weight.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+    return dtype == torch.float32
+
+
+class _Blocked:
+    """A matrix (N, K) in the order that oneDNN chooses."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+
+    def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., N) from states (..., K)."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(states, self._packed, bias, "none", [], "")
+        return out
+
+    def dense(self) -> Tensor:
+        """The matrix as it was, bit for bit."""
+        plain: Tensor = self._packed.to_dense()
+        return plain
+
+
+def _form(weight: Tensor) -> _Blocked | fbgemm.HalfMatrix | None:
+    """The packed form of a packable weight, or None where its numbers are not fit for it."""
+    return _Blocked(weight) if _blocks(weight.dtype) else fbgemm.HalfMatrix.of(weight)
 
 
 class PackedWeight(torch.Tensor):
     """A weight (N, K) that ``linear`` reads in packed form and everything else sees as the plain matrix."""
 
-    packed: Tensor
+    form: _Blocked | fbgemm.HalfMatrix
     origin: TensorWeakRef
     learns: bool
 
     @staticmethod
-    def __new__(cls, weight: Tensor) -> PackedWeight:
-        """Pack a parameter; it is not kept alive."""
+    def __new__(cls, weight: Tensor, form: _Blocked | fbgemm.HalfMatrix) -> PackedWeight:
+        """A parameter's place taken by its packed form; the parameter is not kept alive."""
         self: PackedWeight = torch.Tensor._make_wrapper_subclass(
             cls, weight.shape, dtype=weight.dtype, device=weight.device, requires_grad=False
         )
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+        self.form = form
         self.origin = TensorWeakRef(weight)
         self.learns = weight.requires_grad
         self._is_param = True  # what makes a tensor subclass a torch.nn.Parameter
@@ -152,7 +191,7 @@ class PackedWeight(torch.Tensor):
 
     def dense(self) -> Tensor:
         """The plain matrix (N, K)."""
-        return self.packed.to_dense()
+        return self.form.dense()
 
     def restore(self) -> torch.nn.Parameter:
         """The parameter this was made of, if anybody kept it, or one that is equal bit for bit."""
@@ -189,8 +228,7 @@ class PackedWeight(torch.Tensor):
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` with packed weights, where the packed kernel can serve the call."""
     if isinstance(weight, PackedWeight) and type(input) is Tensor and input.numel() and _agree(input, bias, weight):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight.packed, bias, "none", [], "")
-        return out
+        return weight.form.linear(input, bias)
     with torch._C.DisableTorchFunctionSubclass():
         input, weight = (t.dense() if isinstance(t, PackedWeight) else t for t in (input, weight))
         return functional.linear(input, weight, bias)

@@ -1,6 +1,7 @@
-"""A draft with 4-bit or 8-bit weights, on the kernels that torch itself has; activations stay as they are.
+"""A draft with 4-bit or 8-bit weights, on the kernels that torch itself has.
 
-int8: one scale a row of the matrix. int4: one scale and one zero for every 32 neighbours of a row. A draft
+int8: one scale a row of the matrix, activations as they are or in fourteen bits (``fbgemm.py``). int4: one scale
+and one zero for every 32 neighbours of a row, activations as they are. A draft
 reads a quarter or half of the bytes and guesses a little worse; the target is never quantised, so the output's
 law is untouched. With the target's own weights this is self-speculation without a second checkpoint (QuantSpec,
 Tiwari et al. 2502.10424, without its cache). Knows nothing of rounds. Read next: ``../proposers/draft_model.py``.
@@ -16,13 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdec.errors import InvalidInput, UnsupportedModel
+from specdec.weights import fbgemm
 from specdec.weights.adapters import without_adapters
 from specdec.weights.share import shared_copy
 
 GROUP = 32  # neighbours in a row that share scale and zero
-# tokens in a pass from which on the given weights are faster (measured on the CPU with AVX-512, docs/weights.md;
-# a guess for CUDA): the low-bit kernels are written for one token and compute where they should read
+# tokens in a pass from which on the given weights are faster: the low-bit kernels are written for few and compute
+# where they should read. Measured for int4 on a CPU with AVX-512 (docs/weights.md); guesses for CUDA, and for
+# FBGEMM on processors that multiply bfloat16. On those that do not, FBGEMM was never slower.
 WIDE = {("int4", "cpu"): 8, ("int8", "cpu"): 5, ("int4", "cuda"): 32, ("int8", "cuda"): 32}
+WIDE_FBGEMM = 16
 
 
 def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
@@ -37,7 +41,8 @@ def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
             come and go with the target's, are left out.
         kind: "int4" or "int8".
         keep: passes over many tokens (prompts, large batches) go through the weights given, which are faster
-            there, and therefore stay in memory. False lets go of them: least memory, slow prompts.
+            there, and therefore stay in memory. False lets go of them: least memory, slow prompts (but not with
+            int8 on x86 processors without instructions for bfloat16, where the quantised are faster).
 
     Returns:
         The draft, a model of the same class.
@@ -73,9 +78,14 @@ def has_two_weights(model: Any) -> bool:
 
 
 class _Quantized(torch.nn.Module):
-    """A linear layer with few bits a weight; the kernel is the subclass's."""
+    """A linear layer with few bits a weight; the kernel is the subclass's.
+
+    Attributes:
+        packed_bytes: of numbers that are in no buffer, because only the kernel knows their order.
+    """
 
     kind: str
+    packed_bytes = 0
     scales: Tensor
     bias: Tensor | None
 
@@ -84,13 +94,13 @@ class _Quantized(torch.nn.Module):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+        self._wide = self._worth(layer.weight)
         # in a tuple, so that it is no part of this module: the given model owns it
         self._given = (layer,) if keep else ()
-        self._wide = WIDE[self.kind, layer.weight.device.type]
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., N) from hidden states (..., K)."""
-        if self._given and states.numel() >= self._wide * self.in_features:
+        if self._given and self._wide and states.numel() >= self._wide * self.in_features:
             given = self._given[0]
             return functional.linear(states, given.weight, given.bias)
         out = self._multiply(states.reshape(-1, self.in_features).contiguous())
@@ -106,6 +116,10 @@ class _Quantized(torch.nn.Module):
             return weight
         unit = torch.eye(self.in_features, dtype=self.scales.dtype, device=self.scales.device)
         return self._multiply(unit).t()
+
+    def _worth(self, weight: Tensor) -> int:
+        """Tokens in a pass from which on ``weight`` is faster, 0 for never."""
+        return WIDE[self.kind, weight.device.type]
 
     def _multiply(self, states: Tensor) -> Tensor:
         raise NotImplementedError
@@ -128,7 +142,7 @@ class Int8Linear(_Quantized):
     """Eight bits a weight and one scale a row: w ≈ q · scale, q in -127 ... 127."""
 
     kind = "int8"
-    quantized: Tensor
+    quantized: Tensor | None
 
     def __init__(self, layer: torch.nn.Linear, keep: bool) -> None:
         super().__init__(layer, keep)
@@ -136,15 +150,26 @@ class Int8Linear(_Quantized):
         largest = torch.cat([part.abs().amax(dim=1) for part in torch.split(weight, ROWS)]).float()
         scales = (largest / 127).clamp(min=1e-12).to(weight.dtype)
         parts = zip(torch.split(weight, ROWS), torch.split(scales.float(), ROWS), strict=True)
+        numbers = torch.cat([_int8(part, scale) for part, scale in parts])
         self.register_buffer("scales", scales)
-        self.register_buffer("quantized", torch.cat([_int8(part, scale) for part, scale in parts]))
+        self._matrix = fbgemm.Int8Matrix(numbers, scales) if _fbgemm(weight) else None
+        self.register_buffer("quantized", None if self._matrix else numbers)
+        self.packed_bytes = self._matrix.nbytes if self._matrix else 0
 
     @staticmethod
     def takes(layer: torch.nn.Linear) -> bool:
         """Whether the kernel takes this layer."""
         return layer.weight.dtype in DTYPES and layer.weight.device.type in ("cpu", "cuda")
 
+    def _worth(self, weight: Tensor) -> int:
+        if not _fbgemm(weight):
+            return super()._worth(weight)
+        return WIDE_FBGEMM if torch.cpu._is_avx512_bf16_supported() else 0
+
     def _multiply(self, states: Tensor) -> Tensor:
+        if self._matrix:
+            return self._matrix.multiply(states).to(states.dtype)
+        assert self.quantized is not None
         return torch._weight_int8pack_mm(states, self.quantized, self.scales)
 
 
@@ -190,6 +215,11 @@ INNER = 8  # tiles of 16 columns that the CUDA kernel packs together
 ROWS = 8192  # rows quantised at a time: a head in float32 need not fit into memory beside the model
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KINDS: dict[str, Any] = {"int4": Int4Linear, "int8": Int8Linear}
+
+
+def _fbgemm(weight: Tensor) -> bool:
+    """Whether FBGEMM multiplies with this weight."""
+    return weight.device.type == "cpu" and fbgemm.available()
 
 
 def _int8(weight: Tensor, scales: Tensor) -> Tensor:
