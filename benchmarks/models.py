@@ -121,9 +121,8 @@ def weights_of(model: Any) -> Weights:
     tied = head is not None and head._parameters.get("weight") is table
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.ndim > 1)]
     read = [t for t in tensors if tied or t is not table]
-    aside = sum(getattr(module, "packed_bytes", 0) for module in model.modules())
-    quantised = aside > 0 or any(not t.is_floating_point() for t in read)
-    return Weights(None if quantised else sum(t.numel() for t in read), sum(t.nbytes for t in read) + aside)
+    quantised = any(not t.is_floating_point() for t in read)
+    return Weights(None if quantised else sum(t.numel() for t in read), sum(t.nbytes for t in read))
 
 
 def last_only(model: Any) -> dict[str, int]:

@@ -4,7 +4,7 @@
 (oneDNN's blocked layouts), the same kernel reads it faster and computes the same numbers. Where the processor has
 no instructions for the weights' dtype, FBGEMM's half-precision kernels take their place. The layers stay
 ``torch.nn.Linear``; only their weight becomes a ``PackedWeight``, which computes from the packed form in
-``linear`` and is the plain matrix to everything else. CPU only. Knows nothing of drafts. Read next: ``fbgemm.py``.
+``linear`` and is the plain matrix to everything else. CPU only. Knows nothing of drafts. Read next: ``half.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import TensorWeakRef
 
 from specdec.errors import UnsupportedModel
-from specdec.weights import fbgemm
+from specdec.weights import half
 
 # a hint to oneDNN; from 1 to 40 it chose the same order for all layers tried
 ROWS = 16
@@ -126,7 +126,7 @@ def packable(weight: Any) -> bool:
         or not weight.numel()
     ):
         return False
-    return _blocks(weight.dtype) or (weight.dtype in (torch.bfloat16, torch.float16) and fbgemm.available())
+    return _blocks(weight.dtype) or (weight.dtype in (torch.bfloat16, torch.float16) and half.available())
 
 
 def _blocks(dtype: torch.dtype) -> bool:
@@ -155,20 +155,20 @@ class _Blocked:
         return plain
 
 
-def _form(weight: Tensor) -> _Blocked | fbgemm.HalfMatrix | None:
+def _form(weight: Tensor) -> _Blocked | half.HalfMatrix | None:
     """The packed form of a packable weight, or None where its numbers are not fit for it."""
-    return _Blocked(weight) if _blocks(weight.dtype) else fbgemm.HalfMatrix.of(weight)
+    return _Blocked(weight) if _blocks(weight.dtype) else half.HalfMatrix.of(weight)
 
 
 class PackedWeight(torch.Tensor):
     """A weight (N, K) that ``linear`` reads in packed form and everything else sees as the plain matrix."""
 
-    form: _Blocked | fbgemm.HalfMatrix
+    form: _Blocked | half.HalfMatrix
     origin: TensorWeakRef
     learns: bool
 
     @staticmethod
-    def __new__(cls, weight: Tensor, form: _Blocked | fbgemm.HalfMatrix) -> PackedWeight:
+    def __new__(cls, weight: Tensor, form: _Blocked | half.HalfMatrix) -> PackedWeight:
         """A parameter's place taken by its packed form; the parameter is not kept alive."""
         self: PackedWeight = torch.Tensor._make_wrapper_subclass(
             cls, weight.shape, dtype=weight.dtype, device=weight.device, requires_grad=False

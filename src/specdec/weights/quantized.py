@@ -1,14 +1,16 @@
 """A draft with 4-bit or 8-bit weights, on the kernels that torch itself has.
 
-int8: one scale a row of the matrix, activations as they are or in fourteen bits (``fbgemm.py``). int4: one scale
-and one zero for every 32 neighbours of a row, activations as they are. A draft
-reads a quarter or half of the bytes and guesses a little worse; the target is never quantised, so the output's
-law is untouched. With the target's own weights this is self-speculation without a second checkpoint (QuantSpec,
-Tiwari et al. 2502.10424, without its cache). Knows nothing of rounds. Read next: ``../proposers/draft_model.py``.
+int8: one scale a row of the matrix. int4: one scale and one zero for every 32 neighbours of a row. Activations stay
+as they are, but on a CPU they are made bfloat16: torch's kernels there compute other dtypes number by number. A
+draft reads a quarter or half of the bytes and guesses a little worse; the target is never quantised, so the
+output's law is untouched. With the target's own weights this is self-speculation without a second checkpoint
+(QuantSpec, Tiwari et al. 2502.10424, without its cache). Knows nothing of rounds. Read next:
+``../proposers/draft_model.py``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +19,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdec.errors import InvalidInput, UnsupportedModel
-from specdec.weights import fbgemm
 from specdec.weights.adapters import without_adapters
+from specdec.weights.packed import PackedWeight
 from specdec.weights.share import shared_copy
 
 GROUP = 32  # neighbours in a row that share scale and zero
 # tokens in a pass from which on the given weights are faster: the low-bit kernels are written for few and compute
-# where they should read. Measured for int4 on a CPU with AVX-512 (docs/weights.md); guesses for CUDA, and for
-# FBGEMM on processors that multiply bfloat16. On those that do not, FBGEMM was never slower.
+# where they should read. Measured on CPUs (docs/weights.md), a guess for CUDA.
 WIDE = {("int4", "cpu"): 8, ("int8", "cpu"): 5, ("int4", "cuda"): 32, ("int8", "cuda"): 32}
-WIDE_FBGEMM = 16
+# where a CPU has no instructions for bfloat16, plain matrices never are, and packed ones are from here on
+WIDE_PACKED = 3
 
 
 def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
@@ -41,8 +43,8 @@ def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
             come and go with the target's, are left out.
         kind: "int4" or "int8".
         keep: passes over many tokens (prompts, large batches) go through the weights given, which are faster
-            there, and therefore stay in memory. False lets go of them: least memory, slow prompts (but not with
-            int8 on x86 processors without instructions for bfloat16, where the quantised are faster).
+            there, and therefore stay in memory. False lets go of them: least memory, slow prompts. On a CPU
+            without instructions for bfloat16 only packed weights are faster.
 
     Returns:
         The draft, a model of the same class.
@@ -78,14 +80,9 @@ def has_two_weights(model: Any) -> bool:
 
 
 class _Quantized(torch.nn.Module):
-    """A linear layer with few bits a weight; the kernel is the subclass's.
-
-    Attributes:
-        packed_bytes: of numbers that are in no buffer, because only the kernel knows their order.
-    """
+    """A linear layer with few bits a weight; the kernel is the subclass's."""
 
     kind: str
-    packed_bytes = 0
     scales: Tensor
     bias: Tensor | None
 
@@ -94,16 +91,17 @@ class _Quantized(torch.nn.Module):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
-        self._wide = self._worth(layer.weight)
         # in a tuple, so that it is no part of this module: the given model owns it
-        self._given = (layer,) if keep else ()
+        self._given: tuple[Any, ...] = (layer,) if keep else ()
+        self._like = layer.weight.new_empty(0)
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., N) from hidden states (..., K)."""
-        if self._given and self._wide and states.numel() >= self._wide * self.in_features:
+        if self._given and states.numel() >= self._wide() * self.in_features:
             given = self._given[0]
             return functional.linear(states, given.weight, given.bias)
-        out = self._multiply(states.reshape(-1, self.in_features).contiguous())
+        rows = states.reshape(-1, self.in_features).contiguous()
+        out = self._multiply(rows.to(self.scales.dtype)).to(states.dtype)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*states.shape[:-1], self.out_features)
@@ -115,23 +113,27 @@ class _Quantized(torch.nn.Module):
             weight: Tensor = self._given[0].weight
             return weight
         unit = torch.eye(self.in_features, dtype=self.scales.dtype, device=self.scales.device)
-        return self._multiply(unit).t()
+        return self._multiply(unit).t().to(self._like.dtype)
 
-    def _worth(self, weight: Tensor) -> int:
-        """Tokens in a pass from which on ``weight`` is faster, 0 for never."""
+    def _wide(self) -> float:
+        """Tokens in a pass from which on the given weight is faster."""
+        weight = self._given[0].weight
+        if weight.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+            return WIDE_PACKED if isinstance(weight, PackedWeight) else math.inf
         return WIDE[self.kind, weight.device.type]
 
     def _multiply(self, states: Tensor) -> Tensor:
+        """(R, N) in the kernel's dtype, which is that of the scales, from states (R, K) in it."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        now = fn(self.scales)
-        if (now.dtype, now.device) != (self.scales.dtype, self.scales.device):
+        was, now = self._like, fn(self._like)
+        if (now.dtype, now.device) != (was.dtype, was.device):
             raise UnsupportedModel(
-                f"a quantised draft stays in {self.scales.dtype} on {self.scales.device}; convert or move the "
-                "model first, then call quantize_draft"
+                f"a quantised draft stays in {was.dtype} on {was.device}; convert or move the model first, then "
+                "call quantize_draft"
             )
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self  # and the kernel's numbers stay in the kernel's dtype
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
@@ -142,34 +144,23 @@ class Int8Linear(_Quantized):
     """Eight bits a weight and one scale a row: w ≈ q · scale, q in -127 ... 127."""
 
     kind = "int8"
-    quantized: Tensor | None
+    quantized: Tensor
 
     def __init__(self, layer: torch.nn.Linear, keep: bool) -> None:
         super().__init__(layer, keep)
         weight = layer.weight.detach()
         largest = torch.cat([part.abs().amax(dim=1) for part in torch.split(weight, ROWS)]).float()
-        scales = (largest / 127).clamp(min=1e-12).to(weight.dtype)
+        scales = (largest / 127).clamp(min=1e-12).to(_kernel_dtype(weight))
         parts = zip(torch.split(weight, ROWS), torch.split(scales.float(), ROWS), strict=True)
-        numbers = torch.cat([_int8(part, scale) for part, scale in parts])
         self.register_buffer("scales", scales)
-        self._matrix = fbgemm.Int8Matrix(numbers, scales) if _fbgemm(weight) else None
-        self.register_buffer("quantized", None if self._matrix else numbers)
-        self.packed_bytes = self._matrix.nbytes if self._matrix else 0
+        self.register_buffer("quantized", torch.cat([_int8(part, scale) for part, scale in parts]))
 
     @staticmethod
     def takes(layer: torch.nn.Linear) -> bool:
         """Whether the kernel takes this layer."""
         return layer.weight.dtype in DTYPES and layer.weight.device.type in ("cpu", "cuda")
 
-    def _worth(self, weight: Tensor) -> int:
-        if not _fbgemm(weight):
-            return super()._worth(weight)
-        return WIDE_FBGEMM if torch.cpu._is_avx512_bf16_supported() else 0
-
     def _multiply(self, states: Tensor) -> Tensor:
-        if self._matrix:
-            return self._matrix.multiply(states).to(states.dtype)
-        assert self.quantized is not None
         return torch._weight_int8pack_mm(states, self.quantized, self.scales)
 
 
@@ -182,7 +173,7 @@ class Int4Linear(_Quantized):
     def __init__(self, layer: torch.nn.Linear, keep: bool) -> None:
         super().__init__(layer, keep)
         weight = layer.weight.detach()
-        parts = [_int4(part) for part in torch.split(weight, ROWS)]
+        parts = [_int4(part, _kernel_dtype(weight)) for part in torch.split(weight, ROWS)]
         quantized = torch.cat([part[0] for part in parts])
         self.on_cpu = weight.device.type == "cpu"
         if self.on_cpu:
@@ -217,9 +208,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KINDS: dict[str, Any] = {"int4": Int4Linear, "int8": Int8Linear}
 
 
-def _fbgemm(weight: Tensor) -> bool:
-    """Whether FBGEMM multiplies with this weight."""
-    return weight.device.type == "cpu" and fbgemm.available()
+def _kernel_dtype(weight: Tensor) -> torch.dtype:
+    """What the kernels are fast in: torch's for CPUs compute other dtypes number by number."""
+    return torch.bfloat16 if weight.device.type == "cpu" else weight.dtype
 
 
 def _int8(weight: Tensor, scales: Tensor) -> Tensor:
@@ -227,14 +218,14 @@ def _int8(weight: Tensor, scales: Tensor) -> Tensor:
     return (weight.float() / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
 
 
-def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _int4(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Whole numbers (N, K) and (N, K / 32, 2) scales and zeros for a part of a matrix.
 
-    Scale and zero are rounded to the matrix's own dtype first, so that the numbers fit what is stored.
+    Scale and zero are rounded to the kernel's ``dtype`` first, so that the numbers fit what is stored.
     """
     groups = weight.float().view(len(weight), -1, GROUP)
     low, high = groups.aminmax(dim=2)
-    scale = ((high - low) / 15).clamp(min=1e-6).to(weight.dtype)
-    zero = (low + 8 * scale.float()).to(weight.dtype)
+    scale = ((high - low) / 15).clamp(min=1e-6).to(dtype)
+    zero = (low + 8 * scale.float()).to(dtype)
     numbers = (groups - zero.float()[..., None]).div_(scale.float()[..., None]).add_(8).round_().clamp_(0, 15)
     return numbers.flatten(1).to(torch.uint8), torch.stack([scale, zero], dim=2)

@@ -1,0 +1,122 @@
+"""Matrices of 16 bits a number for processors that have no instructions for them: FBGEMM's half-precision kernels.
+
+Without such instructions torch takes several times as long for a few rows of bfloat16 as for one, and a
+verification costs what it should save. FBGEMM, torch's kernels for x86 processors with AVX2, reads 16 bits,
+multiplies and adds up in float32, and has the next row nearly free. Knows nothing of layers and models. Read
+next: ``packed.py``, which uses it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# a matrix goes into float16 multiplied by a power of two that brings its largest number near 2 ** 15
+TOP = 15
+# a matrix with a larger share of numbers that float16 rounds is not taken: its range is too wide
+ROUNDED = 1e-3
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this processor and this torch have the kernels."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    try:
+        ones = torch.ones(8, 8, dtype=torch.bfloat16)
+        made = HalfMatrix.of(ones)
+        return made is not None and bool((made.linear(ones, None) == 8).all())
+    except (AttributeError, RuntimeError):  # pragma: no cover
+        return False  # a torch that has let go of them
+
+
+class HalfMatrix:
+    """A matrix (N, K) of bfloat16 or float16.
+
+    float16 has more digits than bfloat16 and less range. Scaled by a power of two, the numbers down to 2 ** -32 of
+    the largest fit exactly; the few smaller ones are rounded by 2 ** -40 of the largest at most, far below what a
+    sum in float32 can see, and kept aside for ``dense``.
+    """
+
+    def __init__(self, packed: Any, shift: int, like: Tensor) -> None:
+        """See ``of``."""
+        self._packed = packed
+        self._rows = len(like)
+        self._scale = math.ldexp(1.0, -shift)
+        self._dtype = like.dtype
+        self._where = (self._unpacked() != like).view(-1).nonzero()[:, 0]
+        self._kept = like.reshape(-1)[self._where]
+        self._number = next(_numbers)
+        _by_number[self._number] = self
+
+    @classmethod
+    def of(cls, weight: Tensor) -> HalfMatrix | None:
+        """``weight`` packed, or None where it has no place in float16."""
+        weight = weight.detach().contiguous()
+        largest = float(weight.abs().max())
+        if not math.isfinite(largest):
+            return None
+        shift = 0
+        if weight.dtype != torch.float16 and largest:
+            shift = min(TOP - math.frexp(largest)[1], 100)
+        with _engine():
+            packed = torch.ops.quantized.linear_prepack_fp16(weight.float() * math.ldexp(1.0, shift), None)
+        made = cls(packed, shift, weight)
+        return made if made._where.numel() <= ROUNDED * weight.numel() else None
+
+    def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., N) in the dtype of states (..., K), rounded once."""
+        if torch.compiler.is_compiling():
+            out: Tensor = _multiply(states, self._number, self._rows)
+        else:
+            out = self._multiply(states)
+        return (out if bias is None else out + bias).to(states.dtype)
+
+    def dense(self) -> Tensor:
+        """The matrix as it was, bit for bit."""
+        plain = self._unpacked()
+        plain.view(-1)[self._where] = self._kept
+        return plain
+
+    def _multiply(self, states: Tensor) -> Tensor:
+        """(..., N) in float32."""
+        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(states.float(), self._packed)
+        return out if self._scale == 1.0 else out.mul_(self._scale)
+
+    def _unpacked(self) -> Tensor:
+        plain: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
+        return plain.mul_(self._scale).to(self._dtype)
+
+
+@contextmanager
+def _engine() -> Iterator[None]:
+    """Pack for these kernels, whichever the user has chosen; what is packed keeps its own."""
+    chosen = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = chosen
+
+
+_numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, HalfMatrix] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("specdec::half_matrix", mutates_args=())
+def _multiply(states: Tensor, number: int, rows: int) -> Tensor:
+    """What a graph calls: packed matrices are no tensors, so graphs know them by number."""
+    return _by_number[number]._multiply(states)
+
+
+@_multiply.register_fake
+def _(states: Tensor, number: int, rows: int) -> Tensor:
+    return states.new_empty((*states.shape[:-1], rows), dtype=torch.float32)
