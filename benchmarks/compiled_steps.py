@@ -1,6 +1,6 @@
 """One pass of a model over slots, eager against compiled: seconds, the compiler's seconds, difference of scores.
 
-    python benchmarks/compiled_steps.py MODEL [--dtype bfloat16] [--widths 1 5] [--room 512]
+    python benchmarks/compiled_steps.py MODEL [--dtype bfloat16] [--widths 1 5] [--room 512] [--pack]
 
 MODEL is a local path or hub id, or "thin": a random Llama of 30 narrow layers, of which little but the overhead of
 eager passes is left. Eager and compiled passes take turns; ratios are of medians.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from specdec import pack_weights
 from specdec.layouts import masks
 from specdec.layouts.slot_cache import SlotCache, SlotLayer
 from specdec.testing import tiny_llama
@@ -30,12 +31,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--room", type=int, default=512)
+    parser.add_argument("--pack", action="store_true", help="with packed weights")
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
     if given.model == "thin":
         model = tiny_llama(num_hidden_layers=30, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype).eval()
+    if given.pack:
+        pack_weights(model)
     masks.install()
     with torch.no_grad():
         compare(model, given.widths, given.room)

@@ -29,7 +29,7 @@ from report import show
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from summary import Case, summarise
-from workload import Prompt, batches, classes, encode, prompts_of
+from workload import Prompt, batches, behind, classes, encode, prompts_of
 
 from specdec import SpecdecError
 
@@ -55,6 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts", type=int, metavar="N", help="the first N of each class; default: all")
     add("--new", type=int, default=64, help="most new tokens of an answer (default: 64)")
     add("--batch", type=int, default=1, help="prompts in a batch")
+    add("--context", type=int, default=0, metavar="N", help="put N tokens of other text before every prompt")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--greedy", dest="sample", action="store_false", default=False, help="the default")
     how.add_argument("--sample", action="store_true", default=False, help="temperature 0.7, top-p 0.9")
@@ -92,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         work = {kind: prompts_of(kind, options.prompts) for kind in options.classes}
         pair = load(options)
+        if options.context:
+            work = {kind: behind(options.context, prompts, pair.tokenizer) for kind, prompts in work.items()}
         weights = {model: weights_of(model) for model in (pair.target, pair.draft) if model is not None}
         contestants = line_up(pair, options)
         weights |= {c.draft: weights_of(c.draft) for c in contestants if c.draft not in {None, *weights}}

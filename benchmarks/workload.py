@@ -49,6 +49,20 @@ def composed(entry: dict[str, str]) -> Prompt:
     return Prompt(f"{entry['instruction']} Answer with the whole file in one code block.\n\n{block}", block)
 
 
+def behind(context: int, prompts: Sequence[Prompt], tokenizer: Any) -> list[Prompt]:
+    """``prompts`` behind ``context`` tokens of other text: the prompts of all classes, over and over, as notes."""
+    asked = {prompt.text for prompt in prompts}
+    others = [prompt.text for name in classes() for prompt in prompts_of(name) if prompt.text not in asked]
+    text, ids = "\n\n".join(others), []
+    while len(ids) < context:
+        ids += tokenizer(f"{text}\n\n", add_special_tokens=False)["input_ids"]
+    notes = tokenizer.decode(ids[:context])
+    return [
+        Prompt(f"Notes, which do not matter here:\n\n{notes}\n\nAnd now: {prompt.text}", prompt.prediction)
+        for prompt in prompts
+    ]
+
+
 def batches(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
     """Full batches of ``size``; the last one is filled up from the start, so that every batch costs the same."""
     count = -(-len(prompts) // size)

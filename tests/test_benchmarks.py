@@ -89,6 +89,26 @@ def test_batches_are_full():
     assert workload.batches("ab", 3) == [["a", "b", "a"]]
 
 
+def test_a_context_stands_before_every_prompt():
+    import workload
+
+    class Words:
+        """A token a word."""
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": text.split()}
+
+        def decode(self, ids):
+            return " ".join(ids)
+
+    asked = workload.prompts_of("code_editing", 2)
+    for prompt, longer in zip(asked, workload.behind(3000, asked, Words()), strict=True):
+        assert longer.text.endswith(prompt.text)
+        assert longer.prediction == prompt.prediction
+        assert 3000 < len(longer.text.split()) - len(prompt.text.split()) < 3020
+        assert longer.text.count(prompt.text) == 1  # nothing is asked twice
+
+
 # --- run.py ---
 
 

@@ -9,6 +9,7 @@ the decisions themselves go through the shipped verifier, with noise that forces
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -184,7 +185,13 @@ class Stubborn:
 
 
 def law_error(
-    rule: str, kind: str, guesses: int, seed: int = 0, eos: int | None = None, *, controlled: bool = False
+    rule: str,
+    kind: str,
+    guesses: int,
+    seed: int = 0,
+    eos: int | None = None,
+    *,
+    controlled: type[Adaptive] | None = None,
 ) -> float:
     """Largest difference, over all texts, between the walked law and the exact one."""
     vocabulary, new = SIZES[guesses]
@@ -204,7 +211,7 @@ def law_error(
     )
 
     if controlled:  # with assumed costs, for the same reason
-        gen._length = lambda _: lambda *_: Adaptive(Assumed(0.15))
+        gen._length = lambda _: lambda *_: controlled(Assumed(0.15))
 
     def run(script: Script) -> tuple[int, ...]:
         current.append(script)
@@ -250,12 +257,32 @@ def test_law_when_a_text_may_end_inside_a_block(rule):
     "kind", ["model", "ngram", "own", "fallback", "layer skip", "mixture, model", "prediction, model"]
 )
 def test_law_with_the_controller(rule, kind):
-    assert law_error(rule, kind, 3, controlled=True) < TOLERANCE
+    assert law_error(rule, kind, 3, controlled=Adaptive) < TOLERANCE
 
 
 def test_law_of_a_cascade_with_the_controller():
     # one rule alone: a level asks many questions
-    assert law_error("block", "cascade", 3, controlled=True) < TOLERANCE
+    assert law_error("block", "cascade", 3, controlled=Adaptive) < TOLERANCE
+
+
+class Reluctant(Adaptive):
+    """Lets a draft begin in every second round only, and be fed the prompt where the text has got longer."""
+
+    said: ClassVar[list[bool]] = []
+
+    def begins(self, opening=None):
+        super().begins(opening)
+        self.asked = getattr(self, "asked", 0) + 1
+        self.said.append(self.asked % 2 == 0)
+        return self.said[-1]
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("kind", ["model", "self", "layer skip", "mixture, model"])
+def test_law_when_a_draft_may_not_begin_in_every_round(rule, kind):
+    Reluctant.said.clear()
+    assert law_error(rule, kind, 3, controlled=Reluctant) < TOLERANCE
+    assert {True, False} <= set(Reluctant.said)
 
 
 def error_of_two_rows(rule: str) -> float:
@@ -531,7 +558,7 @@ LOOP_MUTANTS = [
 
 def test_a_controller_that_anticipates_breaks_the_law(monkeypatch):
     stops_before_the_guess_it_looked_at(monkeypatch)
-    assert law_error("token", "model", 3, controlled=True) > 1e-3
+    assert law_error("token", "model", 3, controlled=Adaptive) > 1e-3
 
 
 @pytest.mark.parametrize("mutant", LOOP_MUTANTS, ids=lambda mutant: mutant.__name__)
