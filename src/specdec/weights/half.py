@@ -14,7 +14,6 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,19 +40,19 @@ def available() -> bool:
 class HalfMatrix:
     """A matrix (N, K) of bfloat16 or float16.
 
-    float16 has more digits than bfloat16 and less range. Scaled by a power of two, the numbers down to 2 ** -32 of
-    the largest fit exactly; the few smaller ones are rounded by 2 ** -40 of the largest at most, far below what a
+    float16 has more digits than bfloat16 and less range. Scaled by a power of two, the numbers down to 2 ** -31 of
+    the largest fit exactly; the few smaller ones are rounded by 2 ** -39 of the largest at most, far below what a
     sum in float32 can see, and kept aside for ``dense``.
     """
 
-    def __init__(self, packed: Any, shift: int, like: Tensor) -> None:
-        """See ``of``."""
-        self._packed = packed
-        self._rows = len(like)
+    def __init__(self, weight: Tensor, shift: int, scaled: Tensor, rounded: Tensor) -> None:
+        """See ``of``: the matrix, how far it was shifted, the result in float32, and where float16 rounds that."""
+        with _engine():
+            self._packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
+        self._rows = len(weight)
         self._scale = math.ldexp(1.0, -shift)
-        self._dtype = like.dtype
-        self._where = (self._unpacked() != like).view(-1).nonzero()[:, 0]
-        self._kept = like.reshape(-1)[self._where]
+        self._dtype = weight.dtype
+        self._where, self._kept = rounded, weight.view(-1)[rounded]
         self._number = next(_numbers)
         _by_number[self._number] = self
 
@@ -67,10 +66,9 @@ class HalfMatrix:
         shift = 0
         if weight.dtype != torch.float16 and largest:
             shift = min(TOP - math.frexp(largest)[1], 100)
-        with _engine():
-            packed = torch.ops.quantized.linear_prepack_fp16(weight.float() * math.ldexp(1.0, shift), None)
-        made = cls(packed, shift, weight)
-        return made if made._where.numel() <= ROUNDED * weight.numel() else None
+        scaled = weight.float().mul_(math.ldexp(1.0, shift))
+        rounded = (scaled.half() != scaled).view(-1).nonzero()[:, 0]
+        return cls(weight, shift, scaled, rounded) if len(rounded) <= ROUNDED * weight.numel() else None
 
     def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """(..., N) in the dtype of states (..., K), rounded once."""
@@ -82,7 +80,8 @@ class HalfMatrix:
 
     def dense(self) -> Tensor:
         """The matrix as it was, bit for bit."""
-        plain = self._unpacked()
+        unpacked: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
+        plain = unpacked.mul_(self._scale).to(self._dtype)
         plain.view(-1)[self._where] = self._kept
         return plain
 
@@ -90,10 +89,6 @@ class HalfMatrix:
         """(..., N) in float32."""
         out: Tensor = torch.ops.quantized.linear_dynamic_fp16(states.float(), self._packed)
         return out if self._scale == 1.0 else out.mul_(self._scale)
-
-    def _unpacked(self) -> Tensor:
-        plain: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
-        return plain.mul_(self._scale).to(self._dtype)
 
 
 @contextmanager

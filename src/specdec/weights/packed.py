@@ -119,13 +119,11 @@ class Packing:
 
 def packable(weight: Any) -> bool:
     """Whether there are kernels for this weight."""
-    if (
-        type(weight) is not torch.nn.Parameter
-        or weight.device.type != "cpu"
-        or weight.ndim != 2
-        or not weight.numel()
-    ):
+    is_matrix = type(weight) is torch.nn.Parameter and weight.device.type == "cpu" and weight.ndim == 2
+    if not is_matrix or not weight.numel():
         return False
+    if weight.dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return False  # torch's own kernels know what to do
     return _blocks(weight.dtype) or (weight.dtype in (torch.bfloat16, torch.float16) and half.available())
 
 
