@@ -35,7 +35,7 @@ def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
     """A draft that shares everything with ``model`` but its linear layers, the head included.
 
     A tied head gets a quantised matrix of its own; embeddings, norms and buffers are shared, not copied.
-    Layers of sizes that the kernels refuse (int4: rows in 16, columns in 32) stay as they are. Quantise
+    Layers of sizes that the kernels do not take (columns in 32, for int4 rows in 16) stay as they are. Quantise
     after moving and converting: the result stays on its device and in its dtype.
 
     Args:
@@ -68,8 +68,8 @@ def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
     if not layers:
         raise UnsupportedModel(
             f"{type(model).__name__} has no linear layer that can be quantised to {kind}: wanted are "
-            "torch.nn.Linear in bfloat16, float16 or float32, for int4 with rows in 16 and columns in "
-            f"{GROUP}. Give a smaller model as draft"
+            f"torch.nn.Linear in bfloat16, float16 or float32 with columns in {GROUP}, for int4 with rows in 16. "
+            "Give a smaller model as draft"
         )
     return shared_copy(model, layers)
 
@@ -158,7 +158,10 @@ class Int8Linear(_Quantized):
     @staticmethod
     def takes(layer: torch.nn.Linear) -> bool:
         """Whether the kernel takes this layer."""
-        return layer.weight.dtype in DTYPES and layer.weight.device.type in ("cpu", "cuda")
+        weight = layer.weight
+        # torch's kernel for CPUs reads past the end of rows that its registers do not divide, and says nothing
+        fits = weight.device.type == "cuda" or (weight.device.type == "cpu" and weight.shape[1] % GROUP == 0)
+        return fits and weight.dtype in DTYPES
 
     def _multiply(self, states: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(states, self.quantized, self.scales)
