@@ -10,6 +10,7 @@ output's law is untouched. With the target's own weights this is self-speculatio
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -118,7 +119,7 @@ class _Quantized(torch.nn.Module):
     def _wide(self) -> float:
         """Tokens in a pass from which on the given weight is faster."""
         weight = self._given[0].weight
-        if weight.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        if weight.device.type == "cpu" and not _multiplies_bfloat16():
             return WIDE_PACKED if isinstance(weight, PackedWeight) else math.inf
         return WIDE[self.kind, weight.device.type]
 
@@ -209,6 +210,12 @@ INNER = 8  # tiles of 16 columns that the CUDA kernel packs together
 ROWS = 8192  # rows quantised at a time: a head in float32 need not fit into memory beside the model
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KINDS: dict[str, Any] = {"int4": Int4Linear, "int8": Int8Linear}
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether torch has kernels of this processor for bfloat16; asked once, not in every layer of every pass."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _kernel_dtype(weight: Tensor) -> torch.dtype:
