@@ -73,7 +73,7 @@ def test_packing_is_reversible_and_keeps_the_text(dtype, tied):
     # torch's float16 adds up in an order of its own, which differs between processors
     assert dtype == torch.float16 or torch.equal(model.generate(**inputs, **GREEDY), text)
     assert dtype == torch.float16 or torch.equal(gen.generate(**inputs, **GREEDY), ours)
-    assert dtype == torch.float16 or gen.stats.drafted > 0
+    assert gen.stats.drafted > 0
     assert model.dtype == dtype
     assert model.device.type == "cpu"
     assert model.num_parameters() == tiny_llama(dtype=dtype, tie_word_embeddings=tied).num_parameters() + (
