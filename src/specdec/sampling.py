@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.errors import InvalidInput
 from specdec.noise import Noise, draw_seed
-from specdec.verify import Rule, choose, keyed_gumbel, match, row_keys, sample, verify
+from specdec.verify import Rule, choose, highest, keyed_gumbel, match, row_keys, sample, verify
 
 VERIFICATIONS = ("block", "token", "coupled")
 
@@ -52,7 +52,7 @@ class Greedy:
 
     def guess(self, scores: Tensor, positions: np.ndarray) -> Tensor:
         """See ``Sampling.guess``."""
-        return choose(scores)
+        return highest(scores)
 
     def verify(
         self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: np.ndarray

@@ -124,7 +124,7 @@ class Scorer:
             lengths, first = self._with_padding(lengths, first)
         self._at_prompt = False
         scores = self.layout.forward(tokens, lengths, first, count)
-        self.kept = lengths.copy()
+        self.kept = lengths  # arrays of lengths are exchanged and never written into
         if self._trial is not None:
             self._ready = self._trial.see(scores)
         return scores

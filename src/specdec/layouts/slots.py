@@ -141,12 +141,13 @@ class Slots:
         place = (columns, lowest + hidden, longest + hidden)
         self._cache.place(*place)
         # nobody wants the scores before the first; a graph has one number of rows
-        skipped = span(first - starts)[0] if self._steps is None else 0
+        wanted = first - starts
+        skipped = span(wanted)[0] if self._steps is None else 0
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = width - skipped
         self.outputs = self._pass(inputs, place, needed)
-        self._starts = lengths.copy()
-        self._wanted = (first - starts - width, count)
+        self._starts = lengths
+        self._wanted = (wanted - width, count)
         return self.pick(self.outputs.logits)
 
     def pick(self, states: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ Read next: `reference.py`, which is the whole of `verify` on one page.
 
 from specdec.verify.block import block_acceptance, longest_success
 from specdec.verify.coupled import keyed_gumbel, row_keys
-from specdec.verify.draw import choose, draw, sample
+from specdec.verify.draw import choose, draw, highest, sample
 from specdec.verify.matching import match
 from specdec.verify.op import Rule, verify
 from specdec.verify.residual import residual_weights
@@ -30,6 +30,7 @@ __all__ = [
     "block_acceptance",
     "choose",
     "draw",
+    "highest",
     "keyed_gumbel",
     "leading_successes",
     "longest_success",

@@ -27,17 +27,21 @@ def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
         (...) int64, -1 for a row that has a NaN or is -inf throughout.
     """
     scores = logits if gumbel is None else logits + gumbel
-    if scores.device.type == "cpu" and scores.dtype in _OF_NUMPY and not torch.compiler.is_compiling():
-        # torch's ``max`` with ids goes entry by entry on a CPU, numpy's many at a time; a NaN is highest to both
-        rows = scores.detach().numpy().reshape(-1, scores.shape[-1])
-        ids = rows.argmax(axis=-1)
-        sound = rows.max(axis=-1) > -torch.inf
-        if not sound.all():
-            ids[~sound] = -1
-        return torch.from_numpy(ids.reshape(scores.shape[:-1]))
-    best, token = scores.max(dim=-1)
-    # false for a NaN as well
+    token = highest(scores)
+    best = scores.gather(-1, token[..., None]).squeeze(-1)
+    # false for a NaN as well, which is the highest of its row
     return torch.where(best > -torch.inf, token, -1)
+
+
+def highest(scores: Tensor) -> Tensor:
+    """The id (...) of the highest entry of each row (..., V), the lowest of several; any where there is no distribution.
+
+    `choose` for a guess, which is judged anyway.
+    """
+    if scores.device.type == "cpu" and scores.dtype in _OF_NUMPY and not torch.compiler.is_compiling():
+        # torch goes entry by entry on a CPU, numpy many at a time; a NaN is highest to both
+        return torch.as_tensor(scores.detach().numpy().argmax(axis=-1))
+    return scores.argmax(dim=-1)
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
