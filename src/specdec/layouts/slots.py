@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from specdec.layouts.handover import cached_columns, give_back, is_callers
 from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.slot_cache import Place, SlotCache, SlotLayer, slot_layer
 from specdec.state import device_of, span
+from specdec.weights.filling import leaving_out_filling
 
 BLOCK = 64
 RESERVE = 8 * BLOCK  # columns are made for so many tokens ahead: every time all that are there are copied
@@ -77,11 +79,13 @@ class Slots:
         positions = kwargs.get(self._position_key)
         self._last_position = None if positions is None else positions[..., -1:]
         self._starts = np.zeros(0, dtype=np.int64)
+        self._live = np.zeros(0, dtype=bool)
         self.outputs: Any = None
         self._wanted = (self._starts, 0)  # what ``pick`` takes: rows counted from the last one
         self._mask: Tensor | None = None
         self._columns = self._positions = torch.zeros(0, 0, dtype=torch.int64)  # all there is room for
-        self._ids_key = "decoder_input_ids" if columns.encoder_decoder else "input_ids"
+        self._encodes = columns.encoder_decoder
+        self._ids_key = "decoder_input_ids" if self._encodes else "input_ids"
         self._reuses = _prepares_as_usual(self._model)
         self._prepared: dict[int, dict[str, Any]] = {}
         self._steps: CompiledSteps | None = None
@@ -122,9 +126,11 @@ class Slots:
         """See ``Layout.forward``."""
         if not len(self._starts):
             self._starts = np.full_like(lengths, self._width)
+            self._live = np.ones(len(lengths), dtype=bool)
         starts = np.minimum(self._starts, lengths - 1)
         (lowest, longest), hidden = span(starts), self._hidden
-        needed = width = span(lengths - starts)[1]
+        fed = lengths - starts
+        needed = width = span(fed)[1]
         if self._steps is not None:
             width = self._steps.width(needed)
         self._grow(tokens, longest + width + hidden)
@@ -145,7 +151,7 @@ class Slots:
         skipped = span(wanted)[0] if self._steps is None else 0
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = width - skipped
-        self.outputs = self._pass(inputs, place, needed)
+        self.outputs = self._pass(inputs, place, needed, fed)
         self._starts = lengths
         self._wanted = (wanted - width, count)
         return self.pick(self.outputs.logits)
@@ -177,7 +183,7 @@ class Slots:
             return dict(inputs)
         return inputs
 
-    def _pass(self, inputs: dict[str, Any], place: tuple[Tensor, int, int], needed: int) -> Any:
+    def _pass(self, inputs: dict[str, Any], place: tuple[Tensor, int, int], needed: int, fed: np.ndarray) -> Any:
         """One forward pass, compiled or not; ``needed`` of its columns mean something."""
         self.forwards += 1
         if self._steps is not None:
@@ -188,11 +194,15 @@ class Slots:
                 return CausalLMOutputWithPast(logits=scores)
             self._cache.place(*place)
             self.name = "slots" if self._steps.refused else self.name
-        with grouped.attending():
+        tokens = inputs[self._ids_key]
+        # beside an encoder an input of this shape need not be the tokens
+        leaves_out = nullcontext() if self._encodes else leaving_out_filling(fed, tokens.shape[1], self._live)
+        with grouped.attending(), leaves_out:
             return self._model(**inputs, return_dict=True)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``: what is forgotten will be overwritten."""
+        self._live = live
         if len(self._starts):
             self._starts = np.minimum(self._starts, kept)
 

@@ -34,9 +34,9 @@ def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
 
 
 def highest(scores: Tensor) -> Tensor:
-    """The id (...) of the highest entry of each row (..., V), the lowest of several; any where there is no distribution.
+    """`choose` for a guess, which is judged anyway: (...) any id for a row (..., V) without a distribution.
 
-    `choose` for a guess, which is judged anyway.
+    Of several highest entries the lowest id.
     """
     if scores.device.type == "cpu" and scores.dtype in _OF_NUMPY and not torch.compiler.is_compiling():
         # torch goes entry by entry on a CPU, numpy many at a time; a NaN is highest to both

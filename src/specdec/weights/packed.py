@@ -20,6 +20,7 @@ from torch.utils.weak import TensorWeakRef
 
 from specdec.errors import UnsupportedModel
 from specdec.weights import half
+from specdec.weights.filling import on_real
 
 # a hint to oneDNN; from 1 to 40 it chose the same order for all layers tried
 ROWS = 16
@@ -226,7 +227,8 @@ class PackedWeight(torch.Tensor):
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` with packed weights, where the packed kernel can serve the call."""
     if isinstance(weight, PackedWeight) and type(input) is Tensor and input.numel() and _agree(input, bias, weight):
-        return weight.form.linear(input, bias)
+        form = weight.form
+        return on_real(input, weight.numel(), lambda states: form.linear(states, bias))
     with torch._C.DisableTorchFunctionSubclass():
         input, weight = (t.dense() if isinstance(t, PackedWeight) else t for t in (input, weight))
         return functional.linear(input, weight, bias)

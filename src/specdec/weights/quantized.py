@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.weights.adapters import without_adapters
+from specdec.weights.filling import on_real
 from specdec.weights.packed import PackedWeight
 from specdec.weights.share import shared_copy
 
@@ -98,6 +99,9 @@ class _Quantized(torch.nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., N) from hidden states (..., K)."""
+        return on_real(states, self.in_features * self.out_features, self._forward)
+
+    def _forward(self, states: Tensor) -> Tensor:
         if self._given and states.numel() >= self._wide() * self.in_features:
             given = self._given[0]
             return functional.linear(states, given.weight, given.bias)

@@ -1,0 +1,62 @@
+"""Which tokens of a pass mean something: packed layers compute no others.
+
+A pass over a batch is a rectangle: rows that feed fewer tokens than the widest are filled up on the right, and
+rows that have ended are fed as well. Where a pass is computing rather than reading, what fills up costs as much as
+what counts. While a pass of ours runs, it says here which tokens are real; a packed or quantised layer multiplies
+with those, and what fills up gets the numbers of the real token before it. Nobody looks at them, and what they
+leave in the slots is overwritten before it is read.
+
+Knows no model. Read next: ``packed.py``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_here = threading.local()
+
+READING = 8  # tokens: passes over no more are reading, and one token less saves nothing
+MOVING = 1 << 22  # multiplications that must be saved in a layer to be worth moving its tokens together
+
+
+class leaving_out_filling:
+    """While this lasts, packed layers in this thread compute only what is real of passes over (B, W) tokens."""
+
+    def __init__(self, fed: np.ndarray, width: int, live: np.ndarray) -> None:
+        """The first ``fed[b]`` (B,) of ``width`` tokens are real in a row b that is ``live`` (B,) bool."""
+        self._picks: tuple[tuple[int, int], int, Tensor, Tensor] | None = None
+        if len(fed) * width <= READING:
+            return
+        real = ((np.arange(width) < fed[:, None]) & live[:, None]).reshape(-1)
+        picked = np.flatnonzero(real)
+        if 0 < len(picked) < len(real):
+            back = np.maximum(np.cumsum(real) - 1, 0)
+            self._picks = (
+                (len(fed), width),
+                len(real) - len(picked),
+                torch.from_numpy(picked),
+                torch.from_numpy(back),
+            )
+
+    def __enter__(self) -> None:
+        self._before = getattr(_here, "picks", None)
+        _here.picks = self._picks
+
+    def __exit__(self, *_: object) -> None:
+        _here.picks = self._before
+
+
+def on_real(states: Tensor, size: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """``multiply(states)``, (..., N) from (..., K), a matrix of ``size`` numbers, without what only fills up."""
+    picks = None if torch.compiler.is_compiling() else getattr(_here, "picks", None)
+    # an accelerator is reading in passes of such widths
+    if picks is None or states.shape[:-1] != picks[0] or picks[1] * size < MOVING or states.device.type != "cpu":
+        return multiply(states)
+    _, _, picked, back = picks
+    out = multiply(states.flatten(0, 1)[picked])
+    return out[back].view(*states.shape[:-1], -1)
