@@ -3,6 +3,8 @@
 No model here: a round's outcome is drawn from a given acceptance, its seconds come from given costs.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from specdec.length import Opening
 from specdec.length.acceptance import Acceptance
 from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
 from specdec.length.cost import Assumed, Timings, best_length, ceiling, rising, speed, tokens_per_round
+from specdec.length.rows import Rows
 from specdec.records import Proposal, Round
 
 # --- formulas -------------------------------------------------------------------------------------
@@ -365,3 +368,58 @@ def test_a_model_that_does_not_pay_is_left_alone_where_another_draft_does():
     rule = Adaptive(Timings())
     both.run(rule, 200)
     assert np.mean(both.guessed[-20:]) > 3
+
+
+def batch(rule: Adaptive, acceptance: list[float], length: int, cost: float, seed: int) -> float:
+    """Plain seconds over those of a batch whose rows keep ``acceptance`` of their guesses and end at ``length``."""
+    random = np.random.default_rng(seed)
+    chances = np.array(acceptance)
+    left = np.full(len(chances), length - 1)
+    seconds = 0.0
+    while left.any():
+        drafted = rule.next(max(int(left.max()) - 1, 0))
+        lengths = np.where(left > 0, np.minimum(drafted, left - 1), 0).clip(min=0)
+        kept = (random.random((len(chances), max(drafted, 1))) < chances[:, None]).cumprod(axis=1).sum(axis=1)
+        accepted = np.minimum(kept, lengths)
+        counts = np.where(left > 0, accepted + 1, 0)
+        left = left - counts
+        spent = 1 + cost * int(lengths.max())
+        seconds += spent
+        rule.observe(replace(outcome(drafted, accepted), lengths=lengths, counts=counts), spent)
+    return (length - 1) / seconds
+
+
+@pytest.mark.parametrize("slow", [1, 2, 7])
+@pytest.mark.parametrize(("cost", "least"), [(0.2, 0.88), (0.45, 0.94)])
+def test_rows_that_gain_do_not_make_the_others_wait(slow, cost, least):
+    """Some of eight rows copy and some cannot: the batch ends with those, and guesses make their rounds dearer."""
+    acceptance = [0.97] * (8 - slow) + [0.0] * slow
+    found = [batch(Adaptive(Timings()), acceptance, 128, cost, seed) for seed in range(4)]
+    assert np.mean(found) > least
+
+
+def test_what_was_learnt_of_rows_that_have_ended_does_not_speak_for_the_others():
+    survival = 0.9 ** np.arange(1, 5)
+    rows = Rows()
+    for _ in range(20):
+        rows.see(4, np.array([True, True, True]), np.array([4, 4, 0]))
+    together, weights = rows.pace(survival)
+    assert weights[4].argmax() == 2
+    rows.see(4, np.array([False, False, True]), np.array([0, 0, 0]))
+    alone, weights = rows.pace(survival)
+    assert alone[4] < together[4] < tokens_per_round(survival)[4]
+    assert alone[4] < 1.2
+    assert weights[4].tolist()[:2] == [0, 0]
+    assert weights[4][2] == pytest.approx(1)
+
+
+def test_rows_that_are_alike_are_one_row_many_times():
+    survival = 0.8 ** np.arange(1, 5)
+    rows = Rows()
+    rows.see(4, np.array([True, True]), np.array([3, 3]))
+    tokens, weights = rows.pace(survival)
+    assert tokens == pytest.approx(tokens_per_round(survival))
+    assert weights == pytest.approx(np.ones((5, 2)))
+    alone, weights = Rows().pace(survival)
+    assert alone == pytest.approx(tokens_per_round(survival))
+    assert weights == pytest.approx(np.ones((5, 1)))

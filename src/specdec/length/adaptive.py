@@ -21,6 +21,7 @@ import numpy as np
 from specdec.length import Opening
 from specdec.length.acceptance import FADE, PRIOR, PRIOR_WEIGHT, Acceptance
 from specdec.length.cost import Assumed, Timings, best_length, speed, tokens_per_round
+from specdec.length.rows import Rows, together
 from specdec.records import Round
 
 ASSUMED_COST = 0.2  # of a guess, in plain rounds, where no clock may be asked (``Assumed``)
@@ -31,6 +32,7 @@ FIRST_WAIT, LONGEST_WAIT = 12, 48  # rounds without a probe: doubled by each tha
 WIDER = 0.05  # of a plain round, that one token more in a pass is taken to cost at most before it is measured
 FORESEEN = 256  # tokens: how long a text becomes nobody knows, and the most that it may is often far away
 STALE, THIN = 48, 1.25  # a plain round is timed again after so many others; after 4 times as many for larger gains
+STAKE = 0.03  # of the gain, that every plain round which a round takes longer must bring
 ROW_MARGIN = 0.03  # for every doubling of the rows: 6 to 9 % of the rounds of eight rows waited for the last one
 LAG = 4  # rounds after which a draft has so much to catch up on that the seconds of the next say nothing
 
@@ -91,6 +93,8 @@ class Adaptive:
         self._others = False  # some rounds were guessed for without a chance told
         self._idle = 0  # rounds of others since a draft that tells its chances was asked
         self._rate = 0.0  # tokens a row and second at the present draft length
+        self._differing = Rows()
+        self._weights = np.ones(1)  # (B,) or (1,) what a token of each row is worth in the running round
         self._rows = 1  # rows that had not ended in the last round
         self._asked = 0  # guesses a row in the running round
         self._since = LAG + 1  # rounds since guesses were last asked for
@@ -115,13 +119,15 @@ class Adaptive:
         if table is None or not room:  # the first plain round will tell
             self._asked, self._probing = 0, False
             return 0
-        tokens = tokens_per_round(self._acceptance.survival())
+        tokens, weights = self._differing.pace(self._acceptance.survival())
         seconds = table[0] + np.concatenate(([0.0], np.cumsum(self._acceptance.widths() * np.diff(table))))
-        best = best_length(tokens, seconds)
+        # the longest of nearly equal rounds is not worth its risk
+        price = seconds / table[0]
+        best = int(np.argmax(tokens / price - STAKE * (price - 1)))
         gain = float(tokens[best] / seconds[best] * table[0])
         if gain < self._least_gain:
             best, gain = 0, 1.0
-        self._table, self._rate = table, gain / float(table[0])
+        self._table, self._rate, self._weights = table, gain / float(table[0]), weights[best]
         told = self._learnt.told[0].table(self.most)
         self._prices = table if told is None else told
         self._probing = best == 0 and self._due()
@@ -172,7 +178,7 @@ class Adaptive:
             return False
         _, acceptance = self._learnt.told
         self._alive = self._alive * acceptance.of_chance(chances)
-        return self._pays(float(np.sum(self._alive)) / self._rows * acceptance.overall, drafted)
+        return self._pays(float(np.sum(self._alive * self._weights)) / self._rows * acceptance.overall, drafted)
 
     def begins(self, opening: Opening | None = None) -> bool:
         """See ``DraftLength.begins``: where a draft is alone and its prompt is fed, ``next`` has decided."""
@@ -220,6 +226,7 @@ class Adaptive:
         """See ``DraftLength.observe``."""
         live = round_.counts > 0
         self._rows = max(int(live.sum()), 1)
+        self._differing.see(self._asked, live, round_.accepted)
         self._grown += float(round_.counts[live].sum()) / self._rows
         lengths, accepted = round_.lengths[live], round_.accepted[live]
         width = int(lengths.max(initial=0))
@@ -240,12 +247,12 @@ class Adaptive:
         self._idle = 0 if told else self._idle
         for _, acceptance in self._learnt.of(told):
             acceptance.add(self._asked, lengths, accepted, [chance[live] for chance in self._chances])
-        # the one guess of a probe pays where it is kept more often than its price in plain rounds
-        price = self._least_gain * float(self._table[1] / self._table[0]) - 1
+        # the one guess of a probe pays where it brings more than its price in plain rounds
+        price = self._least_gain * float(self._table[1] / self._table[0])
         if self._probing and self._since > LAG:
             more = (seconds - self._opened - float(self._table[1])) / float(self._table[0])
             self._missed = max(more, 0.0) / self._since
-        self._promising = self._probing and bool(accepted.sum() > price * len(accepted))
+        self._promising = self._probing and bool(together(1.0 + accepted) > price)
         if self._probing and not self._promising:
             self._learnt.doubt()
             self._failed += 1
