@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from specdec import Cascade, DraftModel, Proposal, SpeculativeGenerator, pack_weights, quantize_draft
+from specdec import Cascade, DraftModel, LayerSkip, Proposal, SpeculativeGenerator, pack_weights, quantize_draft
 from specdec.testing import ragged_prompt, tiny_llama
 from specdec.weights import filling
 
@@ -87,11 +87,15 @@ def two_levels(model):
     return Cascade("ngram", packed_draft(model))
 
 
+def fewer_layers(model):
+    return LayerSkip(skip=[1])
+
+
 def uneven(model):
     return Uneven(plain(model, ragged_prompt(), max_new_tokens=NEW, do_sample=False))
 
 
-@pytest.mark.parametrize("make", [packed_draft, eight_bits, two_levels, uneven])
+@pytest.mark.parametrize("make", [packed_draft, eight_bits, two_levels, fewer_layers, uneven])
 def test_text_and_scores_are_those_of_plain(make, multiplied):
     target, inputs = tiny_llama(eos_token_id=9), ragged_prompt()
     draft = make(target)

@@ -126,6 +126,7 @@ class Slots:
         """See ``Layout.forward``."""
         if not len(self._starts):
             self._starts = np.full_like(lengths, self._width)
+        if not len(self._live):
             self._live = np.ones(len(lengths), dtype=bool)
         starts = np.minimum(self._starts, lengths - 1)
         (lowest, longest), hidden = span(starts), self._hidden

@@ -252,7 +252,7 @@ class Adaptive:
         if self._probing and self._since > LAG:
             more = (seconds - self._opened - float(self._table[1])) / float(self._table[0])
             self._missed = max(more, 0.0) / self._since
-        self._promising = self._probing and bool(together(1.0 + accepted) > price)
+        self._promising = bool(self._probing and live.any() and together(1.0 + accepted) > price)
         if self._probing and not self._promising:
             self._learnt.doubt()
             self._failed += 1
