@@ -131,7 +131,7 @@ class Adaptive:
         told = self._learnt.told[0].table(self.most)
         self._prices = table if told is None else told
         self._probing = best == 0 and self._due()
-        if best and self._timings.age >= (STALE if gain < THIN else 4 * STALE):
+        if best and self._timings.age >= self._timings.known * (STALE if gain < THIN else 4 * STALE):
             self._asked = 0  # a plain round, to know again what one takes
         elif self._probing:
             self._asked = 1

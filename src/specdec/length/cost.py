@@ -74,6 +74,11 @@ class Timings:
         """Some round with guesses was timed."""
         return any(width > 0 for width in self._seen)
 
+    @property
+    def known(self) -> float:
+        """How well a plain round's seconds are known, from 0 to 1: the first ones of a process are slow."""
+        return len(self._seen.get(0, ())) / REMEMBERED
+
     def table(self, most: int) -> np.ndarray | None:
         """(most + 1,) seconds of a round by width, never falling; None until a plain round was timed.
 
@@ -98,6 +103,7 @@ class Assumed:
 
     priced = True
     age = 0  # never out of date
+    known = 1.0
 
     def __init__(self, cost: float) -> None:
         """A guess costs ``cost`` plain rounds."""
