@@ -281,17 +281,19 @@ def test_a_batch_must_promise_more_than_a_row():
     assert np.mean(asked[1]) > 2 * np.mean(asked[8])
 
 
-def opened(rule, *, room, opening=0.3, prompt=8.0, columns=1000, rounds=60, acceptance=0.8, cost=0.3, seed=0):
+def opened(
+    rule, *, room, opening=0.3, prompt=8.0, columns=1000, rounds=60, acceptance=0.8, cost=0.3, seed=0, rows=1
+):
     """The rounds in which a draft that has a prompt to feed was let guess."""
     random, guessed = np.random.default_rng(seed), []
-    rule.fed(prompt, 1, columns)
+    rule.fed(prompt, rows, columns)
     for number in range(rounds):
         asked = rule.next(room - number)
         drafted, pay = 0, 0.0
         if asked and rule.begins(None if guessed else Opening(opening, cost)):
             drafted, pay = asked, 0.0 if guessed else opening * prompt
             guessed.append(number)
-        kept = np.array([int((random.random(drafted) < acceptance).cumprod().sum())])
+        kept = (random.random((rows, drafted)) < acceptance).cumprod(axis=1).sum(axis=1)
         rule.observe(outcome(drafted, kept), 1 + cost * drafted + pay)
     return guessed
 
@@ -308,6 +310,16 @@ def test_a_draft_is_not_fed_a_prompt_that_the_rest_of_the_text_cannot_earn():
     assert opened(Adaptive(Timings()), room=64, prompt=6.0, columns=14)[0] == 1
     # a seed promises a text that hangs on no clock
     assert opened(Adaptive(Assumed(0.2)), room=8, rounds=8)[0] == 0
+
+
+def test_a_draft_is_not_fed_where_passes_that_check_guesses_would_multiply_rather_than_read():
+    """A token of 0.2 plain rounds: passes of up to 5 are free, and four rows with a guess each are 8."""
+    prompts = {"columns": 100, "room": 96, "opening": 0.01}  # it is not for their price
+    assert opened(Adaptive(Timings()), prompt=20.0, **prompts)[0] == 1
+    assert not opened(Adaptive(Timings()), prompt=80.0, rows=4, **prompts)
+    assert opened(Adaptive(Timings()), prompt=4.0, rows=4, **prompts)[0] == 1  # all reading
+    # bfloat16 without instructions for it: every token costs nearly a pass
+    assert not opened(Adaptive(Timings()), prompt=80.0, **prompts)
 
 
 def test_what_a_draft_was_not_asked_is_not_held_against_it():

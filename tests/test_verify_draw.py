@@ -79,6 +79,29 @@ def test_the_lowest_id_wins_a_tie() -> None:
     assert choose(logits.bfloat16()).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bits_of_16_are_ordered_as_their_numbers(dtype: torch.dtype) -> None:
+    """Every row of three special numbers, alone and beside an ordinary one, against the same row in float32."""
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    largest = torch.finfo(dtype).max
+    special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, tiny, -tiny, 1.0, -1.0, largest, -largest], dtype=dtype)
+    special = torch.cat(
+        [special, special[:1].view(torch.int16).bitwise_xor(-0x8000).view(dtype)]
+    )  # a NaN's other sign
+    ordinary = torch.tensor([1.0, 3.0, 2.0], dtype=dtype)
+    for row in product(special, repeat=3):
+        scores = torch.stack([torch.stack(row), ordinary])
+        assert choose(scores[:1]).tolist() == choose(scores[:1].float()).tolist(), row
+        assert choose(scores).tolist() == choose(scores.float()).tolist(), row
+        assert choose(scores[0]) == choose(scores[0].float())
+
+
+def test_scores_of_16_bits_that_are_a_view() -> None:
+    scores = torch.randn(3, 4, 100, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    for view in (scores[:, 1:3], scores.transpose(0, 1), scores[..., ::2], scores[:, :, 10:90]):
+        assert torch.equal(choose(view), view.float().argmax(-1))
+
+
 def test_noise_is_added_to_the_scores() -> None:
     logits = torch.tensor([0.0, 1.0, -INF])
     assert choose(logits, torch.tensor([2.0, 0.0, 99.0])) == 0

@@ -66,7 +66,7 @@ def decode(
         stats.seconds_verifying += clock() - start
         yield round_
         start = clock()
-        if state.room().any():
+        if not target.settled and state.room().any():
             target.decide(state.tokens)
         stats.seconds_scoring += clock() - start
         began = start = clock()

@@ -42,7 +42,7 @@ class Collector:
     def add(self, round_: Round) -> None:
         """Take the rows that drew a committed token."""
         if self.scores is not None:
-            self._place(self.scores, round_.scores, round_)
+            self._place(self.scores, round_.scores.float(), round_)
         if self._logits is not None and round_.logits is not None:
             self._place(self._logits, round_.logits.float(), round_)
         for name, steps in self._states.items():

@@ -98,7 +98,7 @@ class Processing:
     def target(
         self, logits: Tensor, tokens: Tensor, lengths: np.ndarray, wanted: np.ndarray | None = None
     ) -> Tensor:
-        """Processed scores (B, n, V) in float32, as plain ``generate()`` processes.
+        """Processed scores (B, n, V), as plain ``generate()`` processes: in float32, where anything is processed.
 
         Args:
             logits: (B, n, V) of the target.
@@ -106,6 +106,8 @@ class Processing:
             lengths: (B,) committed tokens; position i of row b sees ``lengths[b] + i`` tokens.
             wanted: (B,) positions of each row that a token may be drawn from, 0 for ended rows; None is all.
         """
+        if not self._known:
+            return _single(logits)
         if wanted is None:
             wanted = np.full(len(lengths), logits.shape[1])
         return self._apply(logits.float(), tokens, lengths, wanted, final=True)
@@ -121,13 +123,12 @@ class Processing:
         missing = vocabulary - logits.shape[1]
         if missing < 0:
             logits = logits[:, :vocabulary]
-        logits = logits.float()
         if missing > 0:
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         if not self._known:
-            return logits
+            return _single(logits)
         wanted = np.ones(len(lengths), dtype=np.int64) if live is None else live.astype(np.int64)
-        return self._apply(logits[:, None], tokens, lengths, wanted, final=False)[:, 0]
+        return self._apply(logits.float()[:, None], tokens, lengths, wanted, final=False)[:, 0]
 
     def foresee(self, tokens: Tensor, lengths: np.ndarray, most: np.ndarray) -> list[list[int]]:
         """For each row up to ``most[b]`` ids that will very probably follow its first ``lengths[b]`` tokens.
@@ -162,6 +163,11 @@ class Processing:
             else:
                 scores = _by_length(processor, scores, tokens, lengths)
         return scores
+
+
+def _single(logits: Tensor) -> Tensor:
+    """``logits`` as float32 has them, which plain ``generate()`` compares: narrower numbers stay the same."""
+    return logits.float() if logits.dtype == torch.float64 else logits
 
 
 def _by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray) -> Tensor:

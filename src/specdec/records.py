@@ -63,8 +63,9 @@ class Round:
         emitted: (B, K + 1) tokens committed; pad past ``counts``.
         counts: (B,) tokens committed a row: accepted + 1, or less where a stop condition cut.
         before: (B,) committed columns before the round, prompt and padding included.
-        scores: (B, K + 1, V) processed target scores on the device; row i drew emitted token i.
-        logits: the same before processing, or None when nobody asked for them.
+        scores: (B, K + 1, V) processed target scores on the device, row i drew emitted token i; as the model gave
+            them where nothing processes them.
+        logits: the scores before processing, or None when nobody asked for them.
         states: hidden states and attentions of the same rows, or None when nobody asked for them.
     """
 

@@ -95,7 +95,7 @@ class Coupled:
 
     def guess(self, scores: Tensor, positions: np.ndarray) -> Tensor:
         """See ``Sampling.guess``."""
-        return choose(scores.double(), self._gumbel(positions[:, None], scores.shape[-1])[:, 0])
+        return highest(scores.double() + self._gumbel(positions[:, None], scores.shape[-1])[:, 0])
 
     def verify(
         self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: np.ndarray

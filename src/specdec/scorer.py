@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from specdec.errors import InvalidInput
-from specdec.layouts import Layout
+from specdec.layouts import NEVER, Layout
 from specdec.layouts.check import Candidate, Trial
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
@@ -23,7 +23,6 @@ from specdec.layouts.facts import counts_the_cache, one_token_reason
 from specdec.layouts.slots import Slots
 from specdec.records import States
 
-NEVER = np.iinfo(np.int64).max
 LAYOUTS = ("auto", "slots", "columns", "snapshot", "plain")
 
 

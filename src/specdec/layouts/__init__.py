@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+NEVER: int = np.iinfo(np.int64).max  # a column that no row reaches
+
 
 class Layout(Protocol):
     """A model with a cache of some kind; B rows. ``columns`` count tokens of a row, padding included."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin
 
+from specdec.layouts import NEVER
 from specdec.layouts.forget import drop, own_cache, trim
 from specdec.layouts.handover import cached_columns, end_recording, write_into
 from specdec.layouts.picking import rows_from_the_end
@@ -202,7 +203,7 @@ class Columns:
         if not live.any():
             return np.zeros_like(lengths)
         far = lengths - int(lengths[live].min()) > LEAD
-        return np.where(far, 0, np.iinfo(np.int64).max)
+        return np.where(far, 0, NEVER)
 
     def _feed(self, tokens: Tensor, upto: int) -> Tensor:
         """One forward pass over columns ``_fed``..``upto`` - 1; their scores."""

@@ -24,7 +24,7 @@ from transformers import Cache, EncoderDecoderCache, GenerationMixin
 from transformers.cache_utils import DummyLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from specdec.layouts import grouped, masks
+from specdec.layouts import NEVER, grouped, masks
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
 from specdec.layouts.handover import cached_columns, give_back, is_callers
@@ -224,7 +224,7 @@ class Slots:
 
     def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
         """See ``Layout.reach``: rows never wait for one another."""
-        return np.full_like(lengths, np.iinfo(np.int64).max)
+        return np.full_like(lengths, NEVER)
 
     def _positions_of(self, columns: Tensor) -> Tensor:
         """Positions of ``columns`` (B, W): those of the prompt go on; without any, columns are counted."""

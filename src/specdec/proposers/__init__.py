@@ -34,7 +34,7 @@ from specdec.processing import Processing
 from specdec.records import Proposal
 from specdec.sampling import Sampling
 from specdec.scorer import Scorer
-from specdec.state import State
+from specdec.state import State, span
 
 T = TypeVar("T")
 ALWAYS_FOUR: Callable[[], DraftLength] = partial(Fixed, 4)
@@ -115,8 +115,9 @@ def checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:
             f"a proposer returned tokens of shape {tuple(tokens.shape)} and {tokens.dtype}; "
             f"wanted is ({state.batch}, K) and torch.int64"
         )
-    in_range = lengths.shape == (state.batch,) and ((lengths >= 0) & (lengths <= tokens.shape[1])).all()
-    if not in_range or not np.issubdtype(lengths.dtype, np.integer):
+    fits = lengths.shape == (state.batch,) and lengths.dtype.kind in "iu"
+    lowest, highest = span(lengths) if fits else (-1, 0)
+    if lowest < 0 or highest > tokens.shape[1]:
         raise InvalidProposal(
             f"a proposer returned lengths {lengths.tolist()} for tokens of shape {tuple(tokens.shape)}; "
             f"wanted are {state.batch} whole numbers from 0 to {tokens.shape[1]}"
@@ -128,8 +129,8 @@ def checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:
         )
     if (lengths > limits).any():
         lengths = np.minimum(lengths, limits)
-    if len(lengths) and int(lengths.max()) < tokens.shape[1]:
-        width = int(lengths.max())
+    width = span(lengths)[1]
+    if width < tokens.shape[1]:
         tokens = tokens[:, :width]
         logits = None if logits is None else logits[:, :width]
     if tokens is proposal.tokens and lengths is proposal.lengths:

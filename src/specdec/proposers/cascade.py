@@ -221,7 +221,9 @@ class _Level:
             return limits
         emitted = torch.from_numpy(round_.emitted).to(round_.scores.device)
         inside = emitted.clamp(0, round_.scores.shape[-1] - 1)[..., None]
-        chances = round_.scores.softmax(dim=-1).gather(-1, inside)[..., 0].double().cpu().numpy()
+        chances = (
+            round_.scores.softmax(dim=-1, dtype=torch.float32).gather(-1, inside)[..., 0].double().cpu().numpy()
+        )
         if self._confidence:
             real = np.arange(chances.shape[1]) < round_.counts[:, None]
             return np.where((real & (chances < self._confidence)).any(axis=1), written, limits)

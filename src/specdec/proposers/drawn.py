@@ -9,7 +9,7 @@ from torch import Tensor
 def chance_of(scores: Tensor, guess: Tensor) -> Tensor:
     """(B,) the draft's own probability of its guesses (B,)."""
     # on a CPU softmax takes half of logsumexp's time
-    return scores.softmax(dim=1).gather(1, guess.clamp(min=0)[:, None])[:, 0].nan_to_num(0)
+    return scores.softmax(dim=1, dtype=torch.float32).gather(1, guess.clamp(min=0)[:, None])[:, 0].nan_to_num(0)
 
 
 def sound(scores: Tensor, bad: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from specdec.proposers import Call, Proposer
 from specdec.records import Proposal, Round
 from specdec.state import State
+from specdec.verify import highest
 
 
 class Recycling:
@@ -54,7 +55,7 @@ class _Run:
         known = round_.accepted if self._one_by_one else round_.lengths
         step = torch.arange(before.shape[1], device=before.device)
         real = step <= torch.from_numpy(known).to(before.device)[:, None]
-        self._learn(before, round_.scores[:, : before.shape[1]].argmax(dim=-1), real)
+        self._learn(before, highest(round_.scores[:, : before.shape[1]]), real)
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""

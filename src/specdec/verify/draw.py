@@ -8,10 +8,11 @@ tokens to the host raises then.
 Read next: `coupled.py`, which makes noise that draft and target share.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_OF_NUMPY = (torch.float32, torch.float64)
+_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # the bits of infinity in numbers of 16
 
 
 def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
@@ -27,7 +28,10 @@ def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
         (...) int64, -1 for a row that has a NaN or is -inf throughout.
     """
     scores = logits if gumbel is None else logits + gumbel
-    token = highest(scores)
+    token = _by_bits(scores)
+    if token is not None and not _has_negative_nan(scores):
+        return token
+    token = _by_value(scores)
     best = scores.gather(-1, token[..., None]).squeeze(-1)
     # false for a NaN as well, which is the highest of its row
     return torch.where(best > -torch.inf, token, -1)
@@ -38,10 +42,38 @@ def highest(scores: Tensor) -> Tensor:
 
     Of several highest entries the lowest id.
     """
-    if scores.device.type == "cpu" and scores.dtype in _OF_NUMPY and not torch.compiler.is_compiling():
-        # torch goes entry by entry on a CPU, numpy many at a time; a NaN is highest to both
-        return torch.as_tensor(scores.detach().numpy().argmax(axis=-1))
-    return scores.argmax(dim=-1)
+    token = _by_bits(scores)
+    return _by_value(scores) if token is None else token
+
+
+def _by_value(scores: Tensor) -> Tensor:
+    """The first of the highest entries of each row, a NaN if there is one."""
+    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+        return scores.argmax(dim=-1)
+    # torch goes entry by entry on a CPU, numpy many at a time; a NaN is highest to both
+    scores = scores.detach()
+    return torch.as_tensor((scores.float() if scores.dtype in _INFINITY else scores).numpy().argmax(axis=-1))
+
+
+def _by_bits(scores: Tensor) -> Tensor | None:
+    """The same for numbers of 16 bits on a CPU, None where it cannot be told from their bits.
+
+    numpy does not know them, but positive numbers are ordered as their bits are, and nearly always the highest is
+    positive. A NaN with the sign of a negative number goes unseen.
+    """
+    infinity = _INFINITY.get(scores.dtype)
+    if infinity is None or scores.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    rows = scores.detach().view(torch.int16).numpy().reshape(-1, scores.shape[-1])
+    tokens = rows.argmax(axis=1)
+    if all(0 < rows[row, token] <= infinity for row, token in enumerate(tokens.tolist())):
+        return torch.from_numpy(tokens).view(scores.shape[:-1])
+    return None
+
+
+def _has_negative_nan(scores: Tensor) -> bool:
+    """Some number of 16 bits is a NaN with a sign: as it comes out of arithmetic, and above all other bits."""
+    return bool(scores.detach().view(torch.int16).numpy().view(np.uint16).max() > 0x8000 + _INFINITY[scores.dtype])
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -59,4 +59,4 @@ def token_acceptance(
 
 def leading_successes(successes: Tensor) -> Tensor:
     """How many trials (B, K) succeeded before the first failure: (B,) int64."""
-    return successes.long().cumprod(dim=1).sum(dim=1)
+    return successes.cumprod(dim=1).sum(dim=1)
