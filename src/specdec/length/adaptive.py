@@ -29,6 +29,8 @@ MOST = 16  # guesses a round: wider passes are no longer nearly free on any mach
 PROBES = 0.01  # of plain decoding's time, spent on probes while nothing pays
 CATCHING_UP = 0.03  # of it, on feeding a draft what it missed between them
 FIRST_WAIT, LONGEST_WAIT = 12, 48  # rounds without a probe: doubled by each that fails
+WARMING = 3  # plain rounds that a prompt takes whatever its length: more than a pass, for a process' first is slow
+PREMIUM = 1.5  # what a draft's prompt must promise to earn for its price: that is certain, and acceptance a guess
 FORESEEN = 256  # tokens: how long a text becomes nobody knows, and the most that it may is often far away
 STALE, THIN = 48, 1.25  # a plain round is timed again after so many others; after 4 times as many for larger gains
 STAKE = 0.03  # of the gain, that every plain round which a round takes longer must bring
@@ -196,18 +198,16 @@ class Adaptive:
         """Whether what is left of the text may earn the draft's prompt, or a probe may cost it."""
         every, told = self._learnt.every, self._learnt.told
         plain = float(self._table[0])
-        # a pass reads or multiplies, whatever takes longer; the prompt tells what multiplying for a token takes
-        token = max(self._prompt - plain, 0.0) / max(self._beyond, 1)
+        token = max(self._prompt - WARMING * plain, 0.0) / max(self._beyond, 1)  # one more in a pass
         price = opening.work * (self._prompt + self._rows * token * self._grown)
         timings, acceptance = told if told[0].priced else every
         if timings.priced and (timings is told[0] or not self._others):
             rate = float((tokens_per_round(acceptance.survival()) / timings.table(self.most)).max())
         else:
-            one = self._rows * token / plain
-            step = max(opening.reading, opening.work * one)
-            rate = max(speed(PRIOR, step, n, verify=max(1.0, (n + 1) * one)) for n in range(5)) / plain
+            wider = self._rows * token / plain
+            rate = max(speed(PRIOR, opening.reading, n, verify=1 + n * wider) for n in range(5)) / plain
         saved = min(self._left, FORESEEN) * (plain - self._least_gain / rate)
-        return price <= max(saved, PROBES * self._since * plain)
+        return price <= max(saved / PREMIUM, PROBES * self._since * plain)
 
     def _pays(self, gain: float, drafted: int) -> bool:
         """``gain`` tokens a row are worth the seconds of one guess behind ``drafted``, at the present rate."""
