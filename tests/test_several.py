@@ -26,8 +26,9 @@ from specdec import (
     VocabularyMismatch,
 )
 from specdec.length.adaptive import MOST
+from specdec.length.fixed import Fixed
 from specdec.options import build_proposer
-from specdec.proposers import cascade, draft_model
+from specdec.proposers import cascade, draft_model, recycling
 from specdec.proposers.mixture import Record
 from specdec.state import State
 from specdec.testing import assert_lossless, noisy_copy, tiny_llama
@@ -228,6 +229,43 @@ def test_a_cascade_with_the_controller_and_with_confidence():
     gen = SpeculativeGenerator(llama(), draft, num_draft_tokens=8)
     gen.generate(**prompts(1), max_new_tokens=60, do_sample=False)
     assert max(gen.stats.drafted_at) > gen.stats.drafted_at[-1]  # some rounds ended early
+
+
+def test_what_is_below_guesses_itself_where_the_model_does_not_pay(monkeypatch):
+    target = llama()
+    text = plain(target, prompts(1), max_new_tokens=LONG)
+    right = Says([text[0, START:].tolist()])
+    monkeypatch.setattr(Fixed, "begins", lambda self, opening=None: False)
+    got, stats = run(target, Cascade(right, noisy(target)), prompts(1))
+    assert got == text.tolist()
+    assert stats.draft_forwards == 0
+    assert stats.accepted == stats.drafted > LONG / 2
+    # a model is no more asked than the one above it
+    got, stats = run(target, Cascade(copy.deepcopy(target), noisy(target)), prompts(1))
+    assert got == text.tolist()
+    assert stats.drafted == stats.draft_forwards == 0
+
+
+@pytest.mark.parametrize("lower", ["ngram", "suffix", "recycling"])
+def test_a_model_and_what_is_below_it_guess_by_turns(lower, monkeypatch):
+    target = llama()
+    model = noisy(target)
+    wanted = plain(target, prompts(3), max_new_tokens=60).tolist()
+    asked, learnt = [], []
+
+    def begins(self, opening=None):
+        asked.append(len(asked) % 3 > 0)
+        return asked[-1]
+
+    monkeypatch.setattr(Fixed, "begins", begins)
+    right = recycling._Run._learn
+    monkeypatch.setattr(recycling._Run, "_learn", lambda *args: learnt.append(1) or right(*args))
+    gen = SpeculativeGenerator(target, Cascade(LOWER[lower](model), model), num_draft_tokens=4, layout="slots")
+    assert gen.generate(**prompts(3), max_new_tokens=60, do_sample=False).tolist() == wanted
+    assert {True, False} <= set(asked)
+    assert 0 < gen.stats.draft_forwards < 60
+    if lower == "recycling":  # it saw the model's rounds and its own
+        assert len(learnt) > asked.count(True)
 
 
 def test_stopping_conditions_cut_a_cascade():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from specdec.verify import choose, draw, match, sample
+from specdec.verify.matching import match_on_device
 
 NAN, INF = math.nan, math.inf
 
@@ -120,6 +121,9 @@ def test_match_agrees_with_a_loop_on_every_small_case() -> None:
     guesses = torch.tensor([one for _, one, _ in cases])
     lengths = torch.tensor([one for _, _, one in cases])
     accepted, next_token = match(choices, guesses, lengths)
+    found = match_on_device(choices, guesses, lengths)
+    assert torch.equal(found[0], accepted)
+    assert torch.equal(found[1], next_token)
     for number, (own, guessed, length) in enumerate(cases):
         kept = 0
         while kept < length and own[kept] == guessed[kept] != -1:

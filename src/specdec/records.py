@@ -178,18 +178,18 @@ class Stats:
         self.row_drafted += round_.lengths
         self.row_accepted += round_.accepted
         self.row_emitted += round_.counts
-        longest = int(round_.lengths.max(initial=0))
-        missing = [0] * (longest - len(self.drafted_at))
+        drafted, accepted = round_.lengths.tolist(), round_.accepted.tolist()
+        missing = [0] * (max(drafted, default=0) - len(self.drafted_at))
         self.drafted_at += missing
         self.accepted_at += missing
-        for drafted, accepted in zip(round_.lengths.tolist(), round_.accepted.tolist(), strict=True):
-            for position in range(drafted):
+        for row_drafted, row_accepted in zip(drafted, accepted, strict=True):
+            for position in range(row_drafted):
                 self.drafted_at[position] += 1
-            for position in range(accepted):
+            for position in range(row_accepted):
                 self.accepted_at[position] += 1
-        self.drafted = int(self.row_drafted.sum())
-        self.accepted = int(self.row_accepted.sum())
-        self.emitted = int(self.row_emitted.sum())
+        self.drafted += sum(drafted)
+        self.accepted += sum(accepted)
+        self.emitted += sum(round_.counts.tolist())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON; the derived rates included."""

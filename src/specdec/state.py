@@ -67,7 +67,7 @@ class State:
         self.live = np.ones(batch, dtype=bool)
         self.eos_ids = eos_ids
         self.device_live = torch.ones(batch, dtype=torch.bool, device=prompt.device)
-        self._eos = None if eos_ids is None else to_host(eos_ids).reshape(-1)
+        self._ends = frozenset[int]() if eos_ids is None else frozenset(to_host(eos_ids).reshape(-1).tolist())
         self.vocabulary = 0
         self.host_copies = 0
 
@@ -113,7 +113,7 @@ class State:
 
     def ends(self, tokens: np.ndarray) -> np.ndarray:
         """Whether each of ``tokens`` ends a row."""
-        return np.zeros(tokens.shape, dtype=bool) if self._eos is None else np.isin(tokens, self._eos)
+        return np.isin(tokens, list(self._ends))
 
     def write_guesses(self, proposal: Proposal) -> None:
         """Put the guesses behind the committed tokens, so that a forward pass can be fed from one buffer."""
@@ -121,10 +121,9 @@ class State:
         if width:
             # an id that does not exist is the verifier's to judge; a model must not be fed it
             guesses = proposal.tokens.clamp(0, self.vocabulary - 1)
-            real = np.arange(width) < proposal.lengths[:, None]
-            if not real.all():
-                past = torch.from_numpy(~real).to(self.device, non_blocking=True)
-                guesses = guesses.masked_fill(past, self.pad_id)
+            if span(proposal.lengths)[0] < width:
+                past = torch.from_numpy(np.arange(width) >= proposal.lengths[:, None])
+                guesses = guesses.masked_fill(past.to(self.device, non_blocking=True), self.pad_id)
             put(self.tokens, self.lengths, guesses)
 
     def commit(
@@ -153,19 +152,20 @@ class State:
         packed = to_host(torch.cat([proposal.tokens, accepted[:, None], next_token[:, None]], dim=1))
         self.host_copies += 1
         drafted, kept = packed[:, :-2], packed[:, -2]
-        width = packed.shape[1] - 1
-        step = np.arange(width)
-        emitted = np.where(step < kept[:, None], packed[:, :width], packed[:, -1:])
-        counts = np.where(self.live, kept + 1, 0)
-        ended = counts < 0
-        if self._eos is not None:
-            # the first end inside the block cuts there; a block without one is left whole
-            is_end = (emitted[:, :, None] == self._eos).any(axis=2) & (step < counts[:, None])
-            ended = is_end.any(axis=1)
-            counts = np.where(ended, is_end.argmax(axis=1) + 1, counts)
-        real = step < counts[:, None]
-        emitted = np.where(real, emitted, self.pad_id)
-        self._refuse_unusable((emitted == -1) & real)
+        emitted = np.full((self.batch, packed.shape[1] - 1), self.pad_id, dtype=np.int64)
+        counts, live = np.zeros_like(self.lengths), self.live.tolist()
+        ended = np.zeros_like(self.live)
+        for row, (*guesses, passed, extra) in enumerate(packed.tolist()):
+            if not live[row]:
+                continue
+            tokens = [*guesses[:passed], extra]
+            end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
+            if end is not None:
+                tokens, ended[row] = tokens[: end + 1], True
+            if -1 in tokens:
+                raise _unusable(row, int(self.lengths[row]) + tokens.index(-1))
+            emitted[row, : len(tokens)] = tokens
+            counts[row] = len(tokens)
         submitted = np.where(self.live, proposal.lengths, 0)
         round_ = Round(
             proposal=proposal,
@@ -187,19 +187,6 @@ class State:
         self._tell_device()
         return round_
 
-    def _refuse_unusable(self, bad: np.ndarray) -> None:
-        """``bad`` (B, W): live rows were to emit -1 here, because nothing could be drawn."""
-        if not bad.any():
-            return
-        row = int(np.flatnonzero(bad.any(axis=1))[0])
-        column = int(self.lengths[row] + bad[row].argmax())
-        raise InvalidScores(
-            f"nothing can be drawn for row {row} at column {column}; the target's scores hold NaN or "
-            "forbid every token, or a proposer's guesses cannot have come from its own scores. Look at "
-            "the model's dtype and at the logits processors, or pass remove_invalid_values=True; of a "
-            "proposer of your own, at the ids and the logits it returns"
-        )
-
     def end_rows(self, rows: np.ndarray, length: int) -> None:
         """End ``rows`` (B,) bool at ``length`` columns; whatever they had beyond is taken back.
 
@@ -216,6 +203,16 @@ class State:
         """Lengths and live rows are settled on the host; neither array is ever written into."""
         self.device_lengths = torch.from_numpy(self.lengths).to(self.device, non_blocking=True)
         self.device_live = torch.from_numpy(self.live).to(self.device, non_blocking=True)
+
+
+def _unusable(row: int, column: int) -> InvalidScores:
+    """Row ``row`` was to emit -1 at ``column``, because nothing could be drawn."""
+    return InvalidScores(
+        f"nothing can be drawn for row {row} at column {column}; the target's scores hold NaN or "
+        "forbid every token, or a proposer's guesses cannot have come from its own scores. Look at "
+        "the model's dtype and at the logits processors, or pass remove_invalid_values=True; of a "
+        "proposer of your own, at the ids and the logits it returns"
+    )
 
 
 def in_common(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ the decisions themselves go through the shipped verifier, with noise that forces
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from typing import ClassVar
 
 import numpy as np
@@ -277,8 +278,10 @@ class Reluctant(Adaptive):
         return self.said[-1]
 
 
-@pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("kind", ["model", "self", "layer skip", "mixture, model"])
+@pytest.mark.parametrize(
+    ("rule", "kind"),
+    [*product(("token", "block"), ("model", "self", "layer skip", "mixture, model")), ("block", "cascade")],
+)
 def test_law_when_a_draft_may_not_begin_in_every_round(rule, kind):
     Reluctant.said.clear()
     assert law_error(rule, kind, 3, controlled=Reluctant) < TOLERANCE

@@ -9,7 +9,8 @@ may be such a level itself.
 A level has rounds of its own over a text of its own (``State``): the committed one, and behind it what this
 proposal holds so far, which may be taken back. Whether a row goes on is settled by tokens that it submits, and a
 lossless verifier may stop after any of its rounds: given that token i + 1 is written at all, it is a sample of the
-model after the first i, because what would follow an earlier end is one. So no law is bent.
+model after the first i, because what would follow an earlier end is one. So no law is bent. Where the
+model does not pay, what is below it guesses for the target itself.
 
 Knows nothing of the target. Read next: ``mixture.py``.
 """
@@ -100,6 +101,8 @@ class _Level:
         self._drafted = self._accepted = 0
         self._chances = np.zeros((0, 0))  # this model's own, of the tokens of the running proposal
         self._told = 0  # positions whose chances were told to the level above
+        self._hands_down = False  # in the running round
+        self.wants_scores = bool(getattr(below, "wants_scores", False))
 
     @property
     def forwards(self) -> int:
@@ -119,8 +122,17 @@ class _Level:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
         limits = self._past.limits(state, limits)
-        if not limits.any() or not self._begins(self._past.opening):
+        self._hands_down = False
+        if not limits.any():
             return Proposal.empty(state.batch, state.device)
+        if not self._begins(self._past.opening):
+            # what is below guesses for the level above, unless that is a model too, which would have to be asked
+            self._hands_down = not hasattr(self._below, "forwards")
+            return (
+                self._below.propose(state, limits)
+                if self._hands_down
+                else Proposal.empty(state.batch, state.device)
+            )
         self._past.feed_prompt()
         text = self._follow(state)
         written = np.zeros_like(limits)
@@ -139,6 +151,11 @@ class _Level:
         columns = state.lengths[:, None] + np.arange(width)
         tokens = torch.from_numpy(np.take_along_axis(text.host_tokens, columns, axis=1))
         return Proposal(tokens.to(state.device), written, _rows(scores, places, width) if scores else None)
+
+    def observe(self, round_: Round) -> None:
+        """Show what is below the round that it guessed for."""
+        if self._hands_down and hasattr(self._below, "observe"):
+            self._below.observe(round_)
 
     def _round(self, text: State, left: np.ndarray, state: State) -> tuple[Round, np.ndarray]:
         """One round of this level: the one below guesses, this one judges and writes one token more.

@@ -8,7 +8,6 @@ tokens to the host raises then.
 Read next: `coupled.py`, which makes noise that draft and target share.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +72,7 @@ def _by_bits(scores: Tensor) -> Tensor | None:
 
 def _has_negative_nan(scores: Tensor) -> bool:
     """Some number of 16 bits is a NaN with a sign: as it comes out of arithmetic, and above all other bits."""
-    return bool(scores.detach().view(torch.int16).numpy().view(np.uint16).max() > 0x8000 + _INFINITY[scores.dtype])
+    return bool(scores.detach().view(torch.int16).numpy().view("uint16").max() > 0x8000 + _INFINITY[scores.dtype])
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Rows of probability 1 on a single token, put through `verify`, give the same.
 It does not know how the choices were made. Read next: `draw.py`.
 """
 
+import torch
 from torch import Tensor
 
 from specdec.verify.rows import drafted
@@ -27,6 +28,26 @@ def match(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) -> tuple
     Returns:
         accepted (B,) int64, and next_token (B,) int64, which is -1 if the choice it comes from is.
     """
+    # on a CPU the few numbers are read one by one sooner than a dozen operations are begun
+    on_host = choices.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (match_on_host if on_host else match_on_device)(choices, draft_tokens, draft_lengths)
+
+
+def match_on_host(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """See `match`."""
+    accepted, following = [], []
+    rows = zip(choices.tolist(), draft_tokens.tolist(), draft_lengths.tolist(), strict=True)
+    for own, guesses, length in rows:
+        kept = 0
+        while kept < length and own[kept] == guesses[kept] != -1:
+            kept += 1
+        accepted.append(kept)
+        following.append(own[kept])
+    return torch.tensor(accepted, dtype=torch.int64), torch.tensor(following, dtype=torch.int64)
+
+
+def match_on_device(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """See `match`."""
     width = draft_tokens.shape[1]
     # A choice of -1 agrees with nothing, so the kept guesses end before it and it comes out as the
     # next token.
