@@ -331,7 +331,9 @@ def wrong(texts):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_mixture_finds_the_one_that_is_right(batch):
     right = answers(batch)
-    gen = SpeculativeGenerator(llama(), Mixture(Says(wrong(right)), Says(right)), num_draft_tokens=4)
+    gen = SpeculativeGenerator(
+        llama(), Mixture(Says(wrong(right)), Says(right)), num_draft_tokens=4, layout="slots"
+    )
     got = gen.generate(**prompts(batch), max_new_tokens=60, do_sample=False)
     assert got[:, START:].tolist() == right
     assert gen.stats.rounds <= 2 + 60 / 5 + 1  # one round is lost, and the prompt's
@@ -340,7 +342,7 @@ def test_a_mixture_finds_the_one_that_is_right(batch):
 def test_a_mixture_decides_row_by_row():
     right = answers(3)
     ways = [[right[0], wrong(right)[1], right[2]], [wrong(right)[0], right[1], wrong(right)[2]]]
-    gen = SpeculativeGenerator(llama(), Mixture(*map(Says, ways)), num_draft_tokens=4)
+    gen = SpeculativeGenerator(llama(), Mixture(*map(Says, ways)), num_draft_tokens=4, layout="slots")
     gen.generate(**prompts(3), max_new_tokens=60, do_sample=False)
     assert gen.stats.rounds <= 2 + 60 / 5 + 1
 

@@ -14,7 +14,7 @@ whatever it says. Knows no model. Read next: ``../processing.py``.
 
 from __future__ import annotations
 
-from math import ceil, log2
+from math import ceil, inf, log2
 
 import numpy as np
 
@@ -116,7 +116,7 @@ class Adaptive:
         """See ``DraftLength.next``."""
         self._chances, self._alive = [], 1.0
         self._left, self._refused, self._opened = room, False, 0.0
-        table = self._timings.table(self.most)
+        table = self._timings.table(self.most, self._wider())
         if table is None or not room:  # the first plain round will tell
             self._asked, self._probing = 0, False
             return 0
@@ -140,6 +140,13 @@ class Adaptive:
             # a draft that tells its chances is stopped in time, so it is asked for as many as there may be
             self._asked = min(self.most if best and self._tells else best, room)
         return self._asked
+
+    def _wider(self) -> float:
+        """Seconds that a guess more is taken to cost beyond all widths measured, where it is copied."""
+        if self._tells or not self._prompt:
+            return inf
+        # in a narrow pass a token's multiplications take about twice what they take in a prompt
+        return 2 * self._rows * self._prompt / max(self._beyond + self._rows, 1)
 
     @property
     def _least_gain(self) -> float:

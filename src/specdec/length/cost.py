@@ -79,11 +79,11 @@ class Timings:
         """How well a plain round's seconds are known, from 0 to 1: the first ones of a process are slow."""
         return len(self._seen.get(0, ())) / REMEMBERED
 
-    def table(self, most: int) -> np.ndarray | None:
+    def table(self, most: int, wider: float = np.inf) -> np.ndarray | None:
         """(most + 1,) seconds of a round by width, never falling; None until a plain round was timed.
 
         Between measured widths the line between them holds, beyond the widest the line from the plain round
-        through it.
+        through it, or one that rises by ``wider`` a guess where that is less; a quarter of the former at least.
         """
         if 0 not in self._seen:
             return None
@@ -93,6 +93,8 @@ class Timings:
         seconds = rising(medians, [len(self._seen[width]) for width in widths])
         plain, widest = seconds[0], widths[-1]
         slope = (seconds[-1] - plain) / widest if widest else UNTIMED_GUESS * plain
+        # kernels for a few tokens may cost several times that for one, and for more hardly more
+        slope = slope if len(seconds) < 2 else max(min(slope, wider), slope / 4)
         asked = np.arange(most + 1)
         table: np.ndarray = np.interp(asked, widths, seconds) + np.maximum(asked - widest, 0) * slope
         return table
@@ -120,7 +122,7 @@ class Assumed:
     def add(self, width: int, seconds: float) -> None:
         """What the clock says is not listened to."""
 
-    def table(self, most: int) -> np.ndarray:
+    def table(self, most: int, wider: float = np.inf) -> np.ndarray:
         """See ``Timings.table``."""
         return 1 + self._cost * np.arange(most + 1)
 
