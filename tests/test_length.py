@@ -362,6 +362,14 @@ def test_a_pass_over_two_tokens_says_little_of_one_over_sixteen():
     assert copied(0.98, 40, prompt=21.0) > 2
     assert np.mean([copied(0.8, 60, prompt=21.0, seed=seed) for seed in range(8)]) > 0.95
     assert copied(0.0, 256, prompt=21.0) > 0.965  # a look every 48 rounds, at 1.15 plain ones each
+    # a model that guesses costs more with every guess
+    rule = Adaptive(Timings())
+    rule.fed(21.0, 1, 330)
+    rule.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
+    rule.next(200)
+    assert rule.begins()
+    rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.5)
+    assert rule.next(200) < 4
     # a prompt that is as dear as that promises nothing of the kind
     assert copied(0.98, 40, prompt=330.0) < 1.1
 

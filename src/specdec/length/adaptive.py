@@ -102,6 +102,7 @@ class Adaptive:
         self._probing = self._promising = False  # the running round is a probe; the last probe was kept
         self._failed = 0  # probes in a row
         self._tells = False  # the proposer tells the chances of its guesses
+        self._steps = False  # a draft model was let guess
         self._chances: list[np.ndarray] = []  # of the running round's guesses
         self._alive: np.ndarray | float = 1.0  # chance that all of them are kept, a row
         self._prompt = 0.0  # seconds that the target took for the prompt
@@ -143,8 +144,8 @@ class Adaptive:
 
     def _wider(self) -> float:
         """Seconds that a guess more is taken to cost beyond all widths measured, where it is copied."""
-        if self._tells or not self._prompt:
-            return inf
+        if self._tells or self._steps or not self._prompt:
+            return inf  # a model guesses, whose own price is in the line
         # in a narrow pass a token's multiplications take about twice what they take in a prompt
         return 2 * self._rows * self._prompt / max(self._beyond + self._rows, 1)
 
@@ -190,6 +191,11 @@ class Adaptive:
 
     def begins(self, opening: Opening | None = None) -> bool:
         """See ``DraftLength.begins``: where a draft is alone and its prompt is fed, ``next`` has decided."""
+        begins = self._begins(opening)
+        self._steps |= begins
+        return begins
+
+    def _begins(self, opening: Opening | None) -> bool:
         if opening is not None:
             if not self._opens(opening):
                 self._refused = True
