@@ -324,24 +324,8 @@ def test_a_draft_is_not_fed_where_passes_that_check_guesses_would_multiply_rathe
 
 # milliseconds of a 1.5B model in float32 on two cores with AVX2, by tokens in a pass
 STEEP_THEN_FLAT = [
-    396,
-    852,
-    1216,
-    1188,
-    1336,
-    1352,
-    1477,
-    1071,
-    1329,
-    1519,
-    1496,
-    1474,
-    1501,
-    1528,
-    1585,
-    1643,
-    1702,
-]
+    396, 852, 1216, 1188, 1336, 1352, 1477, 1071, 1329, 1519, 1496, 1474, 1501, 1528, 1585, 1643, 1702,
+]  # fmt: skip
 
 
 def copied(acceptance: float, rounds: int, prompt: float, seed: int = 0) -> float:
