@@ -473,6 +473,45 @@ def test_a_wrong_cascade_breaks_the_law(mutant, monkeypatch):
     assert max(law_error("token", "cascade", 2, seed) for seed in range(3)) > 1e-3
 
 
+def hands_down_with_rows_of_the_model(monkeypatch):
+    """What is below guesses for the target, and the target is shown the model's distribution."""
+    right = cascade._Level.propose
+
+    def blurred(self, state, limits):
+        proposal = right(self, state, limits)
+        if not self._hands_down or not proposal.tokens.shape[1]:
+            return proposal
+        rows = torch.zeros((*proposal.tokens.shape, state.vocabulary))
+        rows.scatter_(-1, proposal.tokens[..., None], 1.0)
+        return Proposal(proposal.tokens, proposal.lengths, rows)
+
+    monkeypatch.setattr(cascade._Level, "propose", blurred)
+
+
+def hands_down_where_the_model_drew_otherwise(monkeypatch):
+    """The anticipating choice: the model draws first, and where it did not draw token 1 what is below guesses."""
+    right = cascade._Level.propose
+
+    def looking(self, state, limits):
+        proposal = right(self, state, limits)
+        if self._hands_down or not proposal.lengths.any() or int(proposal.tokens[0, 0]) == 1:
+            return proposal
+        self._hands_down = True
+        return self._below.propose(state, limits)
+
+    monkeypatch.setattr(cascade._Level, "propose", looking)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [hands_down_with_rows_of_the_model, hands_down_where_the_model_drew_otherwise],
+    ids=lambda mutant: mutant.__name__,
+)
+def test_a_cascade_that_hands_down_wrongly_breaks_the_law(mutant, monkeypatch):
+    mutant(monkeypatch)
+    assert law_error("block", "cascade", 3, controlled=Reluctant) > 1e-3
+
+
 def mixture_looks_at_what_was_drawn(monkeypatch):
     """Takes the model's guess where it likes the token that was drawn, else the other proposer's."""
 
