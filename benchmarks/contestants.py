@@ -37,6 +37,7 @@ class Contestant:
         generator: ours, for its statistics; None for the others.
         predicts: it needs prompts that come with a prediction of the answer.
         packed: it finds the weights packed that the command line wants packed.
+        compiles: it makes graphs for each kind of call, and needs such a call before it is measured.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Contestant:
     generator: Any = None
     predicts: bool = False
     packed: bool = False
+    compiles: bool = False
 
     def stats(self) -> Any:
         """Statistics of the last call, or None."""
@@ -69,6 +71,8 @@ def line_up(pair: Pair, options: argparse.Namespace) -> list[Contestant]:
         chosen += [lookup(pair, options, k) for k in whole or [LOOKUP_TOKENS]]
     for word in options.drafts:
         chosen += [ours(pair, options, word, k) for k in lengths]
+        if options.compile and word != "none":
+            chosen += [ours(pair, options, word, k, compiles=True) for k in lengths]
     if "none" not in options.drafts:
         chosen.append(ours(pair, options, "none", None))
     return list({contestant.name: contestant for contestant in chosen}.values())
@@ -136,7 +140,9 @@ def lookup(pair: Pair, options: argparse.Namespace, k: int) -> Contestant:
     return Contestant(f"prompt lookup, k={k}", call)
 
 
-def ours(pair: Pair, options: argparse.Namespace, word: str, k: int | str | None) -> Contestant:
+def ours(
+    pair: Pair, options: argparse.Namespace, word: str, k: int | str | None, compiles: bool = False
+) -> Contestant:
     """specdec with the draft ``word``.
 
     "model" is the draft model and "none" no draft, "cascade" the suffix automaton under the draft model, "mixture"
@@ -156,7 +162,7 @@ def ours(pair: Pair, options: argparse.Namespace, word: str, k: int | str | None
         made["mixture"] = Mixture("suffix", "recycling", *([pair.draft] if pair.draft is not None else []))
     drafts = [made.get(w, w) for w in named]
     draft = drafts if len(drafts) > 1 else next(iter(drafts), None)
-    more: dict[str, Any] = {} if k is None else {"num_draft_tokens": k}
+    more: dict[str, Any] = {"compile": compiles} if k is None else {"num_draft_tokens": k, "compile": compiles}
     if "model" in named:
         more["draft_tokenizer"] = pair.draft_tokenizer
     generator = SpeculativeGenerator(pair.target, draft, tokenizer=pair.tokenizer, **more)
@@ -171,5 +177,7 @@ def ours(pair: Pair, options: argparse.Namespace, word: str, k: int | str | None
             how["prediction"] = [prompt.prediction for prompt in prompts]
         return generator.generate(**inputs, **how, streamer=streamer)
 
-    name = f"specdec {word}" if k is None else f"specdec {word}, k={k}"
-    return Contestant(name, call, draft=model, generator=generator, predicts=predicts, packed=True)
+    name = f"specdec {word}" + (f", k={k}" if k is not None else "") + (", compiled" if compiles else "")
+    return Contestant(
+        name, call, draft=model, generator=generator, predicts=predicts, packed=True, compiles=compiles
+    )

@@ -70,11 +70,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="ours, and a contestant 'packed plain', find the target's weights packed with specdec.pack_weights; "
              "transformers' own find them as they are")  # fmt: skip
     add("--pack-draft", action="store_true", help="the same for the draft")
+    add("--compile", action="store_true",
+        help="ours with every draft also with compile=True, every batch first once unmeasured, "
+             "which makes the graphs")  # fmt: skip
     add("--no-stream", dest="stream", action="store_false", help="no streamer: nothing about single tokens")
     add("--curve", action="store_true", help="measure a pass of the target against its width, 1 to 16")
     add("--json", type=Path, metavar="FILE", help="write the JSON into a file, too")
     add("--plot", type=Path, metavar="FOLDER", help="draw speed and cost curve")
     chosen = parser.parse_args(arguments)
+    if chosen.compile and (chosen.pack or chosen.pack_draft):
+        parser.error("--compile with --pack: contestants that take turns would undo one another's graphs; give one")
     if chosen.drafts is None:
         chosen.drafts = [*(["model"] if chosen.draft else []), "ngram"]
     return chosen
@@ -151,6 +156,11 @@ def contest(
         racing = [c for c in contestants if c.name not in skipped]
         bar.reset(task, total=sum(suits(c, batch) for _, batch, _ in todo for c in racing) * options.repeats)
         for place, (case, batch, inputs) in enumerate(todo):
+            for contestant in racing:
+                if contestant.compiles and suits(contestant, batch):
+                    bar.update(task, description=f"compiling: {contestant.name}", refresh=True)
+                    dress.wear(contestant.packed)
+                    contestant.call(inputs, batch, None, options.new)
             for repeat in range(options.repeats):
                 turn = (place + repeat) % len(racing)
                 for contestant in racing[turn:] + racing[:turn]:

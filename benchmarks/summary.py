@@ -16,6 +16,12 @@ from measure import Run
 from models import Weights
 
 ALL = "all"
+LAYOUTS = ("layout", "draft_layout")
+# what is worked out from single forwards; inside a graph none can be seen
+FROM_FORWARDS = (
+    "model_bound", "of_model_bound", "target_forwards_per_token", "draft_forwards_per_token",
+    "operations_per_token", "bytes_per_token", "bytes_per_second",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -60,7 +66,7 @@ def figures(name: str, cases: Sequence[Case], target: Weights, draft: Weights | 
     runs = [run for case in cases for run in case.runs[name]]
     ratios = [case.per_token(PLAIN) / case.per_token(name) for case in cases]
     bounds = [case.per_token(PLAIN) / case.in_models(name) for case in cases]
-    return {
+    found = {
         "batches": len(cases),
         "tokens": sum(run.emitted for run in runs),
         "tokens_per_second": sum(run.emitted for run in runs) / sum(run.seconds for run in runs),
@@ -98,9 +104,11 @@ def figures(name: str, cases: Sequence[Case], target: Weights, draft: Weights | 
         ),
         "layout": runs[-1].stats and runs[-1].stats.get("layout"),
         "divergences": [
-            {"batch": case.number, **found} for case in cases for found in case.divergences.get(name, [])
+            {"batch": case.number, **place} for case in cases for place in case.divergences.get(name, [])
         ],
     }
+    in_graphs = any("+compiled" in str((run.stats or {}).get(key)) for run in runs for key in LAYOUTS)
+    return found | dict.fromkeys(FROM_FORWARDS) if in_graphs else found
 
 
 def after_first_token(name: str, cases: Sequence[Case]) -> float | None:
