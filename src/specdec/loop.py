@@ -95,8 +95,8 @@ def _verify(
     """(accepted, next token, processed scores) for the target's ``logits`` (B, K + 1, V)."""
     if processing.in_lockstep:
         return verify_in_lockstep(logits.float(), state, proposal, processing, sampling)
-    guesses = np.where(state.live, proposal.lengths, 0)
-    scores = processing.target(logits, state.tokens, state.lengths, np.where(state.live, guesses + 1, 0))
+    guesses = proposal.lengths * state.live
+    scores = processing.target(logits, state.tokens, state.lengths, guesses + state.live)
     submitted = torch.from_numpy(guesses).to(state.device)
     positions = state.lengths - state.prompt_length
     accepted, next_token = sampling.verify(scores, proposal.tokens, submitted, proposal.logits, positions)
@@ -105,7 +105,7 @@ def _verify(
 
 def _limits(state: State, target: Scorer, length: DraftLength, processing: Processing) -> np.ndarray:
     """(B,) guesses that each row may submit: the draft length, cut to the room left and the layout's reach."""
-    limits: np.ndarray = np.minimum(state.room(), target.reach(state.lengths, state.live))
+    limits: np.ndarray = target.reach(state.room(), state.lengths, state.live)
     if processing.in_lockstep:
         limits = np.where(state.live, limits[state.live].min(), 0)
     drafted = length.next(int(limits.max()))

@@ -8,7 +8,7 @@ are in the cache and still true. Knows nothing of rules or proposers. Read next:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,8 +169,8 @@ class Scorer:
         self.kept = np.minimum(self.kept, kept)
         final = self.kept if final is None else np.minimum(self.kept, final)
         self.layout.rewind(self.kept, live)
-        self.layout.settle(int(final[live].min()) if live.any() else 0)
-        if isinstance(self.layout, Columns):
+        if isinstance(self.layout, Columns):  # nothing moves in slots
+            self.layout.settle(int(final[live].min()) if live.any() else 0)
             self.layout.catch_up(tokens, final, live)
 
     def share(self, model: Any, layers: Sequence[int]) -> Slots | None:
@@ -186,22 +186,39 @@ class Scorer:
             return None
         everyone = np.ones(len(self.kept), dtype=bool)
         self.kept = np.minimum(self.kept, columns)
-        self.layout.rewind(self.kept, everyone)
-        self.layout.settle(int(self.kept.min()))
-        held = self.layout.fed if isinstance(self.layout, Columns) else int(self.kept.min())
+        layout, held = self.layout, int(self.kept.min())
+        layout.rewind(self.kept, everyone)
+        if isinstance(layout, Columns):
+            layout.settle(held)
+            held = layout.fed
         if held < columns:
             lengths = np.full_like(self.kept, columns)
-            self.layout.forward(tokens, lengths, lengths - 1, 1)
-            self.layout.settle(columns)
-        return self.layout.hand_over(columns)
+            layout.forward(tokens, lengths, lengths - 1, 1)
+            if isinstance(layout, Columns):
+                layout.settle(columns)
+        return layout.hand_over(columns)
 
-    def hold(self, live: np.ndarray) -> None:
-        """Make ready for the next draft step: rows of different lengths overwrite what filled them up."""
+    def steps(
+        self, tokens: Tensor, lengths: np.ndarray, live: np.ndarray, count: int, longest: int
+    ) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """Up to ``count`` passes of a draft, each a column further: the scores (B, V) of the last, and the lengths.
+
+        Args:
+            tokens: (B, capacity), into which the caller writes a token of every row between two passes.
+            lengths: (B,) columns for the first pass.
+            live: (B,) bool, rows that guess.
+            count: passes that may be asked for.
+            longest: columns that no row goes beyond; rows that have ended need not end before.
+        """
         self.layout.rewind(self.kept, live)
+        ends = [np.minimum(lengths + step, longest) for step in range(count)]
+        for scores, end in zip(self.layout.steps(tokens, ends, live), ends, strict=True):
+            self.kept = end
+            yield scores[:, 0], end
 
-    def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """(B,) guesses that each row may have scored in the next forward."""
-        return self.layout.reach(lengths, live)
+    def reach(self, limits: np.ndarray, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """(B,) ``limits``, lowered to the guesses that each row may have scored in the next forward."""
+        return self.layout.reach(limits, lengths, live)
 
     def _compile(self) -> None:
         """Run the layout, now settled, through the graphs; say so once where it cannot be."""

@@ -25,11 +25,11 @@ class State:
     Attributes:
         tokens: (B, capacity) int64 on the device; columns from a row's length on hold its guesses or pad.
         host_tokens: (B, capacity) the same on the host; only the committed part is to be relied on.
-        lengths: (B,) committed columns on the host; ``device_lengths`` is the same on the device.
+        lengths: (B,) committed columns on the host; neither it nor ``live`` is ever written into.
         eos_ids: (n,) ids that end a row, or None.
         settled: (B,) committed columns that nothing takes back: ``lengths``, except where a proposer has rounds
             of its own (``proposers/cascade.py``), whose text the target has yet to judge.
-        live: (B,) bool, rows that have not ended; ``device_live`` is the same on the device.
+        live: (B,) bool, rows that have not ended.
         prompt_length: columns of the prompt, padding included.
         vocabulary: entries of the target's scores, once the prompt was fed.
         starts: (B,) the first column of a row's prompt that is no padding.
@@ -62,11 +62,9 @@ class State:
             self.host_tokens = np.full((batch, capacity), pad_id, dtype=np.int64)
             self.host_tokens[:, : self.prompt_length] = to_host(prompt)
         self.lengths = np.full(batch, self.prompt_length, dtype=np.int64)
-        self.device_lengths = torch.full((batch,), self.prompt_length, dtype=torch.int64, device=prompt.device)
         self._settled: np.ndarray | None = None
         self.live = np.ones(batch, dtype=bool)
         self.eos_ids = eos_ids
-        self.device_live = torch.ones(batch, dtype=torch.bool, device=prompt.device)
         self._ends = frozenset[int]() if eos_ids is None else frozenset(to_host(eos_ids).reshape(-1).tolist())
         self.vocabulary = 0
         self.host_copies = 0
@@ -80,6 +78,16 @@ class State:
     def device(self) -> torch.device:
         """Where the rounds happen."""
         return self.tokens.device
+
+    @property
+    def device_lengths(self) -> Tensor:
+        """``lengths`` on the device."""
+        return torch.from_numpy(self.lengths).to(self.device, non_blocking=True)
+
+    @property
+    def device_live(self) -> Tensor:
+        """``live`` on the device."""
+        return torch.from_numpy(self.live).to(self.device, non_blocking=True)
 
     @property
     def done(self) -> bool:
@@ -99,16 +107,14 @@ class State:
             self.tokens[:, since:upto] = other.tokens[:, since:upto]
         self.lengths, self.live, self._settled = other.lengths, other.live, other.settled
         self.vocabulary = other.vocabulary
-        self._tell_device()
 
     def only(self, rows: np.ndarray) -> None:
         """Let ``rows`` (B,) bool take part, and the others rest as if they had ended, until told otherwise."""
         self.live = rows
-        self._tell_device()
 
     def room(self) -> np.ndarray:
         """(B,) guesses a row may still submit: the round's extra token must fit as well; 0 for ended rows."""
-        room: np.ndarray = np.where(self.live, np.maximum(self.max_length - self.lengths - 1, 0), 0)
+        room: np.ndarray = np.maximum(self.max_length - 1 - self.lengths, 0) * self.live
         return room
 
     def ends(self, tokens: np.ndarray) -> np.ndarray:
@@ -151,27 +157,26 @@ class State:
         # the one copy of the round: everything the host needs in a single tensor
         packed = to_host(torch.cat([proposal.tokens, accepted[:, None], next_token[:, None]], dim=1))
         self.host_copies += 1
-        drafted, kept = packed[:, :-2], packed[:, -2]
-        emitted = np.full((self.batch, packed.shape[1] - 1), self.pad_id, dtype=np.int64)
-        counts, live = np.zeros_like(self.lengths), self.live.tolist()
-        ended = np.zeros_like(self.live)
+        texts: list[list[int]] = []
+        live, before = self.live.tolist(), self.lengths.tolist()
         for row, (*guesses, passed, extra) in enumerate(packed.tolist()):
-            if not live[row]:
-                continue
-            tokens = [*guesses[:passed], extra]
+            tokens = [*guesses[:passed], extra] if live[row] else []
             end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
             if end is not None:
-                tokens, ended[row] = tokens[: end + 1], True
+                tokens, live[row] = tokens[: end + 1], False
             if -1 in tokens:
-                raise _unusable(row, int(self.lengths[row]) + tokens.index(-1))
-            emitted[row, : len(tokens)] = tokens
-            counts[row] = len(tokens)
-        submitted = np.where(self.live, proposal.lengths, 0)
+                raise _unusable(row, before[row] + tokens.index(-1))
+            live[row] = live[row] and before[row] + len(tokens) < self.max_length
+            texts.append(tokens)
+        width = packed.shape[1] - 1
+        emitted = np.array([tokens + [self.pad_id] * (width - len(tokens)) for tokens in texts], dtype=np.int64)
+        counts = np.array([len(tokens) for tokens in texts], dtype=np.int64)
+        submitted = proposal.lengths * self.live
         round_ = Round(
             proposal=proposal,
-            drafted=drafted,
+            drafted=packed[:, :-2],
             lengths=submitted,
-            accepted=np.minimum(kept, submitted),
+            accepted=np.minimum(packed[:, -2], submitted),
             emitted=emitted,
             counts=counts,
             before=self.lengths,
@@ -182,9 +187,7 @@ class State:
         put_on_host(self.host_tokens, self.lengths, emitted)
         if not self._is_host:
             put(self.tokens, self.lengths, torch.from_numpy(emitted).to(self.device, non_blocking=True))
-        self.lengths = self.lengths + counts
-        self.live = self.live & ~ended & (self.lengths < self.max_length)
-        self._tell_device()
+        self.lengths, self.live = self.lengths + counts, np.array(live)
         return round_
 
     def end_rows(self, rows: np.ndarray, length: int) -> None:
@@ -197,12 +200,6 @@ class State:
             self.tokens[row, length:] = self.pad_id
         self.lengths = np.where(rows, np.minimum(self.lengths, length), self.lengths)
         self.live = self.live & ~rows
-        self._tell_device()
-
-    def _tell_device(self) -> None:
-        """Lengths and live rows are settled on the host; neither array is ever written into."""
-        self.device_lengths = torch.from_numpy(self.lengths).to(self.device, non_blocking=True)
-        self.device_live = torch.from_numpy(self.live).to(self.device, non_blocking=True)
 
 
 def _unusable(row: int, column: int) -> InvalidScores:

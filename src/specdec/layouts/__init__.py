@@ -1,12 +1,13 @@
 """Layouts: where a ragged batch keeps its keys and values, and how it forgets rejected tokens.
 
-One file a layout; all answer to the same four verbs (``Layout``) and pass the same tests. Which one runs is
+One file a layout; all answer to the same verbs (``Layout``) and pass the same tests. Which one runs is
 chosen by ``check.py`` from what ``facts.py`` says and from a self-check on the live batch.
 Knows nothing of proposals or verification. Read next: ``columns.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,18 +49,22 @@ class Layout(Protocol):
         """
         ...
 
-    def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
-        """Forget every column from ``kept[b]`` (B,) on; rows that are not ``live`` keep nothing of worth."""
+    def steps(self, tokens: Tensor, ends: Sequence[np.ndarray], live: np.ndarray) -> Iterator[Tensor]:
+        """A forward up to ``ends[0]`` (B,), one up to ``ends[1]``, and so on; each time the last scores, (B, 1, V).
+
+        Rows end one column further each time, or at the same one. Between two passes the caller writes into
+        ``tokens``, and no other verb is used. What follows the last pass that was asked for was not fed.
+        """
         ...
 
-    def settle(self, columns: int) -> None:
-        """Columns below this one are final: no later ``rewind`` goes behind them."""
+    def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
+        """Forget every column from ``kept[b]`` (B,) on; rows that are not ``live`` keep nothing of worth."""
         ...
 
     def hand_over(self, columns: int) -> Any:
         """The cache as transformers keeps it; it holds the first ``columns`` of every row, nothing else."""
         ...
 
-    def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """(B,) guesses a row of ``lengths`` columns can have scored in the next forward."""
+    def reach(self, limits: np.ndarray, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """(B,) ``limits``, lowered to what a row of ``lengths`` columns can have scored in the next forward."""
         ...

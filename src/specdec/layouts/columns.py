@@ -18,6 +18,7 @@ Knows nothing of proposals or verification. Read next: ``forget.py``.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin
 
-from specdec.layouts import NEVER
 from specdec.layouts.forget import drop, own_cache, trim
 from specdec.layouts.handover import cached_columns, end_recording, write_into
 from specdec.layouts.picking import rows_from_the_end
@@ -152,6 +152,13 @@ class Columns:
             scores = torch.cat(steps, dim=1)
         return self.pick(scores)
 
+    def steps(self, tokens: Tensor, ends: Sequence[np.ndarray], live: np.ndarray) -> Iterator[Tensor]:
+        """See ``Layout.steps``."""
+        for place, lengths in enumerate(ends):
+            if place:  # rows of different lengths overwrite what filled them up
+                self.rewind(ends[place - 1], live)
+            yield self.forward(tokens, lengths, lengths - 1, 1)
+
     @property
     def outputs(self) -> Any:
         """Of the last forward."""
@@ -174,7 +181,7 @@ class Columns:
             raise RuntimeError("the plain layout cannot forget; this is a bug in specdec")
 
     def settle(self, columns: int) -> None:
-        """See ``Layout.settle``."""
+        """Columns below this one are final: no later ``rewind`` goes behind them."""
         if columns <= self._columns:
             return
         if self._forget == "crop":
@@ -196,14 +203,11 @@ class Columns:
             end_recording(cache)
         return write_into(self._given, cache)
 
-    def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
+    def reach(self, limits: np.ndarray, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
         """See ``Layout.reach``."""
-        if self._forget == "nothing" or not self._wide:
-            return np.zeros_like(lengths)
-        if not live.any():
-            return np.zeros_like(lengths)
-        far = lengths - int(lengths[live].min()) > LEAD
-        return np.where(far, 0, NEVER)
+        if self._forget == "nothing" or not self._wide or not live.any():
+            return np.zeros_like(limits)
+        return limits * (lengths - int(lengths[live].min()) <= LEAD)
 
     def _feed(self, tokens: Tensor, upto: int) -> Tensor:
         """One forward pass over columns ``_fed``..``upto`` - 1; their scores."""

@@ -13,8 +13,10 @@ measured; the self-check finds out. Knows nothing of proposals. Read next: ``slo
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from transformers import Cache, EncoderDecoderCache, GenerationMixin
 from transformers.cache_utils import DummyLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from specdec.layouts import NEVER, grouped, masks
+from specdec.layouts import grouped, masks
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
 from specdec.layouts.handover import cached_columns, give_back, is_callers
@@ -35,6 +37,31 @@ from specdec.weights.filling import leaving_out_filling
 
 BLOCK = 64
 RESERVE = 8 * BLOCK  # columns are made for so many tokens ahead: every time all that are there are copied
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A forward pass over W columns of B rows, all but the tokens known.
+
+    Attributes:
+        ids: gives the tokens (B, W) as they then are.
+        positions: (B, W) of them.
+        place: the columns (B, W) that it writes, and the lowest and highest that a row begins at.
+        lengths: (B,) columns of each row when it is done.
+        fed: (B,) columns of it that mean something.
+        needed: the most of them.
+        rows: scores to ask for, counted from the last one.
+        wanted: which of them ``pick`` takes.
+    """
+
+    ids: Callable[[], Tensor]
+    positions: Tensor
+    place: tuple[Tensor, int, int]
+    lengths: np.ndarray
+    fed: np.ndarray
+    needed: int
+    rows: int
+    wanted: tuple[np.ndarray, int]
 
 
 class Slots:
@@ -78,8 +105,8 @@ class Slots:
         self._prompt_mask = kwargs.get(self._mask_key)
         positions = kwargs.get(self._position_key)
         self._last_position = None if positions is None else positions[..., -1:]
-        self._starts = np.zeros(0, dtype=np.int64)
-        self._live = np.zeros(0, dtype=bool)
+        self._starts = np.array([self._width])
+        self._live = np.ones(1, dtype=bool)  # all rows
         self.outputs: Any = None
         self._wanted = (self._starts, 0)  # what ``pick`` takes: rows counted from the last one
         self._mask: Tensor | None = None
@@ -124,37 +151,52 @@ class Slots:
 
     def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """See ``Layout.forward``."""
-        if not len(self._starts):
-            self._starts = np.full_like(lengths, self._width)
-        if not len(self._live):
-            self._live = np.ones(len(lengths), dtype=bool)
-        starts = np.minimum(self._starts, lengths - 1)
+        return self._run(self._plan(tokens, self._starts, lengths, first, count))
+
+    def steps(self, tokens: Tensor, ends: Sequence[np.ndarray], live: np.ndarray) -> Iterator[Tensor]:
+        """See ``Layout.steps``. All are planned at once: behind a pass all is slow that was not just done."""
+        self._grow(tokens, span(ends[-1])[1] + self._hidden)
+        starts = [self._starts, *ends[:-1]]
+        plans = [self._plan(tokens, at, end, end - 1, 1) for at, end in zip(starts, ends, strict=True)]
+        for plan in plans:
+            yield self._run(plan)
+
+    def _plan(
+        self, tokens: Tensor, starts: np.ndarray, lengths: np.ndarray, first: np.ndarray, count: int
+    ) -> _Plan:
+        """What ``forward`` will do, rows having been fed up to ``starts`` (B,)."""
+        starts = np.minimum(starts, lengths - 1)
         (lowest, longest), hidden = span(starts), self._hidden
         fed = lengths - starts
         needed = width = span(fed)[1]
         if self._steps is not None:
             width = self._steps.width(needed)
         self._grow(tokens, longest + width + hidden)
+        ids: Callable[[], Tensor]
         if self._steps is None and lowest == longest:
             here = slice(lowest, lowest + width)
             columns = self._columns[:, lowest + hidden : lowest + hidden + width]
-            inputs = self._inputs(tokens[:, here], self._positions[..., here])
+            ids, positions = tokens[:, here].contiguous, self._positions[..., here]
         else:
             where = starts[:, None] + np.arange(width)
             # rows that feed less than others are filled up with their last token
             read = torch.from_numpy(np.minimum(where, lengths[:, None] - 1)).to(tokens.device, non_blocking=True)
-            inputs = self._inputs(tokens.gather(1, read), self._positions_of(read))
             columns = torch.from_numpy(where + hidden).to(tokens.device, non_blocking=True)
-        place = (columns, lowest + hidden, longest + hidden)
-        self._cache.place(*place)
+            ids, positions = partial(tokens.gather, 1, read), self._positions_of(read)
         # nobody wants the scores before the first; a graph has one number of rows
         wanted = first - starts
-        skipped = span(wanted)[0] if self._steps is None else 0
+        rows = width - span(wanted)[0] if self._steps is None else width
+        place = (columns, lowest + hidden, longest + hidden)
+        return _Plan(ids, positions.contiguous(), place, lengths, fed, needed, rows, (wanted - width, count))
+
+    def _run(self, plan: _Plan) -> Tensor:
+        """One forward pass; the scores that are wanted."""
+        inputs = self._inputs(plan.ids(), plan.positions)
+        self._cache.place(*plan.place)
         if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = width - skipped
-        self.outputs = self._pass(inputs, place, needed, fed)
-        self._starts = lengths
-        self._wanted = (wanted - width, count)
+            inputs["logits_to_keep"] = plan.rows
+        self.outputs = self._pass(inputs, plan)
+        self._starts, self._wanted = plan.lengths, plan.wanted
         return self.pick(self.outputs.logits)
 
     def pick(self, states: Tensor) -> Tensor:
@@ -168,7 +210,6 @@ class Slots:
         was prepared before only these two are exchanged. A model with a preparation of its own is always asked.
         """
         width = ids.shape[1]
-        ids, positions = ids.contiguous(), positions.contiguous()
         prepared = self._prepared.get(width)
         if prepared is not None:
             return {**prepared, self._ids_key: ids, self._position_key: positions}
@@ -184,31 +225,26 @@ class Slots:
             return dict(inputs)
         return inputs
 
-    def _pass(self, inputs: dict[str, Any], place: tuple[Tensor, int, int], needed: int, fed: np.ndarray) -> Any:
-        """One forward pass, compiled or not; ``needed`` of its columns mean something."""
+    def _pass(self, inputs: dict[str, Any], plan: _Plan) -> Any:
+        """What the model, compiled or not, returns for ``inputs``."""
         self.forwards += 1
         if self._steps is not None:
             graphs = self._steps.graphs
-            scores = self._steps.run(self._model, inputs, self._cache, needed)
+            scores = self._steps.run(self._model, inputs, self._cache, plan.needed)
             self.forwards += self._steps.graphs > graphs  # a new graph is compared with an eager pass
             if scores is not None:
                 return CausalLMOutputWithPast(logits=scores)
-            self._cache.place(*place)
+            self._cache.place(*plan.place)
             self.name = "slots" if self._steps.refused else self.name
-        tokens = inputs[self._ids_key]
+        width = inputs[self._ids_key].shape[1]
         # beside an encoder an input of this shape need not be the tokens
-        leaves_out = nullcontext() if self._encodes else leaving_out_filling(fed, tokens.shape[1], self._live)
+        leaves_out = nullcontext() if self._encodes else leaving_out_filling(plan.fed, width, self._live)
         with grouped.attending(), leaves_out:
             return self._model(**inputs, return_dict=True)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``: what is forgotten will be overwritten."""
-        self._live = live
-        if len(self._starts):
-            self._starts = np.minimum(self._starts, kept)
-
-    def settle(self, columns: int) -> None:
-        """Nothing moves here, so nothing has to be settled."""
+        self._live, self._starts = live, np.minimum(self._starts, kept)
 
     def hand_over(self, columns: int) -> Any:
         """See ``Layout.hand_over``."""
@@ -222,9 +258,9 @@ class Slots:
                 give_back(layer, keys, values, columns + self._hidden)
         return native
 
-    def reach(self, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
+    def reach(self, limits: np.ndarray, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
         """See ``Layout.reach``: rows never wait for one another."""
-        return np.full_like(lengths, NEVER)
+        return limits
 
     def _positions_of(self, columns: Tensor) -> Tensor:
         """Positions of ``columns`` (B, W): those of the prompt go on; without any, columns are counted."""

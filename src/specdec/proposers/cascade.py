@@ -170,7 +170,7 @@ class _Level:
         """
         scorer = self._past.scorer
         start = clock()
-        limits = np.where(left > 0, np.minimum(left - 1, scorer.reach(text.lengths, state.live)), 0)
+        limits = scorer.reach(np.maximum(left - 1, 0), text.lengths, state.live)
         limits = np.minimum(limits, self._length.next(int(limits.max())))
         proposal = checked(self._below.propose(text, limits), text, limits)
         text.write_guesses(proposal)

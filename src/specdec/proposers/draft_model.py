@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
 from specdec.proposers.past import Past
 from specdec.records import Proposal, Round
-from specdec.state import State, in_common, put, put_on_host, to_host
+from specdec.state import State, in_common, put, put_on_host, span, to_host
 from specdec.weights.adapters import inner_model
 
 
@@ -96,13 +96,17 @@ class _Run:
         self._confidence = confidence
         self._past = Past(model, call, layout, steps)
         self._scorer = self._past.scorer
-        on_cpu = self._past.device.type == "cpu"
-        self._goes_on = call.goes_on if confidence is None and on_cpu else None
+        self._on_cpu = self._past.device.type == "cpu"
+        self._goes_on = call.goes_on if confidence is None and self._on_cpu else None
         self._begins = call.begins or always
-        self._tokens = torch.zeros(0, 0, dtype=torch.int64)
-        # settled columns, the text behind them (B, n), lengths before, guesses
-        self._drafted: tuple[int, np.ndarray, np.ndarray, Proposal] | None = None
+        self._tokens = torch.zeros(0, 0, dtype=torch.int64)  # what the draft was fed, in its own ids
+        self._fed = np.zeros(0)  # the same on the host; on a CPU the two are one memory
+        self._settled = 0  # columns of them that nothing takes back
+        self._drafted: tuple[np.ndarray, Proposal] | None = None  # lengths before, guesses
         self._observed: np.ndarray | None = None
+        self._limits = np.zeros(0, dtype=np.int64)
+        self._passes: Iterator[tuple[Tensor, np.ndarray]] = iter(())
+        self._next = 0  # the guess whose scores come next from them
 
     @property
     def forwards(self) -> int:
@@ -129,19 +133,21 @@ class _Run:
             return ahead.proposal()
         self._past.feed_prompt()
         self._sync(state)
+        self._limits, self._next = limits, -1
         proposal = draft(self, state, limits, self._call, self._confidence, self._goes_on, ahead)
-        settled = int(state.settled.min())
-        loose = state.host_tokens[:, settled : int(state.lengths.max())].copy()
-        self._drafted = (settled, loose, state.lengths.copy(), proposal)
-        self._observed = None
+        self._drafted, self._observed = (state.lengths, proposal), None
         return proposal
 
     def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
         """See ``Steps``."""
-        lengths = np.minimum(state.lengths + step, self._past.longest)  # rows that have ended go no further
-        if step:
-            self._scorer.hold(state.live)
-        logits = self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0].to(state.device)
+        if step != self._next:  # the first, or guesses were foreseen since
+            count = span(self._limits)[1] - step
+            self._passes = self._scorer.steps(
+                self._tokens, state.lengths + step, state.live, count, self._past.longest
+            )
+        self._next = step + 1
+        logits, lengths = next(self._passes)
+        logits = logits.to(state.device)
         return self._call.processing.draft(logits, self.history(state, step), lengths, state.vocabulary, guessing)
 
     def history(self, state: State, step: int) -> Tensor:
@@ -155,19 +161,19 @@ class _Run:
     def _sync(self, state: State) -> None:
         """Bring the draft's tokens to the committed ones; forget what it was fed and was not kept."""
         kept = self._scorer.kept
-        # columns below were copied when they were settled, those above are filled before they are fed
-        old = 0 if self._drafted is None else self._drafted[0]
-        upto = int(state.lengths.max())
+        old, upto = self._settled, span(state.lengths)[1]
         if not old:
             self._tokens = torch.zeros(state.tokens.shape, dtype=torch.int64, device=self._past.device)
-        self._tokens[:, old:upto] = self._past.known(state.tokens[:, old:upto])
+            self._fed = self._tokens.numpy() if self._on_cpu else np.zeros(state.tokens.shape, dtype=np.int64)
         if self._drafted is not None:
-            _, loose, before, proposal = self._drafted
-            drafted = self._observed if self._observed is not None else to_host(proposal.tokens)
-            fed = np.concatenate([loose, np.zeros_like(drafted)], axis=1)
-            put_on_host(fed, before - old, drafted)
-            kept = np.minimum(kept, old + in_common(state.host_tokens[:, old : old + fed.shape[1]], fed))
-            self._drafted = None
+            before, proposal = self._drafted
+            guesses = self._observed if self._observed is not None else to_host(proposal.tokens)
+            put_on_host(self._fed, before, guesses)
+            kept = np.minimum(kept, old + in_common(state.host_tokens[:, old:upto], self._fed[:, old:upto]))
+        self._tokens[:, old:upto] = self._past.known(state.tokens[:, old:upto])
+        if not self._on_cpu:
+            self._fed[:, old:upto] = state.host_tokens[:, old:upto]
+        self._settled, self._drafted = span(state.settled)[0], None
         # the last committed token is always fed again: its scores are what the next guess needs
         self._scorer.rollback(self._tokens, np.minimum(kept, state.lengths - 1), state.live, state.settled - 1)
 

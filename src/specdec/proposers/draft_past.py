@@ -10,6 +10,7 @@ Knows no rule and no way to guess. Read next: ``translated.py``.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,8 @@ class DraftPast:
         self._rows: list[DraftRow] = []
         self.lengths = np.zeros(0, dtype=np.int64)
         self._guesses: np.ndarray | None = None  # (B, K) the draft's ids behind ``lengths``
+        self._most = 0  # guesses that a row may make in this round
+        self._passes: Iterator[tuple[Tensor, np.ndarray]] = iter(())
 
     @property
     def forwards(self) -> int:
@@ -75,15 +78,16 @@ class DraftPast:
                 return none
         self._translate(state)
         usable = self._active & np.array([row.known for row in self._rows])
-        return np.where(usable, np.minimum(limits, self._longest - self.lengths), 0).clip(min=0)
+        limits = np.where(usable, np.minimum(limits, self._longest - self.lengths), 0).clip(min=0)
+        self._most = int(limits.max())
+        return limits
 
     def scores(self, step: int) -> Tensor:
-        """(B, V of the draft) scores for guess ``step`` of every row."""
+        """(B, V of the draft) scores for guess ``step`` of every row; to be asked for one after the other."""
         assert self._scorer is not None
-        lengths = np.minimum(self.lengths + step, self._longest)
-        if step:
-            self._scorer.hold(self._active)
-        return self._scorer.score(self._tokens, lengths, lengths - 1, 1)[:, 0]
+        if not step:
+            self._passes = self._scorer.steps(self._tokens, self.lengths, self._active, self._most, self._longest)
+        return next(self._passes)[0]
 
     def write(self, ids: Tensor, step: int) -> None:
         """Put the draft's guess ``step``, ids (B,), behind the text."""

@@ -60,15 +60,16 @@ def draft(
     """
     guesses: list[Tensor] = []
     rows: list[Tensor] = []
+    places = state.lengths - state.prompt_length
     asks = True  # until the call's draft length has had enough: then only what is foreseen is guessed
     for step in range(span(limits)[1]):
-        known = ahead.at(step, limits, steps.history(state, step))
+        known = ahead.at(step, limits, steps.history)
         drafted = limits > step if known is None else (known < 0) & (limits > step)
         if not asks:
-            limits = np.where(drafted, step, limits)
+            limits, drafted = np.where(drafted, step, limits), np.zeros_like(drafted)
             if step >= span(limits)[1]:
                 break
-        guess, scores = _guess(steps, state, step, drafted & asks, known, call)
+        guess, scores = _guess(steps, state, step, drafted, known, call, places + step)
         guesses.append(guess)
         if call.sampling.keeps_logits:
             rows.append(scores)
@@ -87,16 +88,23 @@ def draft(
 
 
 def _guess(
-    steps: Steps, state: State, step: int, drafted: np.ndarray, known: np.ndarray | None, call: Call
+    steps: Steps,
+    state: State,
+    step: int,
+    drafted: np.ndarray,
+    known: np.ndarray | None,
+    call: Call,
+    positions: np.ndarray,
 ) -> tuple[Tensor, Tensor]:
     """Guess ``step`` of every row (B,), and the scores (B, V) that it is drawn from.
 
-    Rows ``drafted`` (B,) are asked for scores, rows whose guess is ``known`` (B,) and not -1 are not.
+    Rows ``drafted`` (B,) are asked for scores, rows whose guess is ``known`` (B,) and not -1 are not; it is the new
+    token at ``positions`` (B,).
     """
     if known is not None and not drafted.any():
         return certain(torch.from_numpy(known.clip(min=0)).to(state.device), state.vocabulary)
     scores = steps.next_scores(state, step, drafted)
-    guess = call.sampling.guess(scores, state.lengths - state.prompt_length + step)
+    guess = call.sampling.guess(scores, positions)
     if call.sampling.keeps_logits:
         scores = sound(scores, guess < 0)
         guess = guess.clamp(min=0)

@@ -7,6 +7,8 @@ Knows no model. Read next: ``../length/__init__.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import Tensor
 
@@ -45,18 +47,18 @@ class Ahead:
         """Some row's next guess is known."""
         return any(self.runs)
 
-    def at(self, step: int, limits: np.ndarray, tokens: Tensor) -> np.ndarray | None:
+    def at(self, step: int, limits: np.ndarray, history: Callable[[State, int], Tensor]) -> np.ndarray | None:
         """(B,) foreseen ids for guess ``step``, -1 where the draft must be asked; None where nothing is foreseen.
 
         Args:
             step: guesses of each row so far.
             limits: (B,) guesses that each row may make in all.
-            tokens: (B, capacity) committed tokens and the guesses so far.
+            history: tells the committed tokens and the guesses so far (B, capacity).
         """
         if not self.runs:
             return None
         if step:
-            self._ask(tokens, step, limits)
+            self._ask(history(self._state, step), step, limits)
         return np.array([run.pop(0) if run else -1 for run in self.runs], dtype=np.int64)
 
     def cut(self, step: int, limits: np.ndarray, guess: Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
-from specdec.state import State, put
+from specdec.state import State, put, span
 from specdec.weights.layers import count_layers, with_layers
 
 
@@ -220,6 +220,8 @@ class _InSlots:
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._known = 0  # columns of ``_tokens`` that are committed in every row
         self._limits = np.zeros(0, dtype=np.int64)
+        self._passes: Iterator[tuple[Tensor, np.ndarray]] = iter(())
+        self._next = 0  # the guess whose scores come next from them
 
     @property
     def forwards(self) -> int:
@@ -233,7 +235,7 @@ class _InSlots:
             return ahead.proposal()
         # the target's next pass begins at these columns and writes every one that is written here, or sees none
         self._slots.stand_at(self._scorer.kept.copy())
-        self._limits = limits
+        self._limits, self._next = limits, -1
         if not self._known:
             self._tokens = torch.zeros_like(state.tokens)
         longest = int(state.lengths.max())
@@ -243,9 +245,14 @@ class _InSlots:
 
     def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
         """See ``Steps``. A row that has all its guesses feeds its last token once more."""
-        ends = self._scorer.kept + 1 + np.minimum(step, np.maximum(self._limits - 1, 0))
-        logits = self._slots.forward(self._tokens, ends, ends - 1, 1)[:, 0]
-        return self._call.processing.draft(logits, self._tokens, ends, state.vocabulary, guessing)
+        if step != self._next:  # the first, or guesses were foreseen since
+            last = np.maximum(self._limits - 1, 0)
+            every = range(step, span(self._limits)[1])
+            ends = [self._scorer.kept + 1 + np.minimum(place, last) for place in every]
+            self._passes = zip(self._slots.steps(self._tokens, ends, state.live), ends, strict=True)
+        self._next = step + 1
+        logits, lengths = next(self._passes)
+        return self._call.processing.draft(logits[:, 0], self._tokens, lengths, state.vocabulary, guessing)
 
     def history(self, state: State, step: int) -> Tensor:
         """See ``Steps``."""

@@ -27,8 +27,8 @@ def choose(logits: Tensor, gumbel: Tensor | None = None) -> Tensor:
         (...) int64, -1 for a row that has a NaN or is -inf throughout.
     """
     scores = logits if gumbel is None else logits + gumbel
-    token = _by_bits(scores)
-    if token is not None and not _has_negative_nan(scores):
+    token = _by_bits(scores, heeds_nan=True)
+    if token is not None:
         return token
     token = _by_value(scores)
     best = scores.gather(-1, token[..., None]).squeeze(-1)
@@ -41,7 +41,7 @@ def highest(scores: Tensor) -> Tensor:
 
     Of several highest entries the lowest id.
     """
-    token = _by_bits(scores)
+    token = _by_bits(scores, heeds_nan=False)
     return _by_value(scores) if token is None else token
 
 
@@ -54,25 +54,24 @@ def _by_value(scores: Tensor) -> Tensor:
     return torch.as_tensor((scores.float() if scores.dtype in _INFINITY else scores).numpy().argmax(axis=-1))
 
 
-def _by_bits(scores: Tensor) -> Tensor | None:
+def _by_bits(scores: Tensor, *, heeds_nan: bool) -> Tensor | None:
     """The same for numbers of 16 bits on a CPU, None where it cannot be told from their bits.
 
     numpy does not know them, but positive numbers are ordered as their bits are, and nearly always the highest is
-    positive. A NaN with the sign of a negative number goes unseen.
+    positive. A NaN with the sign of a negative number is looked for only if ``heeds_nan``.
     """
     infinity = _INFINITY.get(scores.dtype)
     if infinity is None or scores.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    rows = scores.detach().view(torch.int16).numpy().reshape(-1, scores.shape[-1])
-    tokens = rows.argmax(axis=1)
-    if all(0 < rows[row, token] <= infinity for row, token in enumerate(tokens.tolist())):
-        return torch.from_numpy(tokens).view(scores.shape[:-1])
-    return None
-
-
-def _has_negative_nan(scores: Tensor) -> bool:
-    """Some number of 16 bits is a NaN with a sign: as it comes out of arithmetic, and above all other bits."""
-    return bool(scores.detach().view(torch.int16).numpy().view("uint16").max() > 0x8000 + _INFINITY[scores.dtype])
+    bits = scores.detach().view(torch.int16).numpy()
+    tokens = bits.argmax(axis=-1)
+    for row, token in zip(bits.reshape(-1, bits.shape[-1]), tokens.reshape(-1).tolist(), strict=True):
+        if not 0 < row[token] <= infinity:
+            return None
+    # a NaN with a sign, as it comes out of arithmetic, is above all other bits
+    if heeds_nan and bits.view("uint16").max() > 0x8000 + infinity:
+        return None
+    return torch.as_tensor(tokens)
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
