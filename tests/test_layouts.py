@@ -15,6 +15,7 @@ from specdec.layouts import check, masks, slots
 from specdec.layouts.facts import one_token_reason
 from specdec.layouts.forget import drop, trim
 from specdec.layouts.slot_cache import SlotLayer
+from specdec.proposers.draft_model import DraftModel
 from specdec.scorer import Scorer
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
@@ -70,6 +71,45 @@ def test_after_every_round_the_cache_holds_all_committed_tokens_but_the_last(lay
     assert 0 < gen.stats.acceptance_rate < 1
     if len(lengths) > 1:
         assert any(len(set(kept.tolist())) > 1 for kept in seen)  # rows did come apart
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("lengths", [(7,), (6, 6), (9, 6, 3)])
+@pytest.mark.parametrize("positions", [18, 512])
+def test_planned_passes_of_a_draft_score_what_single_ones_do(layout, lengths, positions, monkeypatch):
+    """Whole calls; the draft stops when unsure, may run out of positions, and its buffer grows on the way."""
+    monkeypatch.setattr(slots, "BLOCK", 4)
+    target = tiny_llama(dtype=torch.float64)
+    draft = noisy_copy(target, 0.1)
+    draft.config.max_position_embeddings = positions
+    prompt = ragged_prompt(lengths)
+    right = Scorer.steps
+
+    def one_by_one(self, tokens, lengths, live, count, longest):
+        for step in range(count):
+            self.layout.rewind(self.kept, live)
+            ends = np.minimum(lengths + step, longest)
+            yield self.score(tokens, ends, ends - 1, 1)[:, 0], ends
+
+    def scores_of(steps):
+        seen = []
+
+        def noted(self, tokens, lengths, live, count, longest):
+            for scores, ends in steps(self, tokens, lengths, live, count, longest):
+                seen.append((scores[torch.from_numpy(live)].clone(), ends[live].tolist()))
+                yield scores, ends
+
+        monkeypatch.setattr(Scorer, "steps", noted)
+        proposer = DraftModel(draft, confidence=0.05, layout=layout)
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=5, layout=layout)
+        gen.generate(**prompt, max_new_tokens=24, do_sample=False)
+        return seen
+
+    planned, single = scores_of(right), scores_of(one_by_one)
+    assert len(planned) > 10
+    for (scores, ends), (want, wanted_ends) in zip(planned, single, strict=True):
+        assert ends == wanted_ends
+        torch.testing.assert_close(scores, want, rtol=1e-9, atol=1e-9)
 
 
 def test_columns_are_made_ahead_but_hardly_beyond_what_the_call_may_reach(monkeypatch):

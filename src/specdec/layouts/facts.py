@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from transformers import GenerationMixin
+
 # model_type -> why several tokens in one cached forward differ from one-token steps
 ONE_TOKEN_ONLY = {
     "recurrent_gemma": "its recurrent state lives in the modules and several tokens count as a prompt",
@@ -79,6 +81,13 @@ def _rope_reason(config: Any, prompt_length: int, max_length: int) -> str:
         if kind == "longrope" and boundary is not None and prompt_length <= boundary < max_length:
             return f"longrope changes its frequencies for a whole forward at {boundary}"
     return ""
+
+
+def prepares_as_usual(model: Any) -> bool:
+    """Whether ``model`` has transformers' own preparation of inputs, which looks at nothing but its arguments."""
+    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    usual = (getattr(type(model), name) is getattr(GenerationMixin, name) for name in names)
+    return all(usual) and not set(names) & vars(model).keys() and not model.is_remote_code()
 
 
 def _ropes(config: Any) -> Iterator[dict[str, Any]]:

@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache, GenerationMixin
+from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DummyLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specdec.layouts import grouped, masks
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
+from specdec.layouts.facts import prepares_as_usual
 from specdec.layouts.handover import cached_columns, give_back, is_callers
 from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.slot_cache import Place, SlotCache, SlotLayer, slot_layer
@@ -49,7 +50,6 @@ class _Plan:
         place: the columns (B, W) that it writes, and the lowest and highest that a row begins at.
         lengths: (B,) columns of each row when it is done.
         fed: (B,) columns of it that mean something.
-        needed: the most of them.
         rows: scores to ask for, counted from the last one.
         wanted: which of them ``pick`` takes.
     """
@@ -59,7 +59,6 @@ class _Plan:
     place: tuple[Tensor, int, int]
     lengths: np.ndarray
     fed: np.ndarray
-    needed: int
     rows: int
     wanted: tuple[np.ndarray, int]
 
@@ -113,7 +112,7 @@ class Slots:
         self._columns = self._positions = torch.zeros(0, 0, dtype=torch.int64)  # all there is room for
         self._encodes = columns.encoder_decoder
         self._ids_key = "decoder_input_ids" if self._encodes else "input_ids"
-        self._reuses = _prepares_as_usual(self._model)
+        self._reuses = prepares_as_usual(self._model)
         self._prepared: dict[int, dict[str, Any]] = {}
         self._steps: CompiledSteps | None = None
         self._least_room = 0
@@ -168,15 +167,14 @@ class Slots:
         starts = np.minimum(starts, lengths - 1)
         (lowest, longest), hidden = span(starts), self._hidden
         fed = lengths - starts
-        needed = width = span(fed)[1]
+        width = span(fed)[1]
         if self._steps is not None:
-            width = self._steps.width(needed)
+            width = self._steps.width(width)
         self._grow(tokens, longest + width + hidden)
-        ids: Callable[[], Tensor]
         if self._steps is None and lowest == longest:
             here = slice(lowest, lowest + width)
             columns = self._columns[:, lowest + hidden : lowest + hidden + width]
-            ids, positions = tokens[:, here].contiguous, self._positions[..., here]
+            ids, positions = partial(tokens[:, here].contiguous), self._positions[..., here]
         else:
             where = starts[:, None] + np.arange(width)
             # rows that feed less than others are filled up with their last token
@@ -187,7 +185,7 @@ class Slots:
         wanted = first - starts
         rows = width - span(wanted)[0] if self._steps is None else width
         place = (columns, lowest + hidden, longest + hidden)
-        return _Plan(ids, positions.contiguous(), place, lengths, fed, needed, rows, (wanted - width, count))
+        return _Plan(ids, positions.contiguous(), place, lengths, fed, rows, (wanted - width, count))
 
     def _run(self, plan: _Plan) -> Tensor:
         """One forward pass; the scores that are wanted."""
@@ -230,7 +228,7 @@ class Slots:
         self.forwards += 1
         if self._steps is not None:
             graphs = self._steps.graphs
-            scores = self._steps.run(self._model, inputs, self._cache, plan.needed)
+            scores = self._steps.run(self._model, inputs, self._cache, span(plan.fed)[1])
             self.forwards += self._steps.graphs > graphs  # a new graph is compared with an eager pass
             if scores is not None:
                 return CausalLMOutputWithPast(logits=scores)
@@ -300,10 +298,3 @@ class Slots:
             self._mask = torch.ones(batch, room, dtype=torch.int64, device=device)
         else:
             self._mask = torch.nn.functional.pad(prompt, (0, room - prompt.shape[1]), value=1)
-
-
-def _prepares_as_usual(model: Any) -> bool:
-    """Whether ``model`` has transformers' own preparation of inputs, which looks at nothing but its arguments."""
-    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-    usual = (getattr(type(model), name) is getattr(GenerationMixin, name) for name in names)
-    return all(usual) and not set(names) & vars(model).keys() and not model.is_remote_code()
