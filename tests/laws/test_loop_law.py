@@ -288,18 +288,26 @@ def test_law_when_a_draft_may_not_begin_in_every_round(rule, kind):
     assert {True, False} <= set(Reluctant.said)
 
 
-def error_of_two_rows(rule: str) -> float:
-    """The joint law of two rows, one guessed from a prediction and one by a draft model."""
-    vocabulary, new = 2, 3
+def error_of_two_rows(rule: str, *, cascaded: bool = False) -> float:
+    """The joint law of two rows: one guessed from a prediction and one by a draft model, or both by a cascade.
+
+    The model of the cascade may begin in every second round.
+    """
+    vocabulary, new = 2, 4 if cascaded else 3
     target, draft = tables(1, vocabulary)
-    gen = SpeculativeGenerator(target, draft, num_draft_tokens=1, verification=rule, layout="columns")
+    options = {"prediction": [EXPECTED[:new], None]}
+    if cascaded:
+        draft, options = PROPOSERS["cascade"](draft, [EXPECTED[:new]])
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=1, verification=rule, layout="columns", seed=0)
+    if cascaded:
+        gen._length = lambda _: lambda *_: Reluctant(Assumed(0.15))
     ids = PROMPT.repeat(2, 1)
 
     def run(script: Script) -> tuple[int, ...]:
         gen._sampling = lambda *_: Scripted(rule, script)
         out = gen.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=True, top_k=0,
-            pad_token_id=0, prediction=[EXPECTED[:new], None],
+            pad_token_id=0, **options,
         )  # fmt: skip
         return tuple(out[:, PROMPT.shape[1] :].flatten().tolist())
 
@@ -314,6 +322,12 @@ def error_of_two_rows(rule: str) -> float:
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_joint_law_of_rows_with_guesses_of_two_kinds(rule):
     assert error_of_two_rows(rule) < TOLERANCE
+
+
+def test_joint_law_of_rows_of_a_cascade_whose_model_may_not_begin_in_every_round():
+    Reluctant.said.clear()
+    assert error_of_two_rows("block", cascaded=True) < TOLERANCE
+    assert {True, False} <= set(Reluctant.said)
 
 
 def test_certain_guesses_shown_with_the_draft_rows_break_the_law(monkeypatch):
