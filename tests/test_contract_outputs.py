@@ -4,13 +4,21 @@ Plain generate() is the reference. After a row has ended its scores are zeros.
 """
 
 import copy
+from functools import cache
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from specdec import Stats
+from specdec.testing import lively
 
 from .contract import (
     NEW,
@@ -152,6 +160,26 @@ def test_hidden_states_and_attentions(eager, flags, ends_early, batch):
                 torch.testing.assert_close(mine, other)
         if draft is not None and not ends_early:
             assert (gen.stats.drafted > 0) == ("output_attentions" not in flags)
+
+
+@cache
+def openai_gpt():
+    """It has no cache."""
+    config = OpenAIGPTConfig(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    return lively(OpenAIGPTLMHeadModel(config).eval())
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("make", "flags"), [(llama, {"use_cache": False}), (openai_gpt, {})])
+def test_hidden_states_without_a_cache(make, flags, batch):
+    """Plain generate() feeds the whole text in every step, and returns the states of all of it."""
+    options = {**DICT, **flags, "output_hidden_states": True, "max_new_tokens": NEW, "do_sample": False}
+    wanted = make().generate(**prompts(batch), **options)
+    got = speculative(make(), "ngram").generate(**prompts(batch), **options)
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    assert len(got.hidden_states) == len(wanted.hidden_states) == NEW
+    for mine, other in zip(got.hidden_states, wanted.hidden_states, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_attentions_that_the_kernel_does_not_give():

@@ -3,13 +3,14 @@
 Every layout writes the text of plain generate(), past the edge of a sliding window as well.
 """
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from specdec import InvalidInput, Proposal, SpeculativeGenerator
+from specdec import InvalidInput, NGram, Proposal, SpeculativeGenerator
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
 from specdec.processing import Processing
@@ -93,6 +94,26 @@ def test_recurrent_models(make, batch):
 @pytest.mark.parametrize("make", [t5, bart, gemma, mistral])
 def test_other_kinds_in_auto(make, batch):
     assert_agrees(make(), prompts(batch))
+
+
+@pytest.mark.parametrize(
+    ("make", "layout"), [(bart, "slots"), (t5, "slots"), (mamba2, "columns"), (mamba2, "slots")]
+)
+def test_a_named_layout_that_would_change_the_text_is_refused(make, layout):
+    gen = speculative(make(), NGram(), layout=layout)
+    with pytest.raises(InvalidInput, match=f"'{layout}' would not be exact.*auto"):
+        gen.generate(**prompts(3), max_new_tokens=NEW, do_sample=False)
+
+
+def test_what_fits_one_cache_need_not_fit_another():
+    """Static layers with a window cannot be cropped; that dynamic ones can is no verdict on them."""
+    model = copy.deepcopy(mistral())
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    gen = speculative(model, NGram(), layout="columns")
+    for _ in range(2):
+        assert gen.generate(**prompts(1), **options).equal(model.generate(**prompts(1), **options))
+        with pytest.raises(InvalidInput, match="'columns'"):
+            gen.generate(**prompts(1), **options, cache_implementation="static")
 
 
 @pytest.mark.parametrize("layout", ["slots", "columns", "snapshot"])

@@ -486,6 +486,26 @@ def test_a_model_is_only_asked_where_the_text_does_not_repeat():
     assert both.draft_forwards <= alone.draft_forwards
 
 
+class Misleads:
+    """Guesses wrongly, and for the first row alone."""
+
+    def propose(self, state, limits):
+        return Proposal.certain([[7] * int(limits[0]), *[[]] * (state.batch - 1)], state.device)
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("join", [Fallback, lambda first, model: Mixture(first, model, other(model.model))])
+def test_a_model_reads_only_real_ids_in_rows_that_others_guessed_for(join, layout):
+    """What it is told of such rows holds no id; processors and passes over all rows see its tokens there too."""
+    inputs, options = prompts(3), {"repetition_penalty": 1.2, "max_new_tokens": 40, "do_sample": False}
+    draft = join(Misleads(), DraftModel(noisy(llama(), 0.2)))
+    gen = SpeculativeGenerator(llama(), draft, num_draft_tokens=5, layout=layout)
+    got = gen.generate(**inputs, **options)
+    assert got.tolist() == llama().generate(**inputs, **options).tolist()
+    assert gen.stats.row_drafted.all()
+    assert gen.stats.draft_forwards > 0
+
+
 def test_auto_copies_and_recycles():
     """Without any idea of a draft: the better of two that need no second model, and fast where text repeats."""
     proposer = build_proposer(llama(), "auto", None, None)

@@ -18,6 +18,7 @@ from transformers.generation import logits_process as hf
 import specdec.sampling
 from specdec import Cascade, EarlyExit, Fallback, LayerSkip, Mixture, Recycling, Suffix
 from specdec.layouts import compiled
+from specdec.layouts.check import Trial
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
@@ -87,6 +88,12 @@ class FakeNoise:
 
     def uniforms(self, *shape):
         return torch.empty(shape, dtype=torch.float64, device=self.device)
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch):
+    """A named layout is taken without its self-check, which compares numbers, once a model and not once a round."""
+    monkeypatch.setattr(Trial, "known", lambda self: next(iter(self._candidates.values()))(self._plain))
 
 
 def scripted_copies(monkeypatch):

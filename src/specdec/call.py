@@ -110,7 +110,7 @@ def follow_call(
     collector = Collector(generation_config, state, model, model_kwargs)
     processing = Processing(logits_processor, state.tokens[:, : state.prompt_length])
     guesses = processing.foresees or not isinstance(request.proposer, Nothing)
-    speculates = room and guesses and length.most > 0 and not collector.keeps_attentions
+    speculates = room and guesses and length.most > 0 and not collector.takes_steps
     length = length if speculates else Fixed(0)
     inputs = _repeated(request.inputs, state.batch)
     sampling = request.sampling(

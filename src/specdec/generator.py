@@ -63,7 +63,8 @@ class SpeculativeGenerator:
         verification: "block" (default, keeps most), "token", or "coupled" (the text is a function of target,
             seed and prompt alone, whatever the draft, its length or the batch).
         seed: for sampling; None draws one from torch's global generator at every sampling call.
-        layout: how a ragged batch keeps its keys and values; "auto" chooses, the rest is for tests.
+        layout: how a ragged batch keeps its keys and values; "auto" chooses, the rest is for tests and is refused
+            where it would not be exact.
         compile: run the steps of target and draft model as graphs (torch.compile), and as CUDA graphs on a GPU.
             Takes a minute or so at the first rounds; worth it for many calls of similar length and batch.
         tokenizer, draft_tokenizer: when both are given, the pair is judged by them instead of by the sizes

@@ -15,12 +15,20 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from specdec.layouts.columns import Columns
 from specdec.records import Round, Stats
 from specdec.state import State
 
 
 class Collector:
-    """Gathers what the caller asked for, round by round."""
+    """Gathers what the caller asked for, round by round.
+
+    Attributes:
+        keeps_logits: scores before processing are asked for.
+        keeps_states: names of the hidden states and attentions that are.
+        takes_steps: among them are attentions, or hidden states of the whole text in every step (no cache): then no
+            guess may be made.
+    """
 
     def __init__(self, config: Any, state: State, model: Any, model_kwargs: dict[str, Any]) -> None:
         """Read from the prepared ``config`` what to keep; the encoder's part is in ``model_kwargs`` already."""
@@ -38,6 +46,9 @@ class Collector:
                 if self._encodes:
                     self._encoded[f"encoder_{kind}"] = model_kwargs["encoder_outputs"].get(kind)
         self._states: dict[str, list[list[Tensor]]] = {name: [] for name in self.keeps_states}
+        # what has the shapes of plain's steps can only come from such steps
+        attends = any("attentions" in name for name in self.keeps_states)
+        self.takes_steps = attends or bool(self.keeps_states and Columns.feeds_all(model, model_kwargs))
 
     def add(self, round_: Round) -> None:
         """Take the rows that drew a committed token."""
@@ -47,15 +58,10 @@ class Collector:
             self._place(self._logits, round_.logits.float(), round_)
         for name, steps in self._states.items():
             layers = (round_.states or {})[name]
-            if not steps or "attentions" in name:
+            if not steps or self.takes_steps:
                 steps.append(layers)  # of the whole prompt, or of a one-token step of all rows
             else:
                 self._place_states(steps, layers, round_)
-
-    @property
-    def keeps_attentions(self) -> bool:
-        """Attentions have the shapes of one-token steps, so such steps are taken."""
-        return any("attentions" in name for name in self.keeps_states)
 
     def output(self, sequences: Tensor, stats: Stats, cache: Any) -> Any:
         """Ids (B, L), or the output class with ``speculation`` beside."""

@@ -69,6 +69,7 @@ class Scorer:
         self._trial: Trial | None = None  # until the layout is settled: one-token steps, which it watches
         self._ready = False
         self._at_prompt = True
+        self._speculates = False
         self._returns_cache = returns_cache
         self._ends = np.zeros(0, dtype=np.int64)  # (B,) what ``kept`` was when a row ended
         self._steps = steps
@@ -100,7 +101,7 @@ class Scorer:
         """
         scores = self._columns.prefill(prompt).clone()
         self.kept = np.full(prompt.shape[0], prompt.shape[1], dtype=np.int64)
-        self._at_prompt = True
+        self._at_prompt, self._speculates = True, speculate
         self._ends = np.full_like(self.kept, NEVER)
         candidates: dict[str, Candidate] = {"plain": _plain}
         if speculate:
@@ -108,8 +109,11 @@ class Scorer:
             candidates = self._candidates(int(prompt.shape[1]) + hidden, self._max_length + hidden, len(prompt))
         trial = Trial(self._columns, prompt, candidates)
         known = trial.known()
-        if known is None and (self._is_draft or at_once):
+        forced = speculate and self._wanted not in ("auto", "plain")
+        if known is None and (self._is_draft or at_once or forced):
             known = trial.decide_at_once(scores)
+        if forced and known is not None and known.name == "plain":
+            raise _inexact(self._wanted, "it does not give the scores of one-token steps")
         if known is None:
             self._trial = trial
         self.layout = known or self._columns
@@ -141,16 +145,16 @@ class Scorer:
     def states(self, names: tuple[str, ...]) -> States | None:
         """The outputs called ``names`` for the columns that the last scores belong to.
 
-        Hidden states are (B, count, size) a layer, of the prompt (B, P, size). Attentions are taken as they
-        are: they are asked for in passes over one column only.
+        Hidden states are (B, count, size) a layer, of the prompt (B, P, size). Where no guess is ever scored passes
+        are plain's, and so are their states: attentions are asked for there only.
         """
         if not names:
             return None
         outputs = self._columns.outputs if self._at_prompt else self.layout.outputs
+        whole = self._at_prompt or not self._speculates
         found: States = {}
         for name in names:
             layers = list(outputs.get(name) or ())
-            whole = self._at_prompt or "attentions" in name
             found[name] = layers if whole else [self.layout.pick(layer) for layer in layers]
         return found
 
@@ -248,8 +252,8 @@ class Scorer:
             if self._wanted not in LAYOUTS:
                 raise InvalidInput(f"layout={self._wanted!r} does not exist; use one of {LAYOUTS}")
             if self._wanted != "plain" and reason:
-                raise InvalidInput(f"layout={self._wanted!r} would not be exact here: {reason}")
-            return {self._wanted: makers[self._wanted]}
+                raise _inexact(self._wanted, reason)
+            return {self._wanted: makers[self._wanted], "plain": _plain}
         last = "one by one" if self._is_draft else "plain"
         names = [last] if reason else ["slots", "columns", "snapshot", last]
         if counts_the_cache(self.model, max_length) and not reason:
@@ -257,6 +261,10 @@ class Scorer:
         if reason and not self._is_draft:
             warn_plain(self.model, reason)
         return {name: makers[name] for name in names}
+
+
+def _inexact(layout: str, reason: str) -> InvalidInput:
+    return InvalidInput(f'layout={layout!r} would not be exact with this model: {reason}; leave it to "auto"')
 
 
 def _plain(columns: Columns) -> Layout:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specdec.layouts import Layout
 from specdec.layouts.columns import Columns
+from specdec.layouts.forget import own_cache
 from specdec.layouts.snapshot import Snapshots
 
 # float32: the good cases of 295 architectures stay below 7e-5, the bad ones start at 6.9e-4
@@ -47,7 +48,7 @@ class Trial:
         """
         self._plain, self._prompt, self._candidates = plain, prompt, candidates
         self._verdicts = _VERDICTS.setdefault(plain.model, {})
-        self._key = _key(plain.model, prompt, plain.describes, tuple(candidates))
+        self._key = _key(plain, prompt, tuple(candidates))
         self._last = list(candidates)[-1]
         self._truth: list[Tensor] = []
         self._at_prompt: _Mark | None = None
@@ -180,8 +181,10 @@ def _module_states(model: Any) -> list[tuple[Any, str, Tensor]]:
     ]
 
 
-def _key(model: Any, prompt: Tensor, kwargs: dict[str, Any], names: tuple[str, ...]) -> Any:
+def _key(plain: Columns, prompt: Tensor, names: tuple[str, ...]) -> Any:
     """What the verdict depends on beside the model object itself."""
+    model, kwargs = plain.model, plain.describes
+    cache = own_cache(plain.cache)
     return (
         names,
         getattr(model.config, "_attn_implementation", None),
@@ -190,4 +193,5 @@ def _key(model: Any, prompt: Tensor, kwargs: dict[str, Any], names: tuple[str, .
         prompt.shape[0] > 1,
         kwargs.get("attention_mask") is not None,
         bool(kwargs.get("use_cache", True)),
+        frozenset(type(layer).__name__ for layer in getattr(cache, "layers", ())),
     )

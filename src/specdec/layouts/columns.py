@@ -18,6 +18,7 @@ Knows nothing of proposals or verification. Read next: ``forget.py``.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -118,6 +119,12 @@ class Columns:
     def cache(self) -> Any:
         """The model's cache, whatever it is called, or None."""
         return next((self._kwargs[n] for n in CACHE_NAMES if self._kwargs.get(n) is not None), None)
+
+    @staticmethod
+    def feeds_all(model: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether every pass of ``model`` takes the whole text again: it has no cache, or ``kwargs`` forbid it."""
+        names = inspect.signature(type(model).forward).parameters
+        return not kwargs.get("use_cache", True) or not any(name in names for name in (*CACHE_NAMES, *OLD_CACHES))
 
     @property
     def fed(self) -> int:

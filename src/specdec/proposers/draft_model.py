@@ -100,7 +100,7 @@ class _Run:
         self._goes_on = call.goes_on if confidence is None and self._on_cpu else None
         self._begins = call.begins or always
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)  # what the draft was fed, in its own ids
-        self._fed = np.zeros(0)  # the same on the host; on a CPU the two are one memory
+        self._fed = np.zeros(0)  # on the host; on a CPU the same memory, elsewhere -1 where others guessed
         self._settled = 0  # columns of them that nothing takes back
         self._drafted: tuple[np.ndarray, Proposal] | None = None  # lengths before, guesses
         self._observed: np.ndarray | None = None
@@ -166,9 +166,10 @@ class _Run:
             self._tokens = torch.zeros(state.tokens.shape, dtype=torch.int64, device=self._past.device)
             self._fed = self._tokens.numpy() if self._on_cpu else np.zeros(state.tokens.shape, dtype=np.int64)
         if self._drafted is not None:
-            before, proposal = self._drafted
-            guesses = self._observed if self._observed is not None else to_host(proposal.tokens)
-            put_on_host(self._fed, before, guesses)
+            if not self._on_cpu:  # where it is, ``write`` has left the guesses
+                before, proposal = self._drafted
+                guesses = self._observed if self._observed is not None else to_host(proposal.tokens)
+                put_on_host(self._fed, before, guesses)
             kept = np.minimum(kept, old + in_common(state.host_tokens[:, old:upto], self._fed[:, old:upto]))
         self._tokens[:, old:upto] = self._past.known(state.tokens[:, old:upto])
         if not self._on_cpu:
