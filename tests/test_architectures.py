@@ -19,6 +19,7 @@ KINDS = {
     "causal/whisper": ("decoder with learned positions and cross-attention", "slots", "slots"),
     "seq2seq/t5": ("relative positions, encoder", "slots", "columns"),
     "seq2seq/bart": ("positions that count padding, encoder", "slots", "columns"),
+    "multimodal/pp_formulanet": ("no table of embeddings to be found, an encoder of pictures", "slots", "columns"),
     "causal/lfm2": ("convolution states", "columns", "columns"),
     "causal/openai-gpt": ("no cache", "columns", "columns"),
     "causal/qwen3_next": ("recurrent states and attention", "columns+snapshot", "columns+snapshot"),

@@ -18,8 +18,9 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from specdec import Stats
-from specdec.testing import lively
+from specdec.testing import lively, ragged_prompt
 
+from .architectures.build import Case, build
 from .contract import (
     NEW,
     assert_agrees,
@@ -180,6 +181,22 @@ def test_hidden_states_without_a_cache(make, flags, batch):
     assert len(got.hidden_states) == len(wanted.hidden_states) == NEW
     for mine, other in zip(got.hidden_states, wanted.hidden_states, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.filterwarnings("ignore:specdec decodes")
+@pytest.mark.parametrize("name", ["gemma3n_text", "hy_v4", "rwkv", "xlnet", "xlm"])
+def test_hidden_states_of_odd_shapes(name):
+    """Several streams a token, before the rows or behind the columns; states of more columns than were fed."""
+    model = build(Case("causal", name))
+    for inputs in (ragged_prompt((7, 5, 3), 112), ragged_prompt((4, 4, 3, 2), 112)):
+        options = {**DICT, "output_hidden_states": True, "max_new_tokens": 6, "do_sample": False}
+        wanted = model.generate(**inputs, **options)
+        got = speculative(model, "ngram").generate(**inputs, **options)
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        for mine, other in zip(got.hidden_states, wanted.hidden_states, strict=True):
+            for one, two in zip(mine, other, strict=True):
+                assert one.shape == two.shape
+                torch.testing.assert_close(one, two, atol=2e-3, rtol=2e-3)
 
 
 def test_attentions_that_the_kernel_does_not_give():

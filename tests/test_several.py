@@ -506,6 +506,22 @@ def test_a_model_reads_only_real_ids_in_rows_that_others_guessed_for(join, layou
     assert gen.stats.draft_forwards > 0
 
 
+@pytest.mark.parametrize(
+    "join", [DraftModel, lambda model: Cascade("ngram", model), lambda model: ["ngram", model]]
+)
+def test_a_draft_that_cannot_take_the_prompt_breaks_nothing(join, monkeypatch):
+    """A multimodal one may want a picture in every pass; its prompt is fed with its first guess."""
+    draft = noisy(llama(1))
+
+    def forward(*args, **kwargs):
+        raise ValueError("give a picture")
+
+    monkeypatch.setattr(draft, "forward", forward)
+    with pytest.warns(UserWarning, match="drafts nothing with LlamaForCausalLM: give a picture"):
+        got, _ = run(llama(), join(draft), prompts(3))
+    assert got == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
+
+
 def test_auto_copies_and_recycles():
     """Without any idea of a draft: the better of two that need no second model, and fast where text repeats."""
     proposer = build_proposer(llama(), "auto", None, None)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from specdec.layouts.columns import Columns
+from specdec.layouts.facts import odd_states
 from specdec.records import Round, Stats
 from specdec.state import State
 
@@ -26,8 +27,8 @@ class Collector:
     Attributes:
         keeps_logits: scores before processing are asked for.
         keeps_states: names of the hidden states and attentions that are.
-        takes_steps: among them are attentions, or hidden states of the whole text in every step (no cache): then no
-            guess may be made.
+        takes_steps: among them are attentions, or hidden states with shapes of their own, such as those of a whole
+            text where there is no cache: then no guess may be made.
     """
 
     def __init__(self, config: Any, state: State, model: Any, model_kwargs: dict[str, Any]) -> None:
@@ -48,7 +49,10 @@ class Collector:
         self._states: dict[str, list[list[Tensor]]] = {name: [] for name in self.keeps_states}
         # what has the shapes of plain's steps can only come from such steps
         attends = any("attentions" in name for name in self.keeps_states)
-        self.takes_steps = attends or bool(self.keeps_states and Columns.feeds_all(model, model_kwargs))
+        odd = odd_states(model)
+        whole = odd is not None or Columns.feeds_all(model, model_kwargs)
+        self.takes_steps = attends or bool(self.keeps_states and whole)
+        self._rows_of_states = odd or 0
 
     def add(self, round_: Round) -> None:
         """Take the rows that drew a committed token."""
@@ -75,7 +79,8 @@ class Collector:
             **self._encoded,
         }
         for name, steps in self._states.items():
-            layers = [_cut(list(layer), stats.row_emitted) or () for layer in zip(*steps, strict=True)]
+            rows_in = self._rows_of_states if "hidden" in name else 0
+            layers = [_cut(list(layer), stats.row_emitted, rows_in) or () for layer in zip(*steps, strict=True)]
             count = int(stats.row_emitted.max())
             kept[name] = tuple(zip(*layers, strict=True)) if layers else ((),) * count
         out: Any
@@ -96,7 +101,7 @@ class Collector:
                 steps[int(first[row]) + i][row] = rows[row, i]
 
     def _place_states(self, steps: list[list[Tensor]], layers: list[Tensor], round_: Round) -> None:
-        """Hidden states (B, K + 1, size) a layer, one element a step."""
+        """Hidden states (B, K + 1, ...) a layer, one element a step."""
         first = round_.before - self._prompt_length
         needed = int((first + round_.counts).max())
         while len(steps) < needed:
@@ -113,12 +118,12 @@ def _names(kind: str, encodes: bool) -> tuple[str, ...]:
     return ("decoder_attentions", "cross_attentions") if kind == "attentions" else ("decoder_hidden_states",)
 
 
-def _cut(steps: list[Tensor] | None, emitted: np.ndarray) -> tuple[Tensor, ...] | None:
-    """The steps that came out, without what a row had written past an end that was found later."""
+def _cut(steps: list[Tensor] | None, emitted: np.ndarray, rows_in: int = 0) -> tuple[Tensor, ...] | None:
+    """The steps that came out, without what a row (dimension ``rows_in``) had written past an end found later."""
     if steps is None:
         return None
     kept = steps[: int(emitted.max())]
     for step, rows in enumerate(kept):
         ended = torch.from_numpy(np.flatnonzero(emitted <= step))
-        rows[ended.to(rows.device)] = 0
+        rows.index_fill_(rows_in, ended.to(rows.device), 0)
     return tuple(kept)

@@ -145,7 +145,7 @@ class Scorer:
     def states(self, names: tuple[str, ...]) -> States | None:
         """The outputs called ``names`` for the columns that the last scores belong to.
 
-        Hidden states are (B, count, size) a layer, of the prompt (B, P, size). Where no guess is ever scored passes
+        Hidden states are (B, count, ...) a layer, of the prompt (B, P, ...). Where no guess is ever scored passes
         are plain's, and so are their states: attentions are asked for there only.
         """
         if not names:

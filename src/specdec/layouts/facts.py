@@ -27,6 +27,8 @@ ONE_TOKEN_ONLY = {
 ONE_TOKEN_IN_BATCHES = {"unlimited_ocr": "its reference window counts the padding of a row"}
 # model_type -> its window is honoured by one-token steps only, because the mask is a full causal one
 UNMASKED_WINDOW = {"moshi", "moshi_depth"}
+# model_type -> the dimension that the rows are in, of hidden states whose shapes only one-token steps have
+ODD_STATES = {"gemma3n_text": 1, "rwkv": 0, "xlnet": 0}
 
 
 def one_token_reason(model: Any, prompt_length: int, max_length: int, batch: int = 1) -> str:
@@ -81,6 +83,12 @@ def _rope_reason(config: Any, prompt_length: int, max_length: int) -> str:
         if kind == "longrope" and boundary is not None and prompt_length <= boundary < max_length:
             return f"longrope changes its frequencies for a whole forward at {boundary}"
     return ""
+
+
+def odd_states(model: Any) -> int | None:
+    """The dimension of the rows in hidden states that are not (B, W, ...); None where they are."""
+    kinds = (getattr(config, "model_type", "") for config in _configs(model.config))
+    return next((ODD_STATES[kind] for kind in kinds if kind in ODD_STATES), None)
 
 
 def prepares_as_usual(model: Any) -> bool:

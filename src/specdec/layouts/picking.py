@@ -13,7 +13,7 @@ from specdec.state import span
 
 
 def rows_from_the_end(states: Tensor, first: np.ndarray, count: int) -> Tensor:
-    """``count`` rows of ``states`` (B, W, V) from ``first`` (B,) on, counted from behind: -1 is the last.
+    """``count`` rows of ``states`` (B, W, ...) from ``first`` (B,) on, counted from behind: -1 is the last.
 
     So a pass that gave scores of its last columns only is no other case. Rows that have ended are behind or have
     gone ahead; outside, the edge is repeated.
@@ -27,4 +27,5 @@ def rows_from_the_end(states: Tensor, first: np.ndarray, count: int) -> Tensor:
             return states[:, lowest : lowest + count]
     at = torch.from_numpy(first + width).to(states.device)[:, None]
     at = (at + torch.arange(count, device=states.device)).clamp(0, width - 1)
-    return states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
+    at = at.view(*at.shape, *[1] * (states.ndim - 2))
+    return states.gather(1, at.expand(-1, -1, *states.shape[2:]))

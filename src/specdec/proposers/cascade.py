@@ -125,7 +125,7 @@ class _Level:
         self._hands_down = False
         if not limits.any():
             return Proposal.empty(state.batch, state.device)
-        if not self._begins(self._past.opening):
+        if not self._begins(self._past.opening) or not self._past.feed_prompt():
             # what is below guesses for the level above, unless that is a model too, which would have to be asked
             self._hands_down = not hasattr(self._below, "forwards")
             return (
@@ -133,7 +133,6 @@ class _Level:
                 if self._hands_down
                 else Proposal.empty(state.batch, state.device)
             )
-        self._past.feed_prompt()
         text = self._follow(state)
         written = np.zeros_like(limits)
         scores: list[Tensor] = []

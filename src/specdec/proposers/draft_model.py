@@ -10,7 +10,6 @@ next one. Knows nothing of verification. Read next: ``past.py``.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ from specdec.length import Opening
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
-from specdec.proposers.past import Past
+from specdec.proposers.past import Past, warn_refused
 from specdec.records import Proposal, Round
 from specdec.state import State, in_common, put, put_on_host, span, to_host
 from specdec.weights.adapters import inner_model
@@ -63,13 +62,15 @@ class DraftModel:
         """``run(self, call)``, or nothing and a warning where the draft cannot take what the call gives."""
         encodes = self.model.config.is_encoder_decoder
         if encodes and self.model.main_input_name not in call.inputs:
-            return self._refuse(f"the call gives no {self.model.main_input_name} for its encoder")
+            warn_refused(self.model, f"the call gives no {self.model.main_input_name} for its encoder")
+            return Nothing()
         try:
             return run(self, call)
         except UnsupportedModel:
             raise
         except (TypeError, ValueError) as error:
-            return self._refuse(str(error))
+            warn_refused(self.model, error)
+            return Nothing()
 
     def sure(self, confidence: float) -> DraftModel:
         """The same draft, stopping below ``confidence``."""
@@ -77,11 +78,6 @@ class DraftModel:
         other = copy.copy(self)
         other._confidence = confidence
         return other
-
-    def _refuse(self, reason: str) -> Proposer:
-        """A draft that cannot take the call's inputs must not break the call."""
-        warnings.warn(f"specdec drafts nothing with {type(self.model).__name__}: {reason}", stacklevel=2)
-        return Nothing()
 
 
 class _Run:
@@ -129,9 +125,8 @@ class _Run:
         if not limits.any():
             return Proposal.empty(state.batch, state.device)
         ahead = Ahead(self._call.processing, state, limits)
-        if ahead.covers(limits) or not self._begins(self._past.opening):
+        if ahead.covers(limits) or not self._begins(self._past.opening) or not self._past.feed_prompt():
             return ahead.proposal()
-        self._past.feed_prompt()
         self._sync(state)
         self._limits, self._next = limits, -1
         proposal = draft(self, state, limits, self._call, self._confidence, self._goes_on, ahead)

@@ -9,7 +9,6 @@ Knows no rule and no way to guess. Read next: ``translated.py``.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from specdec.layouts.compiled import CompiledSteps
 from specdec.proposers import Call
-from specdec.proposers.past import opening
+from specdec.proposers.past import opening, warn_refused
 from specdec.proposers.prompt import embedded, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
@@ -74,7 +73,7 @@ class DraftPast:
                 self._open(state)
             except (TypeError, ValueError, IndexError) as error:
                 self._failed, self._scorer = True, None
-                warnings.warn(f"specdec drafts nothing with {type(self._model).__name__}: {error}", stacklevel=2)
+                warn_refused(self._model, error)
                 return none
         self._translate(state)
         usable = self._active & np.array([row.known for row in self._rows])

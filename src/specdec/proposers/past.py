@@ -6,16 +6,17 @@ to guess. Read next: ``cascade.py``.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from specdec.errors import UnsupportedModel
+from specdec.errors import SpecdecError, UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length import Opening
 from specdec.proposers import Call
-from specdec.proposers.prompt import embedded, prepare
+from specdec.proposers.prompt import embedded, input_table, prepare
 from specdec.scorer import Scorer
 from specdec.state import State, device_of
 
@@ -30,7 +31,7 @@ def opening(draft: Any, target: Any) -> Opening:
 
 def _weights(model: Any) -> tuple[int, int]:
     """Multiplications for a token of the prompt, which needs no head; bytes that a pass reads, the head's too."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table, head = input_table(model), model.get_output_embeddings()
     work = read = 0
     for module in model.modules():
         own = [*module._parameters.values(), *module._buffers.values()]
@@ -43,6 +44,11 @@ def _weights(model: Any) -> tuple[int, int]:
             linear = all(isinstance(one, int) for one in size)
             work += size[0] * size[1] if linear else sum(one.numel() for one in tensors)
     return work, read
+
+
+def warn_refused(model: Any, reason: Any) -> None:
+    """Say that a draft cannot take the call's inputs."""
+    warnings.warn(f"specdec drafts nothing with {type(model).__name__}: {reason}", stacklevel=2)
 
 
 class Past:
@@ -96,12 +102,23 @@ class Past:
         """See ``DraftLength.begins``."""
         return None if self._prompt is None else self._opening
 
-    def feed_prompt(self) -> None:
-        """Feed the prompt, once: a draft that does not pay must not even cost that."""
+    def feed_prompt(self) -> bool:
+        """Feed the prompt, once: a draft that does not pay must not even cost that.
+
+        Returns:
+            False where the draft cannot take it; it then guesses nothing more, as it must not break the call.
+        """
         if self._prompt is not None:
-            self.scorer.prefill(self._prompt, speculate=True)
+            prompt, self._prompt = self._prompt, None
+            try:
+                self.scorer.prefill(prompt, speculate=True)
+            except SpecdecError:
+                raise
+            except (TypeError, ValueError) as error:
+                warn_refused(self.scorer.model, error)
+                self._usable[:] = False
             self.longest -= self.scorer.hidden
-            self._prompt = None
+        return bool(self._usable.any())
 
     def known(self, ids: Tensor, vocabulary: int | None = None) -> Tensor:
         """``ids`` where the model is, with others in place of those that it does not know.

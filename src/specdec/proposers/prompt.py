@@ -80,7 +80,8 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
     inputs.pop("inputs_embeds", None)
     if call.prompt.shape[1]:
         return {}  # the text alone
-    if model.get_input_embeddings().weight.shape[1] != embeds.shape[-1]:
+    table = input_table(model)
+    if table is None or table.weight.shape[1] != embeds.shape[-1]:
         raise ValueError("the call gives embeddings of another size and no input_ids")
     return {**inputs, "inputs_embeds": embeds}
 
@@ -92,8 +93,15 @@ def _newest(name: str, value: Tensor, columns: int) -> Tensor:
 
 def embedded(model: Any) -> int:
     """How many token ids a model can embed."""
-    try:
-        table = model.get_input_embeddings()
-    except NotImplementedError:
+    table = input_table(model)
+    if table is None:
         return int(model.config.get_text_config(decoder=True).vocab_size)
     return int(getattr(table, "num_embeddings", 0) or table.weight.shape[0])
+
+
+def input_table(model: Any) -> Any:
+    """The module that embeds ids, None where transformers does not find it."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
