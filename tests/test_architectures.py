@@ -4,8 +4,12 @@
 """
 
 import pytest
+import torch
 
-from .architectures.build import Case
+from specdec import SpeculativeGenerator
+from specdec.testing import noisy_copy, ragged_prompt
+
+from .architectures.build import PAD, Case, build
 from .architectures.identity import examine
 
 # what each stands for, and the layouts of batch 1 and of the left-padded batch of 3
@@ -40,3 +44,22 @@ def test_same_text_as_plain_generate(name):
         assert found["draft unchanged"], found
         assert found["layout"] == layout, found
         assert found["speculates"] == (layout != "plain"), found
+
+
+@pytest.mark.parametrize("name", ["seq2seq/m2m_100", "multimodal/kosmos-2.5"])
+def test_padding_as_a_word(name):
+    """Some models number the tokens of a pass without padding, and go on from the cache's length in the next."""
+    torch.manual_seed(0)
+    model = build(Case(*name.split("/")))
+    among = 0
+    for widths in ((12,), (12, 9, 5)):
+        inputs = ragged_prompt(widths, 112, seed=1)
+        for bias in (2.0, 3.0, 4.0, 6.0):
+            options = {"max_new_tokens": 24, "do_sample": False, "sequence_bias": [[[PAD], bias]]}
+            wanted = model.generate(**inputs, **options)
+            words = wanted[:, -24:] != PAD
+            among += bool((words[:, 1:] & ~words[:, :-1]).any())
+            for draft in (noisy_copy(model, 0.03), "ngram"):
+                gen = SpeculativeGenerator(model, draft, num_draft_tokens=5)
+                assert gen.generate(**inputs, **options).tolist() == wanted.tolist()
+    assert among, "no text has a word behind padding: this test shows nothing"

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from specdec.layouts.columns import Columns
-from specdec.layouts.facts import odd_states
+from specdec.layouts.facts import feeds_all, odd_states
 from specdec.records import Round, Stats
 from specdec.state import State
 
@@ -50,7 +49,7 @@ class Collector:
         # what has the shapes of plain's steps can only come from such steps
         attends = any("attentions" in name for name in self.keeps_states)
         odd = odd_states(model)
-        whole = odd is not None or Columns.feeds_all(model, model_kwargs)
+        whole = odd is not None or feeds_all(model, model_kwargs)
         self.takes_steps = attends or bool(self.keeps_states and whole)
         self._rows_of_states = odd or 0
 

@@ -19,7 +19,7 @@ from specdec.layouts import NEVER, Layout
 from specdec.layouts.check import Candidate, Trial
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
-from specdec.layouts.facts import counts_the_cache, one_token_reason
+from specdec.layouts.facts import one_token_reason, slots_reason
 from specdec.layouts.slots import Slots
 from specdec.records import States
 
@@ -247,16 +247,19 @@ class Scorer:
         reason = one_token_reason(self.model, prompt_length, max_length, batch)
         if not reason and self._columns.is_foreign:
             reason = "its past is of a form of its own, which cannot be put back"
+        slotless = slots_reason(self.model, max_length)
         makers = {**MAKERS, "slots": lambda columns: Slots(columns, self._max_length)}
         if self._wanted != "auto":
             if self._wanted not in LAYOUTS:
                 raise InvalidInput(f"layout={self._wanted!r} does not exist; use one of {LAYOUTS}")
+            if self._wanted == "slots":
+                reason = reason or slotless
             if self._wanted != "plain" and reason:
                 raise _inexact(self._wanted, reason)
             return {self._wanted: makers[self._wanted], "plain": _plain}
         last = "one by one" if self._is_draft else "plain"
         names = [last] if reason else ["slots", "columns", "snapshot", last]
-        if counts_the_cache(self.model, max_length) and not reason:
+        if slotless and not reason:
             names.remove("slots")
         if reason and not self._is_draft:
             warn_plain(self.model, reason)

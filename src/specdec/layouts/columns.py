@@ -18,7 +18,6 @@ Knows nothing of proposals or verification. Read next: ``forget.py``.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin
 
+from specdec.layouts.facts import CACHE_NAMES, OLD_CACHES, uncounted_padding
 from specdec.layouts.forget import drop, own_cache, trim
 from specdec.layouts.handover import cached_columns, end_recording, write_into
 from specdec.layouts.picking import rows_from_the_end
@@ -36,8 +36,6 @@ from specdec.layouts.snapshot import Snapshots
 LEAD = 6
 # a snapshot further behind than this is brought up by a forward pass of its own
 STRETCH = 12
-CACHE_NAMES = ("past_key_values", "cache_params", "state")
-OLD_CACHES = ("mems", "past_buckets_states")  # xlnet, reformer: grown by rules of their own
 
 
 class Columns:
@@ -61,6 +59,7 @@ class Columns:
         self._stepwise = update is not GenerationMixin._update_model_kwargs_for_generation
         # several new tokens repeat the last token types, not the last one
         self._stepwise |= kwargs.get("token_type_ids") is not None
+        self._padding = uncounted_padding(model)
         self._snapshots: Snapshots | None = None
         self._columns = 0  # columns that ``_kwargs`` describes; the cache may hold more until a rewind
         self._fed = 0  # columns in the cache
@@ -120,12 +119,6 @@ class Columns:
         """The model's cache, whatever it is called, or None."""
         return next((self._kwargs[n] for n in CACHE_NAMES if self._kwargs.get(n) is not None), None)
 
-    @staticmethod
-    def feeds_all(model: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether every pass of ``model`` takes the whole text again: it has no cache, or ``kwargs`` forbid it."""
-        names = inspect.signature(type(model).forward).parameters
-        return not kwargs.get("use_cache", True) or not any(name in names for name in (*CACHE_NAMES, *OLD_CACHES))
-
     @property
     def fed(self) -> int:
         """Columns in the cache; those that no id stands for (``hidden``) are not counted."""
@@ -147,17 +140,18 @@ class Columns:
 
     def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """See ``Layout.forward``."""
-        upto = int(lengths.max())
-        start = self._fed
+        start, upto = self._fed, int(lengths.max())
         if upto <= start:
             raise RuntimeError("columns are to be fed that were not forgotten; this is a bug in specdec")
         self._wanted = (first - upto, count)
-        if self._wide or upto == start + 1:
-            scores = self._feed(tokens, upto)
-        else:
-            steps = [self._feed(tokens, column) for column in range(self._fed + 1, upto + 1)]
-            scores = torch.cat(steps, dim=1)
-        return self.pick(scores)
+        if upto == start + 1 or (self._wide and not self._skips(tokens[:, start:upto], lengths - start)):
+            return self.pick(self._feed(tokens, upto))
+        scores, passes = [], []
+        for column in range(start + 1, upto + 1):
+            scores.append(self._feed(tokens, column))
+            passes.append(self._outputs)
+        self._outputs = _joined(passes)
+        return self.pick(torch.cat(scores, dim=1))
 
     def steps(self, tokens: Tensor, ends: Sequence[np.ndarray], live: np.ndarray) -> Iterator[Tensor]:
         """See ``Layout.steps``."""
@@ -165,6 +159,14 @@ class Columns:
             if place:  # rows of different lengths overwrite what filled them up
                 self.rewind(ends[place - 1], live)
             yield self.forward(tokens, lengths, lengths - 1, 1)
+
+    def _skips(self, tokens: Tensor, lengths: np.ndarray) -> bool:
+        """Whether ``tokens`` (B, n), ``lengths`` (B,) of them real, hold a word behind padding, if that matters."""
+        if self._padding is None:
+            return False
+        padding = tokens == self._padding
+        real = torch.from_numpy(np.arange(tokens.shape[1]) < lengths[:, None]).to(tokens.device)
+        return bool(((padding.cumsum(dim=1) > 0) & ~padding & real).any())
 
     @property
     def outputs(self) -> Any:
@@ -286,3 +288,13 @@ class Columns:
                 f"{type(self.model).__name__} returned {scores.shape[1]} scores for {columns} tokens"
             )
         return scores[:, -columns:]
+
+
+def _joined(passes: Sequence[Any]) -> Any:
+    """The outputs of several passes as those of one over all their columns, as far as states are looked at."""
+    outputs = copy.copy(passes[-1])
+    for name in ("hidden_states", "decoder_hidden_states"):
+        if outputs.get(name):
+            layers = zip(*(one[name] for one in passes), strict=True)
+            outputs[name] = tuple(torch.cat(states, dim=1) for states in layers)
+    return outputs

@@ -7,6 +7,7 @@ each with its cause. Measured over the architectures of transformers 5.23. Read 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,13 @@ ONE_TOKEN_ONLY = {
 ONE_TOKEN_IN_BATCHES = {"unlimited_ocr": "its reference window counts the padding of a row"}
 # model_type -> its window is honoured by one-token steps only, because the mask is a full causal one
 UNMASKED_WINDOW = {"moshi", "moshi_depth"}
+# they number the tokens of a pass without padding, and go on from the cache's length in the next
+UNCOUNTED_PADDING = {
+    "kosmos_2_text_model", "kosmos_2_5_text_model", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2",
+    "speech_to_text", "trocr",
+}  # fmt: skip
+CACHE_NAMES = ("past_key_values", "cache_params", "state")
+OLD_CACHES = ("mems", "past_buckets_states")  # xlnet, reformer: grown by rules of their own
 # model_type -> the dimension that the rows are in, of hidden states whose shapes only one-token steps have
 ODD_STATES = {"gemma3n_text": 1, "rwkv": 0, "xlnet": 0}
 
@@ -58,15 +66,15 @@ def one_token_reason(model: Any, prompt_length: int, max_length: int, batch: int
     return ""
 
 
-def counts_the_cache(model: Any, max_length: int) -> bool:
-    """Whether scores depend on one length of the cache for all rows, so that slots would not do.
+def slots_reason(model: Any, max_length: int) -> str:
+    """Why slots would not do for ``model`` and rows of up to ``max_length`` columns; "" where they may.
 
     llama4 scales its attention by the cache's length from ``floor_scale`` columns on.
     """
-    return any(
-        getattr(config, "attn_temperature_tuning", False) and max_length >= getattr(config, "floor_scale", 0)
-        for config in _configs(model.config)
-    )
+    for config in _configs(model.config):
+        if getattr(config, "attn_temperature_tuning", False) and max_length >= getattr(config, "floor_scale", 0):
+            return "its scores depend on one length of the cache for all rows"
+    return "" if uncounted_padding(model) is None else "it does not count padding as a position"
 
 
 def _rope_reason(config: Any, prompt_length: int, max_length: int) -> str:
@@ -89,6 +97,28 @@ def odd_states(model: Any) -> int | None:
     """The dimension of the rows in hidden states that are not (B, W, ...); None where they are."""
     kinds = (getattr(config, "model_type", "") for config in _configs(model.config))
     return next((ODD_STATES[kind] for kind in kinds if kind in ODD_STATES), None)
+
+
+def feeds_all(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether every pass of ``model`` takes the whole text again: it has no cache, or ``kwargs`` forbid it."""
+    return not kwargs.get("use_cache", True) or not _takes(model, *CACHE_NAMES, *OLD_CACHES)
+
+
+def uncounted_padding(model: Any) -> int | None:
+    """The id of padding, where ``model`` numbers the tokens of a pass without it; None elsewhere.
+
+    The next pass goes on from the cache's length, so a text that holds padding as a word has other positions in one
+    pass than in several. Slots would have to look at every token for that; ``Columns`` does.
+    """
+    for config in _configs(model.config):
+        if getattr(config, "model_type", "") in UNCOUNTED_PADDING:
+            padding: int | None = config.get_text_config(decoder=True).pad_token_id
+            return padding
+    return None
+
+
+def _takes(model: Any, *names: str) -> bool:
+    return any(name in inspect.signature(type(model).forward).parameters for name in names)
 
 
 def prepares_as_usual(model: Any) -> bool:
