@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from specdec import Fallback, SpeculativeGenerator, Suffix
+from specdec import Fallback, NGram, SpeculativeGenerator, Suffix, UnsupportedModel
 
+from .architectures.build import Case, build
 from .contract import NEW, gemma, llama, oracle, plain, prompts, qwen3_next, t5
 from .test_compiled import traced  # noqa: F401
 
@@ -88,3 +89,11 @@ def test_a_compiled_target(traced):  # noqa: F811
     gen = SpeculativeGenerator(llama(), draft, num_draft_tokens=3, layout="slots", compile=True)
     gen.generate(**prompts(3), **GREEDY)
     assert_hidden_as_in_plain(draft.rounds, llama, 3)
+
+
+def test_states_of_another_shape_are_refused():
+    """gemma3n has four streams of them, before the rows."""
+    model = build(Case("causal", "gemma3n_text"))
+    gen = SpeculativeGenerator(model, Reader(NGram()), num_draft_tokens=3)
+    with pytest.raises(UnsupportedModel, match=r"wants hidden states.*Gemma3n"):
+        gen.generate(**prompts(1), **GREEDY)

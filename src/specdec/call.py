@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from specdec.errors import InvalidInput
+from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps, clock
+from specdec.layouts.facts import odd_states
 from specdec.layouts.handover import is_callers
 from specdec.length import DraftLength
 from specdec.length.fixed import Fixed
@@ -151,6 +152,11 @@ def follow_call(
         )
     keep_states = collector.keeps_states
     if getattr(proposer, "wants_hidden", False):
+        if odd_states(model) is not None:
+            raise UnsupportedModel(
+                f"the draft wants hidden states, and those of {type(model).__name__} have shapes of their own; "
+                "give another draft"
+            )
         keep_states = tuple({*keep_states, target.give_hidden()})
     watcher = Watcher(stopping_criteria, streamer, state)
     if processing.in_lockstep and watcher.watches:

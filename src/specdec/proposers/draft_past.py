@@ -94,8 +94,8 @@ class DraftPast:
         self._tokens.scatter_(1, columns, ids.to(self.device).clamp(0, self._embeds - 1)[:, None])
 
     def remember(self, guesses: np.ndarray) -> None:
-        """(B, K) the draft's guesses as they were written, for the next round to compare with."""
-        self._guesses = guesses.clip(0, self._embeds - 1)
+        """(B, K) the draft's guesses as they were written, for the next round to compare with; -1 is unknown."""
+        self._guesses = guesses.clip(-1, self._embeds - 1)
 
     def _open(self, state: State) -> None:
         """Feed the prompt in the draft's ids."""

@@ -214,7 +214,7 @@ class _Tokens:
 
     def _take(self, guesses: np.ndarray) -> None:
         self._proposal = None
-        self._past.remember(self._host_to_draft[guesses])
+        self._past.remember(np.where(guesses < 0, -1, self._host_to_draft[guesses]))
 
 
 class _Strings:
