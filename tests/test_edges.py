@@ -162,7 +162,7 @@ def test_a_long_text_in_slots_that_grow():
 @pytest.mark.parametrize("tokens", [1, 3, 5, 13, 40])
 def test_everything_accepted(tokens, batch):
     text = plain(llama(), prompts(batch))
-    gen = speculative(llama(), oracle(text), tokens=tokens, layout="slots")  # named: no self-check
+    gen = speculative(llama(), oracle(text), tokens=tokens, layout="slots")  # named: tried at once, not in rounds
     assert gen.generate(**prompts(batch), **GREEDY).tolist() == text.tolist()
     stats = gen.stats
     # the prefill writes one token, a round up to tokens + 1; the last is as wide as there is room
