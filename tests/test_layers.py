@@ -213,7 +213,7 @@ def test_architectures(make, shared, batch, draft):
     before = fingerprint(make())
     gen = SpeculativeGenerator(make(), DRAFTS[draft](), num_draft_tokens=4)
     runs = make is not qwen3_next or draft != "exit"  # its cache cannot do with recurrent layers only
-    with nullcontext() if runs else pytest.warns(UserWarning, match="drafts nothing with 1 layers"):
+    with nullcontext() if runs else pytest.warns(UserWarning, match="drafts nothing with"):
         got = gen.generate(**prompts(batch), max_new_tokens=15, do_sample=False)
     assert got.tolist() == plain(make(), prompts(batch), max_new_tokens=15).tolist()
     assert (gen.stats.drafted > 0) == runs
