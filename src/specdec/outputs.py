@@ -49,8 +49,9 @@ class Collector:
         # what has the shapes of plain's steps can only come from such steps
         attends = any("attentions" in name for name in self.keeps_states)
         odd = odd_states(model)
-        whole = odd is not None or feeds_all(model, model_kwargs)
-        self.takes_steps = attends or bool(self.keeps_states and whole)
+        self.takes_steps = attends
+        if self.keeps_states and not attends:
+            self.takes_steps = odd is not None or feeds_all(model, model_kwargs)
         self._rows_of_states = odd or 0
 
     def add(self, round_: Round) -> None:
