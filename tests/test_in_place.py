@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
-from specdec import SpeculativeGenerator, UnsupportedOption
+from specdec import LayerSkip, SpeculativeGenerator, TranslatedDraft, UnsupportedOption
+from specdec.testing import byte_tokenizer, noisy_copy, tiny_llama
 
 from .contract import NEW, Counted, assert_untouched, fingerprint, llama, noisy, plain, prompts, speculative
 
@@ -154,3 +155,29 @@ def test_custom_generate_of_a_model_that_comes_with_it(target, modules):
     target.generate = functools.partial(function, model=target)
     assert target.generate(**prompts(3), **GREEDY).tolist() == wanted.tolist()
     assert torch.equal(target.generate(**prompts(3), **GREEDY, draft=noisy(llama())), wanted)
+
+
+@pytest.mark.parametrize("wrapped", ["target", "draft", "both"])
+def test_what_torch_compile_wraps(wrapped):
+    """Its attributes are its model's: nothing may be lost with the wrapper's, and ``generate()`` runs the model."""
+    letters = byte_tokenizer()
+    target = tiny_llama(vocabulary=len(letters))
+    draft = noisy_copy(target, 0.05)
+    free = plain(target, prompts(1))[0]
+    target.generation_config.stop_strings = [letters.decode(free[-NEW:])[2:4]]
+    wanted = plain(target, prompts(1), tokenizer=letters).tolist()
+    assert len(wanted[0]) < len(free)
+    given, guessing = (
+        torch.compile(model, backend="eager") if wrapped in (name, "both") else model
+        for name, model in (("target", target), ("draft", draft))
+    )
+    own, before = target.generation_config, fingerprint(target)
+    for proposer in (guessing, TranslatedDraft(guessing, letters, letters), LayerSkip([0])):
+        gen = SpeculativeGenerator(given, proposer, num_draft_tokens=3, tokenizer=letters)
+        assert gen.generate(**prompts(1), **GREEDY).tolist() == wanted
+        assert gen.stats.drafted > 0
+        assert list(gen.stream(**prompts(1), **GREEDY))[-1].ended
+        with gen.attached():
+            assert given.generate(**prompts(1), **GREEDY).tolist() == wanted
+        assert target.generation_config is own
+    assert_untouched(target, before)

@@ -8,9 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from threading import Lock, get_ident
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from specdec.weights.adapters import inner_model
+from specdec.weights.adapters import inner_model, uncompiled
+
+# model -> attribute -> what it was before the first loan, and what was lent since; loans of threads may overlap
+_loans: WeakKeyDictionary[Any, dict[str, list[Any]]] = WeakKeyDictionary()
+_lock = Lock()
 
 
 @contextmanager
@@ -34,11 +40,11 @@ def attached(target: Any, generate: Callable[..., Any]) -> Iterator[None]:
 def healing_with(target: Any, tokenizer: Any) -> Iterator[None]:
     """Let ``target.heal_tokens`` use ``tokenizer``: ``generate()`` loses it when ``custom_generate`` is given."""
     target = inner_model(target)
-    plain = target.heal_tokens
+    plain, here = target.heal_tokens, get_ident()
 
     @wraps(plain)
-    def instead(input_ids: Any, _: Any = None) -> Any:
-        return plain(input_ids, tokenizer)
+    def instead(input_ids: Any, given: Any = None) -> Any:
+        return plain(input_ids, tokenizer if get_ident() == here else given)
 
     with _lent(target, "heal_tokens", instead):
         yield
@@ -51,14 +57,30 @@ def having(target: Any, config: Any) -> Iterator[None]:
         yield
 
 
+def own_settings(target: Any) -> Any:
+    """The ``generation_config`` of ``target``, also while a call in another thread has lent it one (``having``)."""
+    with _lock:
+        lent = _loans.get(uncompiled(target), {}).get("generation_config")
+        return target.generation_config if lent is None else lent[0]
+
+
 @contextmanager
 def _lent(target: Any, name: str, thing: Any) -> Iterator[None]:
-    before = vars(target).get(name)
-    setattr(target, name, thing)
+    """Let the attribute ``name`` be ``thing``, the newest loan counting; after the last it is what it was."""
+    target = uncompiled(target)
+    with _lock:
+        lent = _loans.setdefault(target, {}).setdefault(name, [vars(target).get(name)])
+        lent.append(thing)
+        setattr(target, name, thing)
     try:
         yield
     finally:
-        if before is None:
-            delattr(target, name)
-        else:
-            setattr(target, name, before)
+        with _lock:
+            last = max(place for place, one in enumerate(lent) if one is thing)
+            del lent[last]
+            if len(lent) == 1:
+                del _loans[target][name]
+            if lent[-1] is None:
+                delattr(target, name)
+            else:
+                setattr(target, name, lent[-1])

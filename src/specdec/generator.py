@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from specdec.assistance import Assistance, read_assistance
-from specdec.attaching import attached, healing_with
+from specdec.attaching import attached, healing_with, own_settings
 from specdec.call import Request, follow_call, run_call
 from specdec.errors import InvalidInput, UnsupportedOption
 from specdec.layouts.compiled import compiled_steps
@@ -309,11 +309,11 @@ class SpeculativeGenerator:
             inputs, options, streamer, seed, tokenizer, prediction, tenant: of the call.
         """
         start = perf_counter()
-        config = options.pop("generation_config", None)
+        config, own = options.pop("generation_config", None), own_settings(self.target)
         check_options(self.target, config, options)
         check_prompt(self.target, config, inputs, options)
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
-        asked = read_assistance(self.draft is not None, config, self.target.generation_config, options)
+        asked = read_assistance(self.draft is not None, config, own, options)
         maker = self if asked is None else self._for(asked, tokenizer)
         stats = self.stats = Stats()
 
@@ -336,8 +336,7 @@ class SpeculativeGenerator:
         def run(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
             return decode(request, model, input_ids, **prepared)
 
-        settings = (config, self.target.generation_config)
-        heals = options.get("token_healing") or any(getattr(c, "token_healing", None) for c in settings)
+        heals = options.get("token_healing") or any(getattr(c, "token_healing", None) for c in (config, own))
         lent = healing_with(self.target, tokenizer) if heals else nullcontext()
         criteria = options.pop("stopping_criteria", None)
         door = with_stop_strings(self.target, config, criteria, tokenizer, options)

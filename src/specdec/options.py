@@ -17,7 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from specdec.assistance import UNDERSTOOD
-from specdec.attaching import having
+from specdec.attaching import having, own_settings
 from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
 from specdec.layouts.handover import cached_columns
 from specdec.proposers import Nothing
@@ -156,9 +156,10 @@ def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -
 
 def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
     """Refuse what is not honoured, wherever it is set: argument, given config, the model's own config."""
+    sources = (given, config, own_settings(target))
 
     def value(name: str) -> Any:
-        for source in (given, config, target.generation_config):
+        for source in sources:
             found = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
             if found is not None:
                 return found
@@ -245,8 +246,8 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
             )
         padded_right = bool((mask[:, -1:] == 0).any())
     else:
-        pad = given.get("pad_token_id", getattr(config or target.generation_config, "pad_token_id", None))
-        eos = given.get("eos_token_id", getattr(config or target.generation_config, "eos_token_id", None))
+        own = config or own_settings(target)
+        pad, eos = (given.get(name, getattr(own, name, None)) for name in ("pad_token_id", "eos_token_id"))
         ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         known = isinstance(pad, int) and pad not in ends and ids.shape[0] > 1 and ids.shape[1] > 0
         padded_right = known and bool(ids[:, -1].eq(torch.tensor(pad)).any())
@@ -267,12 +268,10 @@ def with_stop_strings(
     Yields the generation config, the criteria and the keyword arguments to call ``generate()`` with.
     """
     given = {name: value for name, value in given.items() if name not in UNDERSTOOD}
-    own = target.generation_config
+    own = own_settings(target)
     strings = given.pop("stop_strings", None)
-    if strings is None:
-        strings = getattr(config, "stop_strings", None)
-    if strings is None:
-        strings = own.stop_strings
+    for source in (config, own):
+        strings = getattr(source, "stop_strings", None) if strings is None else strings
     user = criteria
     if strings is not None:
         if tokenizer is None:

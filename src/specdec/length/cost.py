@@ -72,7 +72,7 @@ class Timings:
     @property
     def priced(self) -> bool:
         """Some round with guesses was timed."""
-        return any(width > 0 for width in self._seen)
+        return max(self._seen, default=0) > 0
 
     @property
     def known(self) -> float:

@@ -139,16 +139,15 @@ class _Part:
     """The part of a target that drafts, made once: it follows the target's weights."""
 
     def __init__(self) -> None:
-        self._of: tuple[Any, Any, tuple[int, ...]] | None = None
-        self._model: Any = None
+        self._made: tuple[Any, Any, Any, tuple[int, ...]] | None = None  # the part, and what it was made of
 
     def of(self, target: Any, keep: tuple[int, ...]) -> Any:
         """``target`` with the layers ``keep`` only."""
         attention = getattr(target.config, "_attn_implementation", None)
-        if self._of is None or self._of[0]() is not target or self._of[1:] != (attention, keep):
-            self._model = with_layers(target, keep)
-            self._of = (weakref.ref(target), attention, keep)
-        return self._model
+        made = self._made
+        if made is None or made[1]() is not target or made[2:] != (attention, keep):
+            made = self._made = (with_layers(target, keep), weakref.ref(target), attention, keep)
+        return made[0]
 
 
 class _Run:

@@ -25,8 +25,7 @@ def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any]
         caught.append((input_ids, kwargs, generation_config, inner))
         return input_ids
 
-    own = model.generation_config
-    config = copy.deepcopy(own)
+    config = copy.deepcopy(model.generation_config)
     prompt = call.prompt.clamp(max=embeds - 1)
     inputs = _inputs_for(model, call)
     read = inputs.get("inputs_embeds", prompt).shape[1]
@@ -38,19 +37,18 @@ def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any]
             config.decoder_start_token_id = prompt[:, 0].tolist()  # the call's own, one a row
     else:
         inputs["input_ids"] = prompt
-    # what is None in a given config is filled up from the model's own: lend it one without settings
-    model.generation_config = config
+    # what is None in a given config is filled up from the model's own: ask a double that has one without settings
+    double = copy.copy(model)
+    vars(double)["generation_config"] = config
     try:
-        try:
-            GenerationMixin.generate(model, custom_generate=catch, **inputs)
-        except ValueError:
-            if type(model).generate is GenerationMixin.generate:
-                raise
-            # a wrapper whose own generate() builds what its inner model needs (kosmos-2)
-            model.generate(custom_generate=catch, **inputs)
-    finally:
-        model.generation_config = own
-    return caught[0]  # type: ignore[no-any-return]
+        GenerationMixin.generate(double, custom_generate=catch, **inputs)
+    except ValueError:
+        if type(model).generate is GenerationMixin.generate:
+            raise
+        # a wrapper whose own generate() builds what its inner model needs (kosmos-2)
+        type(model).generate(double, custom_generate=catch, **inputs)
+    prompt, kwargs, config, inner = caught[0]
+    return prompt, kwargs, config, model if inner is double else inner
 
 
 # what the draft's own defaults may not bring in: the call's processors and limits are the target's

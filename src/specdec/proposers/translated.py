@@ -30,6 +30,7 @@ from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
 from specdec.records import Proposal, Round
 from specdec.sampling import Greedy
 from specdec.state import State, device_of, to_host
+from specdec.weights.adapters import inner_model
 
 METHODS = ("auto", "tokens", "strings")
 # below this part of the smaller vocabulary the draft's rows lose too much by being cut to the shared ids
@@ -75,7 +76,7 @@ class TranslatedDraft:
             raise InvalidInput(f"method={method!r} does not exist; use one of {METHODS}")
         if confidence is not None and not 0 <= confidence <= 1:
             raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
-        self.model = model
+        self.model = inner_model(model)
         self.shared = shared_ids(tokenizer, draft_tokenizer)
         self._translator = Translator(Vocabulary(tokenizer), Vocabulary(draft_tokenizer), self.shared)
         self._part = max(self.shared.of_draft, self.shared.of_target)  # of the smaller vocabulary
@@ -88,7 +89,7 @@ class TranslatedDraft:
         self._method = method
         self._confidence = confidence
         self._layout = layout
-        self._steps = compiled_steps(model) if compile else None
+        self._steps = compiled_steps(self.model) if compile else None
 
     def choose(self, *, greedy: bool) -> tuple[str, str]:
         """The method for a call, "tokens" or "strings", and why."""

@@ -1,4 +1,4 @@
-"""Models with adapters (PEFT), seen from outside: which model writes in the end, and the same model without them.
+"""Models in wrappers (PEFT's adapters, torch.compile): which model writes in the end, and it without adapters.
 
 PEFT puts its layers into the very model that it is given and wraps it; a wrapper with LoRA and its like generates
 with that inner model, one with learnt prompts prepares every step itself. PEFT is not imported: its classes are
@@ -15,6 +15,11 @@ from specdec.errors import UnsupportedModel
 from specdec.weights.share import shared_copy
 
 
+def uncompiled(model: Any) -> Any:
+    """What ``torch.compile(model)`` wraps: it has the attributes, and ``generate()`` runs it, eagerly."""
+    return getattr(model, "_orig_mod", model)
+
+
 def is_wrapped(model: Any) -> bool:
     """Whether ``model`` is PEFT's wrapper of another."""
     return hasattr(type(model), "get_base_model") and hasattr(model, "peft_config")
@@ -22,6 +27,7 @@ def is_wrapped(model: Any) -> bool:
 
 def inner_model(model: Any) -> Any:
     """The model whose ``generate()`` runs in the end, adapters and all; ``model`` itself if nothing wraps it."""
+    model = uncompiled(model)
     return model.get_base_model() if is_wrapped(model) else model
 
 
@@ -30,6 +36,7 @@ def needs_its_wrapper(model: Any, given: dict[str, Any]) -> str:
 
     What the wrapper sets for the time of its ``generate()`` is gone when a stream's rounds run.
     """
+    model = uncompiled(model)
     if not is_wrapped(model):
         return ""
     config = model.active_peft_config
