@@ -14,7 +14,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from specdec import InvalidInput
 from specdec.layouts.forget import own_cache
-from specdec.testing import lively, tiny_llama
+from specdec.testing import lively, noisy_copy, tiny_llama
 
 from .contract import (
     NEW,
@@ -31,6 +31,7 @@ from .contract import (
     speculative,
     t5,
 )
+from .proposers import PROPOSERS
 
 DICT = {"return_dict_in_generate": True, "do_sample": False, "max_new_tokens": NEW}
 DRAFTS = ("noisy", "ngram", None)
@@ -378,6 +379,17 @@ def test_embeddings(layout, make, with_ids, batch):
     for rule in ("block", "coupled"):
         got = speculative(make(), "noisy", verification=rule, layout=layout).generate(**inputs, **sampled)
         assert got.tolist() == wanted.sequences.repeat_interleave(2, dim=0).tolist()
+
+
+@pytest.mark.parametrize("name", [*PROPOSERS, "auto"])
+def test_embeddings_without_ids_and_every_proposer(name):
+    """There is no last token of a prompt to begin with."""
+    model = tiny_llama(num_hidden_layers=2)
+    inputs = embedded(model, 3)
+    wanted = plain(model, inputs).tolist()
+    draft, more = ("auto", {}) if name == "auto" else PROPOSERS[name](noisy_copy(model, 0.05), wanted)
+    gen = speculative(model, draft)
+    assert gen.generate(**inputs, **more, max_new_tokens=NEW, do_sample=False).tolist() == wanted
 
 
 def test_a_soft_prompt_before_the_ids():

@@ -290,6 +290,41 @@ def test_beside_other_processors_and_warpers():
         assert torch.equal(gen.generate(**inputs, **options), plain)
 
 
+FEW = {"a": {6: "b", 9: "c"}, "b": {12: "c"}, "c": {9: "a", 40: "b"}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"suppress_tokens": sorted(set(range(64)) - {6, 12, 40})},
+        {"logits_processor": [Constraint(Automaton(FEW, words=2))]},
+    ],
+    ids=["suppressed", "grammar"],
+)
+def test_a_token_that_was_never_allowed(more):
+    """What ``remove_invalid_values`` makes of -inf may be all that others leave: the text goes on from there."""
+    target, inputs = tiny_llama(), ragged_prompt()
+    asked = []
+
+    def odd(row, ids):
+        asked.append((row, ids.tolist()))
+        return list(range(2 + (len(ids) + row) % 2, 64, 2))
+
+    options = {"max_new_tokens": 14, "do_sample": False, "remove_invalid_values": True, **more}
+    options |= {"prefix_allowed_tokens_fn": odd, "return_dict_in_generate": True, "output_scores": True}
+    plain = target.generate(**inputs, **options)
+    wanted = list(asked)
+    texts = list(enumerate(plain.sequences[:, 9:].tolist()))
+    assert any((token + at + 9 + row) % 2 for row, text in texts for at, token in enumerate(text))
+    for draft in (noisy_copy(target, 0.1), "suffix", None):
+        asked.clear()
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=4)
+        got = gen.generate(**inputs, **options)
+        assert torch.equal(got.sequences, plain.sequences)
+        assert all(map(torch.equal, map(torch.isfinite, got.scores), map(torch.isfinite, plain.scores)))
+        assert asked == wanted
+
+
 def test_one_grammar_a_prompt():
     """Rows of a batch under different grammars, one of them free; several samples share their prompt's."""
     target, inputs = tiny_llama(), ragged_prompt()

@@ -25,7 +25,7 @@ from specdec.testing import TableModel, assert_lossless, lively, ragged_prompt, 
 from specdec.weights import half
 from specdec.weights.packed import PackedWeight
 
-from .contract import assert_untouched, bart, fingerprint, t5
+from .contract import assert_untouched, bart, fingerprint, mamba2, t5
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 FORMS = {
@@ -382,6 +382,18 @@ def test_a_pruned_head_scores_special_then_frequent_then_low_tokens():
     assert got.shape == wanted.shape
     torch.testing.assert_close(got[..., kept], wanted[..., kept])
     assert (got[..., ~kept] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("form", ["pruned", "pruned int8"])
+def test_a_pruned_head_of_a_model_that_asks_for_its_dtype(form):
+    target = mamba2()
+    draft = prune_head(target, [], 32)
+    draft = quantize_draft(draft, "int8") if form == "pruned int8" else draft
+    assert draft.lm_head.weight.dtype == target.dtype
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=3)
+    options = {**ragged_prompt(), "max_new_tokens": 9, "do_sample": False}
+    assert gen.generate(**options).tolist() == target.generate(**options).tolist()
+    assert gen.stats.drafted > 0
 
 
 def test_what_cannot_be_pruned_is_refused():

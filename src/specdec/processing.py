@@ -207,4 +207,7 @@ def _stepwise(processor: Any, later: Any) -> Stepwise | None:
 
 
 def _keeps_forbidden(processor: Any) -> bool:
-    return _reads_scores_only(processor) or isinstance(processor, Stepwise)
+    """What was -inf stays so; with ``remove_invalid_values`` it is a number, and may be all that others leave."""
+    return type(processor) is not hf.InfNanRemoveLogitsProcessor and (
+        _reads_scores_only(processor) or isinstance(processor, Stepwise)
+    )

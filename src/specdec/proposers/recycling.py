@@ -40,7 +40,8 @@ class _Run:
 
     def __init__(self, call: Call) -> None:
         self._prompt = call.prompt
-        self._last = call.prompt[:, -1]
+        # embeddings may be given instead of ids: what stood there is then no id
+        self._last = call.prompt[:, -1] if call.prompt.shape[1] else call.prompt.new_full((len(call.prompt),), -1)
         self._one_by_one = call.processing.in_lockstep
         self._table = torch.zeros(0, dtype=torch.int64)
         self._age = 0

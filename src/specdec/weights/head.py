@@ -72,6 +72,11 @@ class PrunedHead(torch.nn.Module):
             self.linear.bias = torch.nn.Parameter(head.bias.detach()[kept], requires_grad=False)
         self.register_buffer("kept", kept)
 
+    @property
+    def weight(self) -> Tensor:
+        """The kept rows (n, K): some models ask their head for its dtype (Mamba)."""
+        return self.linear.weight
+
     def forward(self, states: Tensor) -> Tensor:
         """Scores (..., V) of hidden states (..., K)."""
         scores: Tensor = self.linear(states)
