@@ -90,6 +90,28 @@ def test_the_records_are_the_text(stop, draft, batch):
     assert gen.stats.seconds > 0
 
 
+@pytest.mark.parametrize("ends", [None, "late"])
+def test_a_row_that_ended_ahead_of_the_others_may_still_be_cut(ends):
+    """A condition that looks at all rows comes to a step only when every row has; nothing beyond may have been told."""
+    inputs, cuts = prompts(3), 0
+    text = plain(llama(), inputs)[0, START:].tolist()
+    options = {**GREEDY, "eos_token_id": None if ends is None else max(text, key=text.index)}
+    for step in range(2, NEW + 1):
+        criteria = [lambda ids, scores, step=step: torch.full((len(ids),), ids.shape[1] >= START + step)]
+        wanted = plain(llama(), inputs, **options, stopping_criteria=criteria).tolist()
+        gen = speculative(llama(), None, tokens=NEW)
+        stream = gen.stream(**inputs, **options, stopping_criteria=criteria, prediction=[text, None, None])
+        told = [[], [], []]
+        for record in stream:
+            told[record.row] += record.ids
+        for row, ids in enumerate(told):
+            new = wanted[row][START:]
+            assert ids == new[: len(ids)]
+            assert not any(new[len(ids) :])
+        cuts += len(told[0]) < len(text)
+    assert cuts > 2
+
+
 def test_which_tokens_the_draft_guessed():
     free = plain(llama(), prompts(3))
     gen = speculative(llama(), oracle(free, wrong={START + 3}), tokens=3)

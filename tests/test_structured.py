@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from specdec import DraftModel, InvalidInput, SpeculativeGenerator
+from specdec import DraftModel, InvalidInput, SpeculativeGenerator, prune_head
 from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
 from specdec.processing import Processing
@@ -323,6 +323,22 @@ def test_a_token_that_was_never_allowed(more):
         assert torch.equal(got.sequences, plain.sequences)
         assert all(map(torch.equal, map(torch.isfinite, got.scores), map(torch.isfinite, plain.scores)))
         assert asked == wanted
+
+
+@pytest.mark.parametrize("warper", [{"eta_cutoff": 1e-3}, {"top_h": 0.6}], ids=list)
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_draft_that_knows_nothing_the_grammar_allows(warper, broken):
+    """These two raise where a row is no distribution; of a draft, that is no reason to end the call."""
+    target, inputs = tiny_llama(), ragged_prompt()
+    draft = prune_head(target, [], 16)
+    if broken:
+        draft.lm_head.linear.weight.data.fill_(torch.nan)
+    high = Automaton({"a": dict.fromkeys(range(20, 64), "a")}, words=2)
+    options = {"max_new_tokens": 12, "do_sample": True, "top_k": 0, "logits_processor": [Constraint(high)], **warper}
+    wanted = SpeculativeGenerator(target, verification="coupled", seed=1).generate(**inputs, **options)
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, verification="coupled", seed=1)
+    assert torch.equal(gen.generate(**inputs, **options), wanted)
+    assert gen.stats.drafted > 0
 
 
 def test_one_grammar_a_prompt():

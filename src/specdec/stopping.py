@@ -45,10 +45,10 @@ class Watcher:
         return bool(self._watched)
 
     def final(self, state: State) -> np.ndarray:
-        """(B,) columns of each row that no condition will take back."""
+        """(B,) columns of each row that no condition will take back, of a row that has ended ahead of others too."""
         if not self._watched:
             return state.lengths.copy()
-        return np.where(state.live, np.minimum(state.lengths, self._front), state.lengths)
+        return np.minimum(state.lengths, self._front)
 
     def follow(self, state: State, scores: list[Tensor] | None) -> None:
         """Judge every step that has become common to all rows; end the rows that should have ended."""

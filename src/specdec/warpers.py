@@ -30,6 +30,8 @@ LEAST = 4 * SELECTED[0]  # entries of a row below which sorting costs nothing
 
 def warp(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
     """``processor(ids, scores)`` for scores (N, V), faster where this file knows how."""
+    if type(processor) in JUDGING:
+        return _where_sound(processor, ids, scores)
     known = NARROWED.get(type(processor))
     if known is None or scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.shape[1] < LEAST:
         warped: Tensor = processor(ids, scores)
@@ -40,6 +42,15 @@ def warp(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
         if not np.isfinite(peak) or not known(processor, row):
             row[:] = processor(ids[:1], row[None])[0]
     return out
+
+
+def _where_sound(processor: Any, ids: Tensor, scores: Tensor) -> Tensor:
+    """Rows that are no distribution stay as they are: plain ``generate()`` would not have got there.
+
+    A draft with few tokens may know none that a grammar allows; nothing may be allowed behind a guess.
+    """
+    bad = (~(scores > -torch.inf).any(dim=1) | scores.isnan().any(dim=1))[:, None]
+    return torch.where(bad, scores, processor(ids, scores.masked_fill(bad, 0.0)))
 
 
 def _top_k(processor: Any, row: Tensor) -> bool:
@@ -104,4 +115,5 @@ def _cut(row: Tensor, lowest: float, filter_value: float) -> None:
     threshold(row, below, filter_value, inplace=True)
 
 
+JUDGING = (hf.EtaLogitsWarper, hf.TopHLogitsWarper)  # they raise where a row is no distribution
 NARROWED = {hf.TopKLogitsWarper: _top_k, hf.TopPLogitsWarper: _top_p}
