@@ -92,7 +92,7 @@ def test_the_records_are_the_text(stop, draft, batch):
 
 @pytest.mark.parametrize("ends", [None, "late"])
 def test_a_row_that_ended_ahead_of_the_others_may_still_be_cut(ends):
-    """A condition that looks at all rows comes to a step only when every row has; nothing beyond may have been told."""
+    """A condition comes to a step only when every row has; nothing beyond may have been told."""
     inputs, cuts = prompts(3), 0
     text = plain(llama(), inputs)[0, START:].tolist()
     options = {**GREEDY, "eos_token_id": None if ends is None else max(text, key=text.index)}

@@ -334,7 +334,7 @@ def test_a_draft_that_knows_nothing_the_grammar_allows(warper, broken):
     if broken:
         draft.lm_head.linear.weight.data.fill_(torch.nan)
     high = Automaton({"a": dict.fromkeys(range(20, 64), "a")}, words=2)
-    options = {"max_new_tokens": 12, "do_sample": True, "top_k": 0, "logits_processor": [Constraint(high)], **warper}
+    options = {"max_new_tokens": 9, "do_sample": True, "top_k": 0, **warper, "logits_processor": [Constraint(high)]}
     wanted = SpeculativeGenerator(target, verification="coupled", seed=1).generate(**inputs, **options)
     gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, verification="coupled", seed=1)
     assert torch.equal(gen.generate(**inputs, **options), wanted)

@@ -45,7 +45,7 @@ class Watcher:
         return bool(self._watched)
 
     def final(self, state: State) -> np.ndarray:
-        """(B,) columns of each row that no condition will take back, of a row that has ended ahead of others too."""
+        """(B,) columns of each row that no condition will take back; one that ended ahead of others may be cut."""
         if not self._watched:
             return state.lengths.copy()
         return np.minimum(state.lengths, self._front)
