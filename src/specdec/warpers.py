@@ -11,6 +11,8 @@ hundred scores, so:
 Both say how many scores stay. Where the border runs between equal scores, which of them stay is a whim of the
 sort (it is not stable), so there, for rows that are no distribution, and on other devices transformers' own class
 is called.
+
+Two more of its warpers raise where a row is no distribution, as a draft's may be; such rows pass them untouched.
 Knows no model. Read next: ``lockstep.py``.
 """
 

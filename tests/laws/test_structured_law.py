@@ -54,7 +54,7 @@ def exact(target, new, table, eos):
     return texts
 
 
-def law_error(rule, kind, guesses, *, table=TOY, eos=None, seed=0, controlled=False, hints=None):
+def law_error(rule, kind, guesses, *, table=TOY, eos=None, seed=0, controlled=False, hints=None, **more):
     """Largest difference, over all texts, between the walked law and the exact one."""
     vocabulary, new = SIZES[guesses] if eos is None else (3, 4)
     target, draft = tables(seed, vocabulary)
@@ -77,7 +77,7 @@ def law_error(rule, kind, guesses, *, table=TOY, eos=None, seed=0, controlled=Fa
         gen._sampling = lambda *_: Scripted(rule, script)
         out = gen.generate(
             PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=new, do_sample=True, top_k=0,
-            eos_token_id=eos, pad_token_id=0, logits_processor=[constraint], **options,
+            eos_token_id=eos, pad_token_id=0, logits_processor=[constraint], **options, **more,
         )  # fmt: skip
         text = out[0, PROMPT.shape[1] :].tolist()
         return tuple(text + [0] * (new - len(text)))
@@ -101,6 +101,13 @@ def test_law_of_constrained_texts(rule, kind, guesses):
 @pytest.mark.parametrize("kind", ["model", "own", "prediction", "prediction, model"])
 def test_law_when_the_grammar_ends_inside_a_block(rule, kind):
     assert law_error(rule, kind, 2, table=ENDING, eos=2) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("kind", ["pruned", "model", "cascade of models"])
+def test_law_behind_a_warper_that_wants_distributions(rule, kind):
+    """So small a cutoff removes nothing; the pruned draft has no token where only the end may follow."""
+    assert law_error(rule, kind, 2, table=ENDING, eos=2, eta_cutoff=1e-12) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["none", "model", "prediction, model"])
