@@ -38,6 +38,7 @@ LEVELS = [
     {"sampling", "warpers", "stepwise"},
     {"state", "weights", "structured"},
     {"records", "errors", "verify", "noise", "ahead"},
+    {"transfer"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
@@ -45,6 +46,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 THIRD_PARTIES = {
     "errors": set(),
     "records": {"numpy", "torch"},
+    "transfer": {"numpy", "torch"},
     "verify": {"torch", "triton"},
 }
 

@@ -31,8 +31,9 @@ from specdec.proposers.jump import begun
 from specdec.records import Round, Stats
 from specdec.sampling import Sampling
 from specdec.scorer import Scorer, warn_plain
-from specdec.state import State, device_of, to_host
+from specdec.state import State, device_of
 from specdec.stopping import Watcher
+from specdec.transfer import to_host
 
 
 @dataclass(frozen=True)

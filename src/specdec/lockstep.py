@@ -17,6 +17,7 @@ from specdec.processing import Processing
 from specdec.records import Proposal
 from specdec.sampling import Sampling
 from specdec.state import State
+from specdec.transfer import to_device
 
 
 def verify_in_lockstep(
@@ -37,7 +38,7 @@ def verify_in_lockstep(
     """
     length = int(state.lengths[state.live][0])
     guesses = int(proposal.lengths.max(initial=0))
-    submitted = torch.from_numpy(proposal.lengths).to(state.device)
+    submitted = to_device(proposal.lengths, state.device)
     scores = torch.zeros_like(logits)
     step = 0
     while True:

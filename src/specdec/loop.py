@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from specdec.layouts.compiled import clock
@@ -26,6 +25,7 @@ from specdec.records import Proposal, Round, Stats
 from specdec.sampling import Sampling
 from specdec.scorer import Scorer
 from specdec.state import State
+from specdec.transfer import to_device
 
 
 def decode(
@@ -97,7 +97,7 @@ def _verify(
         return verify_in_lockstep(logits.float(), state, proposal, processing, sampling)
     guesses = proposal.lengths * state.live
     scores = processing.target(logits, state.tokens, state.lengths, guesses + state.live)
-    submitted = torch.from_numpy(guesses).to(state.device)
+    submitted = to_device(guesses, state.device)
     positions = state.lengths - state.prompt_length
     accepted, next_token = sampling.verify(scores, proposal.tokens, submitted, proposal.logits, positions)
     return accepted, next_token, scores

@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from specdec.layouts.facts import feeds_all, odd_states
 from specdec.records import Round, Stats
 from specdec.state import State
+from specdec.transfer import to_device
 
 
 class Collector:
@@ -124,6 +125,5 @@ def _cut(steps: list[Tensor] | None, emitted: np.ndarray, rows_in: int = 0) -> t
         return None
     kept = steps[: int(emitted.max())]
     for step, rows in enumerate(kept):
-        ended = torch.from_numpy(np.flatnonzero(emitted <= step))
-        rows.index_fill_(rows_in, ended.to(rows.device), 0)
+        rows.index_fill_(rows_in, to_device(np.flatnonzero(emitted <= step), rows.device), 0)
     return tuple(kept)

@@ -1,10 +1,11 @@
 """Logits processors over several positions of ragged rows: each sees what plain ``generate()`` would show it.
 
 transformers' processors take ``(B, L)`` ids of one length and ``(B, V)`` scores, with all rows, because some
-know row indices and prompts. Four kinds:
+know row indices and prompts. Five kinds:
 
 * scores only (temperature, top-k, top-p, ...): one call over all rows and positions;
-* pure functions of the history (penalties, lengths, bad words, ...): one call for each distinct length, with
+* which tokens there are already, no matter where (repetition penalty): one call as well, with histories filled up;
+* other pure functions of the history (lengths, bad words, n-grams, ...): one call for each distinct length, with
   the whole batch; rows of other lengths are not used;
 * those whose state is a value (grammars, ``prefix_allowed_tokens_fn``): the state of every guess is worked out
   along the guesses before it (``stepwise.py``), for the draft's rows as well;
@@ -12,7 +13,7 @@ know row indices and prompts. Four kinds:
   ``generate()``. Then ``in_lockstep`` is True and the loop verifies one position after the other.
 
 A processor of your own that is a pure function of each row's tokens and scores may say so with a class attribute
-``specdec_pure = True``; it then belongs to the second kind and touches the draft's rows as well.
+``specdec_pure = True``; it then belongs to the third kind and touches the draft's rows as well.
 Knows no model, cache or rule. Read next: ``stepwise.py``.
 """
 
@@ -25,7 +26,9 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from specdec.state import span
 from specdec.stepwise import Allowed, Seen, Stepwise, Walk
+from specdec.transfer import to_device
 from specdec.warpers import warp
 
 SCORES_ONLY = (
@@ -69,7 +72,7 @@ class Processing:
     """
 
     def __init__(self, processors: Any, prompt: Tensor | None = None) -> None:
-        """Sort ``processors`` (a ``LogitsProcessorList``) into the four kinds.
+        """Sort ``processors`` (a ``LogitsProcessorList``) into the five kinds.
 
         Args:
             processors: as ``generate()`` prepared them.
@@ -160,8 +163,10 @@ class Processing:
                 flat = scores.reshape(batch * count, vocabulary)
                 ids = tokens[:, :1].repeat_interleave(count, dim=0)
                 scores = warp(processor, ids, flat).view(batch, count, vocabulary)
+            elif _asks_for_presence(processor):
+                scores = _by_presence(processor, scores, tokens, lengths)
             else:
-                scores = _by_length(processor, scores, tokens, lengths)
+                scores = _by_length(processor, scores, tokens, lengths, wanted)
         return scores
 
 
@@ -170,26 +175,50 @@ def _single(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype == torch.float64 else logits
 
 
-def _by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray) -> Tensor:
-    """One call for each distinct history length, with every row of the batch."""
+def _by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray, wanted: np.ndarray) -> Tensor:
+    """One call for each distinct history length of the positions ``wanted``, with every row of the batch."""
+    if not wanted.any():
+        return scores
     count = scores.shape[1]
-    columns = lengths[:, None] + np.arange(count)
-    if (columns == columns[0]).all():
-        rows = [processor(tokens[:, : columns[0, i]], scores[:, i]) for i in range(count)]
+    low, high = span(lengths[wanted > 0])
+    if low == high:
+        rows = [processor(tokens[:, : low + i], scores[:, i]) for i in range(count)]
         return torch.stack(rows, dim=1)
-    out = scores.clone()
-    for length in np.unique(columns):
-        which, at = (torch.from_numpy(i).to(scores.device) for i in np.nonzero(columns == length))
-        here = scores[:, 0].clone()
-        here[which] = scores[which, at]
-        out[which, at] = processor(tokens[:, :length], here)[which]
-    return out
+    columns = np.unique((lengths[:, None] + np.arange(count))[np.arange(count) < wanted[:, None]])
+    at = columns[:, None] - lengths
+    # a row without a position of some length is shown another one, whose result goes to a place behind the last
+    read = to_device(at.clip(0, count - 1), scores.device)
+    write = to_device(np.where((at >= 0) & (at < count), at, count), scores.device)
+    row = torch.arange(len(lengths), device=scores.device)
+    out = torch.nn.functional.pad(scores, (0, 0, 0, 1))
+    for length, here, there in zip(columns, read, write, strict=True):
+        out[row, there] = processor(tokens[:, :length], scores[row, here])
+    return out[:, :count]
+
+
+def _by_presence(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+    """One call for all positions, of a processor that asks which tokens there are and neither where nor how often.
+
+    What a position does not see yet is shown as the first id beyond the vocabulary, which such a processor skips.
+    """
+    batch, count, vocabulary = scores.shape
+    width = int(lengths.max()) + count - 1
+    seen = to_device(lengths[:, None] + np.arange(count), scores.device)
+    unseen = torch.arange(width, device=scores.device) >= seen[..., None]
+    ids = tokens[:, None, :width].expand(-1, count, -1).masked_fill(unseen, vocabulary)
+    flat = processor(ids.reshape(batch * count, width), scores.reshape(batch * count, vocabulary))
+    processed: Tensor = flat.view(batch, count, vocabulary)
+    return processed
 
 
 def _reads_scores_only(processor: Any) -> bool:
     if type(processor) in BIASES:
         return all(len(ids) == 1 for ids in processor.sequence_bias)
     return type(processor) in SCORES_ONLY
+
+
+def _asks_for_presence(processor: Any) -> bool:
+    return type(processor) is hf.RepetitionPenaltyLogitsProcessor and processor.prompt_ignore_length is None
 
 
 def _is_pure(processor: Any) -> bool:

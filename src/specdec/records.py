@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.transfer import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
@@ -44,7 +46,7 @@ class Proposal:
         tokens = np.zeros((len(guesses), int(lengths.max(initial=0))), dtype=np.int64)
         for row, guess in enumerate(guesses):
             tokens[row, : len(guess)] = guess
-        return cls(torch.from_numpy(tokens).to(device), lengths)
+        return cls(to_device(tokens, device), lengths)
 
 
 # name of an output of the model -> for each layer (B, K + 1, ...)

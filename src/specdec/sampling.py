@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specdec.errors import InvalidInput
 from specdec.noise import Noise, draw_seed
+from specdec.transfer import to_device
 from specdec.verify import Rule, choose, highest, keyed_gumbel, match, row_keys, sample, verify
 
 VERIFICATIONS = ("block", "token", "coupled")
@@ -107,7 +108,7 @@ class Coupled:
 
     def _gumbel(self, positions: np.ndarray, vocabulary: int) -> Tensor:
         """(B, N, V) noise for the new tokens at ``positions`` (B, N)."""
-        where = torch.from_numpy(positions).to(self._keys.device, non_blocking=True)
+        where = to_device(positions, self._keys.device)
         return keyed_gumbel(self._keys, where, vocabulary, torch.float64)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec.errors import InvalidScores
 from specdec.records import Proposal, Round, States
+from specdec.transfer import to_device, to_host
 
 
 class State:
@@ -82,12 +83,12 @@ class State:
     @property
     def device_lengths(self) -> Tensor:
         """``lengths`` on the device."""
-        return torch.from_numpy(self.lengths).to(self.device, non_blocking=True)
+        return to_device(self.lengths, self.device)
 
     @property
     def device_live(self) -> Tensor:
         """``live`` on the device."""
-        return torch.from_numpy(self.live).to(self.device, non_blocking=True)
+        return to_device(self.live, self.device)
 
     @property
     def done(self) -> bool:
@@ -128,8 +129,8 @@ class State:
             # an id that does not exist is the verifier's to judge; a model must not be fed it
             guesses = proposal.tokens.clamp(0, self.vocabulary - 1)
             if span(proposal.lengths)[0] < width:
-                past = torch.from_numpy(np.arange(width) >= proposal.lengths[:, None])
-                guesses = guesses.masked_fill(past.to(self.device, non_blocking=True), self.pad_id)
+                past = to_device(np.arange(width) >= proposal.lengths[:, None], self.device)
+                guesses = guesses.masked_fill(past, self.pad_id)
             put(self.tokens, self.lengths, guesses)
 
     def commit(
@@ -186,7 +187,7 @@ class State:
         )
         put_on_host(self.host_tokens, self.lengths, emitted)
         if not self._is_host:
-            put(self.tokens, self.lengths, torch.from_numpy(emitted).to(self.device, non_blocking=True))
+            put(self.tokens, self.lengths, to_device(emitted, self.device))
         self.lengths, self.live = self.lengths + counts, np.array(live)
         return round_
 
@@ -232,7 +233,7 @@ def put(buffer: Tensor, first: np.ndarray, values: Tensor) -> None:
     if lowest == highest:
         buffer[:, lowest : lowest + width] = values
         return
-    columns = torch.from_numpy(first).to(buffer.device, non_blocking=True)[:, None]
+    columns = to_device(first, buffer.device)[:, None]
     buffer.scatter_(1, columns + torch.arange(width, device=buffer.device), values)
 
 
@@ -250,9 +251,3 @@ def device_of(model: Any, given: torch.device) -> torch.device:
     """Where ``model`` takes its inputs; ``given`` where its first weights are offloaded and hooks move inputs."""
     device: torch.device = model.device
     return given if device.type == "meta" else device
-
-
-def to_host(tensor: Tensor) -> np.ndarray:
-    """The only place where the loop waits for the device; counted in tests."""
-    array: np.ndarray = tensor.cpu().numpy()
-    return array

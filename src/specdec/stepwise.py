@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.state import to_host
+from specdec.transfer import to_device, to_host
 
 
 @runtime_checkable
@@ -174,12 +174,11 @@ class Allowed:
 
     def process(self, states: Sequence[_Prefix | None], scores: Tensor) -> Tensor:
         """See ``Stepwise.process``; a guess behind which nothing may stand is an error only if it is kept."""
-        out = torch.where(
-            torch.tensor([s is None for s in states], device=scores.device)[:, None], scores, -torch.inf
-        )
+        free = to_device(np.array([state is None for state in states]), scores.device)
+        out = torch.where(free[:, None], scores, -torch.inf)
         known = [(row, state) for row, state in enumerate(states) if state is not None and len(state.listed)]
         if known:
-            rows = torch.tensor([row for row, _ in known], device=scores.device)
+            rows = to_device(np.array([row for row, _ in known]), scores.device)
             # the arithmetic is transformers' own: where all that is allowed has no chance, it is equally likely
             own = self._kind(lambda number, _: known[number][1].listed, 1)
             out[rows] = own(rows[:, None], scores[rows])

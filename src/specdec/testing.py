@@ -42,7 +42,7 @@ def lively(model: Any, seed: int = 0, gain: float = 1.6) -> Any:
                 scale = 1.0 if "embed" in name else gain / weight.shape[-1] ** 0.5
                 weight.copy_(noise * scale)
             else:
-                weight.add_(noise * 0.1)
+                weight.add_(noise.to(weight.device) * 0.1)
             weight.requires_grad_(False)
     ids = {n: getattr(model.config, n, None) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model.generation_config = GenerationConfig(**ids)
@@ -56,7 +56,7 @@ def noisy_copy(model: Any, scale: float = 0.1, seed: int = 1) -> Any:
     with torch.no_grad():
         for weight in draft.parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            weight.add_(noise * float(weight.float().std()) * scale if weight.numel() > 1 else 0)
+            weight.add_(noise.to(weight.device) * float(weight.float().std()) * scale if weight.numel() > 1 else 0)
     return draft
 
 

@@ -22,6 +22,7 @@ from specdec.layouts import Layout
 from specdec.layouts.columns import Columns
 from specdec.layouts.forget import own_cache
 from specdec.layouts.snapshot import Snapshots
+from specdec.transfer import to_device
 
 # float32: the good cases of 295 architectures stay below 7e-5, the bad ones start at 6.9e-4
 FLOAT32_TOLERANCE = 2e-4
@@ -133,7 +134,7 @@ def _agrees(layout: Layout, tokens: Tensor, width: int, truth: list[Tensor]) -> 
     tokens = torch.nn.functional.pad(tokens, (0, 3 - STEPS))
     live = np.ones(batch, dtype=bool)
     odd = np.arange(batch) % 2  # odd rows are one token ahead
-    odd_rows = torch.from_numpy(odd.astype(bool)).to(tokens.device)
+    odd_rows = to_device(odd.astype(bool), tokens.device)
     wrong = torch.where(tokens > 0, tokens - 1, tokens + 1)
     right = tokens
     tokens = tokens.clone()

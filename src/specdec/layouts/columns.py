@@ -31,11 +31,10 @@ from specdec.layouts.forget import drop, own_cache, trim
 from specdec.layouts.handover import cached_columns, end_recording, write_into
 from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.snapshot import Snapshots
+from specdec.transfer import to_device
 
-# a row further ahead of the slowest one than this guesses nothing until that one has caught up
-LEAD = 6
-# a snapshot further behind than this is brought up by a forward pass of its own
-STRETCH = 12
+LEAD = 6  # a row further ahead of the slowest one than this guesses nothing until that one has caught up
+STRETCH = 12  # a snapshot further behind than this is brought up by a forward pass of its own
 
 
 class Columns:
@@ -165,7 +164,7 @@ class Columns:
         if self._padding is None:
             return False
         padding = tokens == self._padding
-        real = torch.from_numpy(np.arange(tokens.shape[1]) < lengths[:, None]).to(tokens.device)
+        real = to_device(np.arange(tokens.shape[1]) < lengths[:, None], tokens.device)
         return bool(((padding.cumsum(dim=1) > 0) & ~padding & real).any())
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.state import span
+from specdec.transfer import to_device
 
 
 def rows_from_the_end(states: Tensor, first: np.ndarray, count: int) -> Tensor:
@@ -25,7 +26,7 @@ def rows_from_the_end(states: Tensor, first: np.ndarray, count: int) -> Tensor:
             return states
         if lowest >= 0 and lowest + count <= width:
             return states[:, lowest : lowest + count]
-    at = torch.from_numpy(first + width).to(states.device)[:, None]
+    at = to_device(first + width, states.device)[:, None]
     at = (at + torch.arange(count, device=states.device)).clamp(0, width - 1)
     at = at.view(*at.shape, *[1] * (states.ndim - 2))
     return states.gather(1, at.expand(-1, -1, *states.shape[2:]))

@@ -6,8 +6,8 @@ cache and copied in. Causality hides stale columns: a query at column j sees col
 were all written by this row. Each model builds its own masks; ``masks.py`` gives every row its own query
 offset. Positions continue from those of the prompt.
 
-Exact where positions come from ``position_ids`` and layers keep plain keys and values: 228 of 295 architectures
-measured; the self-check finds out. Knows nothing of proposals. Read next: ``slot_cache.py``.
+Exact where positions come from ``position_ids`` and layers keep plain keys and values: 228 of 295 architectures;
+the self-check finds out. Knows nothing of proposals. Read next: ``slot_cache.py``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from specdec.layouts.handover import cached_columns, give_back, is_callers
 from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.slot_cache import Place, SlotCache, SlotLayer, slot_layer
 from specdec.state import device_of, span
+from specdec.transfer import to_device
 from specdec.weights.filling import leaving_out_filling
 
 BLOCK = 64
@@ -177,12 +178,11 @@ class Slots:
             ids, positions = partial(tokens[:, here].contiguous), self._positions[..., here]
         else:
             where = starts[:, None] + np.arange(width)
-            # rows that feed less than others are filled up with their last token
-            read = torch.from_numpy(np.minimum(where, lengths[:, None] - 1)).to(tokens.device, non_blocking=True)
-            columns = torch.from_numpy(where + hidden).to(tokens.device, non_blocking=True)
+            last = lengths[:, None] - 1  # fills up rows that feed less than others
+            read = to_device(np.minimum(where, last), tokens.device)
+            columns = to_device(where + hidden, tokens.device)
             ids, positions = partial(tokens.gather, 1, read), self._positions_of(read)
-        # nobody wants the scores before the first; a graph has one number of rows
-        wanted = first - starts
+        wanted = first - starts  # nobody wants the scores before the first; a graph has one number of rows
         rows = width - span(wanted)[0] if self._steps is None else width
         place = (columns, lowest + hidden, longest + hidden)
         return _Plan(ids, positions.contiguous(), place, lengths, fed, rows, (wanted - width, count))

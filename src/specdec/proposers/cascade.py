@@ -36,6 +36,7 @@ from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import check_sizes, named
 from specdec.records import Proposal, Round, Stats
 from specdec.state import State, in_common
+from specdec.transfer import to_device
 
 
 class Cascade:
@@ -148,8 +149,8 @@ class _Level:
             limits = self._stop(round_, np.where(ended, written, limits), before, written)
         width = int(written.max())
         columns = state.lengths[:, None] + np.arange(width)
-        tokens = torch.from_numpy(np.take_along_axis(text.host_tokens, columns, axis=1))
-        return Proposal(tokens.to(state.device), written, _rows(scores, places, width) if scores else None)
+        tokens = to_device(np.take_along_axis(text.host_tokens, columns, axis=1), state.device)
+        return Proposal(tokens, written, _rows(scores, places, width) if scores else None)
 
     def observe(self, round_: Round) -> None:
         """Show what is below the round that it guessed for."""
@@ -174,7 +175,7 @@ class _Level:
         proposal = checked(self._below.propose(text, limits), text, limits)
         text.write_guesses(proposal)
         scores = self._scores(text, proposal)
-        submitted = torch.from_numpy(proposal.lengths).to(text.device)
+        submitted = to_device(proposal.lengths, text.device)
         positions = text.lengths - text.prompt_length
         accepted, next_token = self._call.sampling.verify(
             scores, proposal.tokens, submitted, proposal.logits, positions
@@ -235,7 +236,7 @@ class _Level:
         """(B,) limits, lowered to what is written where no more pays; what is written is submitted all the same."""
         if not self._confidence and self._goes_on is None:
             return limits
-        emitted = torch.from_numpy(round_.emitted).to(round_.scores.device)
+        emitted = to_device(round_.emitted, round_.scores.device)
         inside = emitted.clamp(0, round_.scores.shape[-1] - 1)[..., None]
         chances = (
             round_.scores.softmax(dim=-1, dtype=torch.float32).gather(-1, inside)[..., 0].double().cpu().numpy()
@@ -272,4 +273,4 @@ def _rows(scores: list[Tensor], places: list[tuple[np.ndarray, np.ndarray]], wid
             where[row, before[row] : after[row]] = start + np.arange(after[row] - before[row])
         start += rows.shape[1]
     every = torch.cat(scores, dim=1)
-    return every[torch.arange(batch, device=every.device)[:, None], torch.from_numpy(where).to(every.device)]
+    return every[torch.arange(batch, device=every.device)[:, None], to_device(where, every.device)]

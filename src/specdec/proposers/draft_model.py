@@ -25,7 +25,8 @@ from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
 from specdec.proposers.past import Past, warn_refused
 from specdec.records import Proposal, Round
-from specdec.state import State, in_common, put, put_on_host, span, to_host
+from specdec.state import State, in_common, put, put_on_host, span
+from specdec.transfer import to_host
 from specdec.weights.adapters import inner_model
 
 

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from specdec.layouts.compiled import CompiledSteps
@@ -24,6 +23,7 @@ from specdec.proposers.prompt import embedded, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
 from specdec.state import State, device_of
+from specdec.transfer import to_device
 
 
 class DraftPast:
@@ -90,7 +90,7 @@ class DraftPast:
 
     def write(self, ids: Tensor, step: int) -> None:
         """Put the draft's guess ``step``, ids (B,), behind the text."""
-        columns = torch.from_numpy(self.lengths + step).to(self.device)[:, None]
+        columns = to_device(self.lengths + step, self.device)[:, None]
         self._tokens.scatter_(1, columns, ids.to(self.device).clamp(0, self._embeds - 1)[:, None])
 
     def remember(self, guesses: np.ndarray) -> None:
@@ -116,8 +116,8 @@ class DraftPast:
             ids[b, width - len(prompt) : width] = prompt
             mask[b, width - len(prompt) :] = 1
         ids = ids.clip(0, self._embeds - 1)
-        prompt_ids = torch.from_numpy(ids[:, :width].copy()).to(self.device)
-        inputs = {"attention_mask": torch.from_numpy(mask).to(self.device)}
+        prompt_ids = to_device(ids[:, :width].copy(), self.device)
+        inputs = {"attention_mask": to_device(mask, self.device)}
         call = replace(self._call, target=None, prompt=prompt_ids, inputs=inputs, max_length=self._longest + 1)
         prepared, kwargs, config, inner = prepare(self._model, call, self._embeds)
         if prepared.shape != prompt_ids.shape:
@@ -128,7 +128,7 @@ class DraftPast:
         )
         scorer.prefill(prepared, speculate=True)
         self._scorer = scorer
-        self._host, self._tokens = ids, torch.from_numpy(ids.copy()).to(self.device)
+        self._host, self._tokens = ids, to_device(ids.copy(), self.device)
         self._starts = width - mask.sum(axis=1)
         self._rows = [DraftRow(width, rest) for rest in unfinished]
         self.lengths = np.full(state.batch, width, dtype=np.int64)
@@ -167,7 +167,7 @@ class DraftPast:
             self.lengths = np.where(self._active, self.lengths, np.minimum(self.lengths, shortest))
         kept = np.minimum(kept, self.lengths - 1)
         low, high = int(kept.min()), int(self.lengths.max())
-        self._tokens[:, low:high] = torch.from_numpy(self._host[:, low:high]).to(self.device)
+        self._tokens[:, low:high] = to_device(self._host[:, low:high], self.device)
         settled = np.array([row.settled for row in self._rows])
         self._scorer.rollback(self._tokens, kept, self._active, np.minimum(kept, settled))
 

@@ -20,6 +20,7 @@ from specdec.proposers.drawn import certain, chance_of, mixed, sound
 from specdec.proposers.foresight import Ahead
 from specdec.records import Proposal
 from specdec.state import State, span
+from specdec.transfer import to_device
 
 
 class Steps(Protocol):
@@ -102,14 +103,14 @@ def _guess(
     token at ``positions`` (B,).
     """
     if known is not None and not drafted.any():
-        return certain(torch.from_numpy(known.clip(min=0)).to(state.device), state.vocabulary)
+        return certain(to_device(known.clip(min=0), state.device), state.vocabulary)
     scores = steps.next_scores(state, step, drafted)
     guess = call.sampling.guess(scores, positions)
     if call.sampling.keeps_logits:
         scores = sound(scores, guess < 0)
         guess = guess.clamp(min=0)
     if known is not None and (known >= 0).any():
-        guess, scores = mixed(guess, scores, torch.from_numpy(known).to(state.device))
+        guess, scores = mixed(guess, scores, to_device(known, state.device))
     return guess, scores
 
 

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from specdec.proposers import Call, Proposer
 from specdec.records import Proposal, Round, Stats
 from specdec.state import State
+from specdec.transfer import to_device
 
 
 class Fallback:
@@ -97,7 +98,7 @@ class _Run:
 def merged(first: Proposal, second: Proposal, of_first: np.ndarray, vocabulary: int) -> Proposal:
     """One proposal, row by row from the first or the second."""
     width = max(first.tokens.shape[1], second.tokens.shape[1])
-    choice = torch.from_numpy(of_first).to(first.tokens.device)[:, None]
+    choice = to_device(of_first, first.tokens.device)[:, None]
     mine, other = (pad(part.tokens, (0, width - part.tokens.shape[1])) for part in (first, second))
     lengths = np.where(of_first, first.lengths, second.lengths)
     if first.logits is None and second.logits is None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from specdec.processing import Processing
 from specdec.proposers import existing
 from specdec.records import Proposal
-from specdec.state import State, to_host
+from specdec.state import State
+from specdec.transfer import to_host
 
 
 class Ahead:

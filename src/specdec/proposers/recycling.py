@@ -18,6 +18,7 @@ from torch import Tensor
 from specdec.proposers import Call, Proposer
 from specdec.records import Proposal, Round
 from specdec.state import State
+from specdec.transfer import to_device
 from specdec.verify import highest
 
 
@@ -55,7 +56,7 @@ class _Run:
         # positions that were not verified: beyond a row's guesses, or behind the end of a lockstep round
         known = round_.accepted if self._one_by_one else round_.lengths
         step = torch.arange(before.shape[1], device=before.device)
-        real = step <= torch.from_numpy(known).to(before.device)[:, None]
+        real = step <= to_device(known, before.device)[:, None]
         self._learn(before, highest(round_.scores[:, : before.shape[1]]), real)
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:

@@ -16,7 +16,8 @@ from specdec.proposers import Call, Proposer, existing, one_a_row
 from specdec.proposers.automaton import NOTHING, SuffixAutomaton
 from specdec.proposers.store import Reader, Store
 from specdec.records import Proposal, Stats
-from specdec.state import State, to_host
+from specdec.state import State
+from specdec.transfer import to_host
 
 FEW = 4  # guesses that the shortest match is worth
 

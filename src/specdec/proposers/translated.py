@@ -29,7 +29,8 @@ from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
 from specdec.records import Proposal, Round
 from specdec.sampling import Greedy
-from specdec.state import State, device_of, to_host
+from specdec.state import State, device_of
+from specdec.transfer import to_device, to_host
 from specdec.weights.adapters import inner_model
 
 METHODS = ("auto", "tokens", "strings")
@@ -208,10 +209,10 @@ class _Tokens:
         theirs, ours = self._shared.draft_ids, self._shared.target_ids
         real = (theirs < draft_size) & (ours < vocabulary)
         theirs, ours = theirs[real], ours[real]
-        self._ids = (torch.from_numpy(theirs).to(device), torch.from_numpy(ours).to(device))
+        self._ids = (to_device(theirs, device), to_device(ours, device))
         self._host_to_draft = np.zeros(vocabulary, dtype=np.int64)
         self._host_to_draft[ours] = theirs
-        self._to_draft = torch.from_numpy(self._host_to_draft).to(device)
+        self._to_draft = to_device(self._host_to_draft, device)
 
     def _take(self, guesses: np.ndarray) -> None:
         self._proposal = None
@@ -250,7 +251,7 @@ class _Strings:
         tokens = np.zeros((state.batch, int(lengths.max(initial=0))), dtype=np.int64)
         for row, ids in enumerate(guesses):
             tokens[row, : lengths[row]] = ids[: lengths[row]]
-        return Proposal(torch.from_numpy(tokens).to(state.device), lengths)
+        return Proposal(to_device(tokens, state.device), lengths)
 
     def _write(self, limits: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         """The draft's likeliest ids (B, K), and how many of each row (B,) count."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from specdec.errors import InvalidInput
+from specdec.transfer import to_device
 
 WORD = 32  # bits in an entry of a mask
 
@@ -139,11 +140,11 @@ def forbidden(masks: Sequence[np.ndarray | None], scores: Tensor) -> Tensor:
         out = torch.from_numpy(bits.view(np.bool_))
     else:
         shifts = torch.arange(WORD, dtype=torch.int32, device=scores.device)
-        there = torch.from_numpy(packed).to(scores.device)
+        there = to_device(packed, scores.device)
         out = ((there[..., None] >> shifts) & 1 == 0).flatten(1)[:, :vocabulary]
     missing = vocabulary - out.shape[1]
     if missing:
-        unknown = torch.tensor([mask is not None for mask in masks], device=scores.device)
+        unknown = to_device(np.array([mask is not None for mask in masks]), scores.device)
         out = torch.cat([out, unknown[:, None].expand(-1, missing)], dim=1)
     return out
 

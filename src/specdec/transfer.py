@@ -1,0 +1,27 @@
+"""Between host and device: the copy that waits, and the copies that do not.
+
+A copy to the host waits until the device has done all that it was given; a round makes one. A copy to the device
+need not wait, but on CUDA ``tensor.to(device)`` does: it holds the host until the stream has come to it, behind
+every pass that a draft has just queued. Knows no model and no text. Read next: ``state.py``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# There the driver takes a small array away before the call returns, so that it may be changed or freed at once.
+# Other runtimes may read it later, from where it was.
+QUEUES = frozenset({"cuda"})
+
+
+def to_host(tensor: Tensor) -> np.ndarray:
+    """The only place where the loop waits for the device; counted in tests."""
+    array: np.ndarray = tensor.cpu().numpy()
+    return array
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """``array`` on ``device``, behind what is queued there; on the CPU the same memory."""
+    return torch.from_numpy(array).to(device, non_blocking=device.type in QUEUES)

@@ -1,0 +1,241 @@
+"""A device called "elsewhere": not the host's memory, and slow to answer. No GPU is needed, and none is used.
+
+torch can have a backend written in Python; this one runs every operation on the CPU, but is as strict as CUDA:
+tensors of two devices do not mix (but for numbers and copies), and numpy cannot look into one. What would make the
+host wait on CUDA is noted with its place: reading a value, a mask as an index, and every copy that was not told to
+queue (``non_blocking``), those *to* the device included.
+
+Importing this file makes the device, for the whole process, and replaces some of torch's functions: it is for a
+process of its own, ``cases_elsewhere.py``.
+"""
+
+import copy
+import traceback
+from pathlib import Path
+
+import torch
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "elsewhere"
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "specdec"
+aten = torch.ops.aten
+COPIES = (aten._to_copy.default, aten.copy_.default, aten._copy_from.default)
+INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
+READS = (
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
+    aten.is_nonzero.default, aten._unique2.default, aten.repeat_interleave.Tensor,
+)  # fmt: skip
+
+waits: list[str] = []
+
+
+class MixedDevices(RuntimeError):
+    """Tensors of two devices in one operation."""
+
+
+class Module:
+    """What torch asks of the module of a device."""
+
+    def is_initialized(self):
+        return True
+
+    def is_available(self):
+        return True
+
+    def current_device(self):
+        return 0
+
+    def device_count(self):
+        return 1
+
+    def _is_in_bad_fork(self):
+        return False
+
+    def manual_seed_all(self, seed):
+        pass
+
+
+_setup_privateuseone_for_python_backend(rename=NAME, backend_module=Module())
+DEVICE = torch.device(NAME, 0)
+
+
+def wait(what):
+    """Note that the host waits, and for whom."""
+    ours = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(SOURCE))]
+    at = f"{Path(ours[-1].filename).relative_to(SOURCE).as_posix()} {ours[-1].name}" if ours else "outside"
+    waits.append(f"{at}: {what}")
+
+
+class There(torch.Tensor):
+    """A tensor on the device; its numbers are those of a tensor on the host that nobody else sees."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        there = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device=DEVICE,
+        )  # fmt: skip
+        there.inner = inner
+        return there
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        return run(operation, args, kwargs or {})
+
+    def tolist(self):
+        wait("tolist")
+        return self.inner.tolist()
+
+    def numpy(self, **_):
+        raise TypeError(f"numpy cannot look into {NAME}")
+
+    def __array__(self, *_, **__):
+        raise TypeError(f"numpy cannot look into {NAME}")
+
+    def new_tensor(self, data, **options):
+        return made({"dtype": self.dtype, "device": self.device} | options, torch.tensor, data)
+
+    def __getitem__(self, index):
+        return super().__getitem__(_with_tensors(index))
+
+    def __setitem__(self, index, value):
+        super().__setitem__(_with_tensors(index), value)
+
+    def __deepcopy__(self, memo):
+        return memo.setdefault(id(self), put_there(self.inner.clone(), isinstance(self, torch.nn.Parameter)))
+
+
+def put_there(tensor, parameter=False):
+    """``tensor`` on the device."""
+    there = There(tensor)
+    return torch.nn.Parameter(there, requires_grad=False) if parameter else there
+
+
+def moved(model):
+    """A copy of ``model`` on the device."""
+    model = copy.deepcopy(model)
+    known = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    if id(tensor) not in known:
+                        known[id(tensor)] = put_there(tensor.detach(), isinstance(tensor, torch.nn.Parameter))
+                    tensors[name] = known[id(tensor)]
+    return model
+
+
+def run(operation, args, kwargs):
+    """Run ``operation`` on the host, and say what is wrong with it on a device."""
+    tensors = list(_tensors((*args, *kwargs.values())))
+    there = [tensor for tensor in tensors if isinstance(tensor, There)]
+    here = [tensor for tensor in tensors if not isinstance(tensor, There)]
+    asked = kwargs.get("device")
+    stays = bool(there) if asked is None else torch.device(asked).type == NAME
+    if operation in COPIES:
+        if operation is aten.copy_.default:
+            stays = isinstance(args[0], There)
+        crosses = (there and here) or bool(there) != stays
+        if crosses and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
+            wait(f"a copy to {'the device' if stays else 'the host'}")
+    elif there:
+        mixes = [args[0]] if operation in INDEXED else here
+        if any(not isinstance(tensor, There) and tensor.ndim for tensor in mixes):
+            raise MixedDevices(f"{operation} {[(tuple(tensor.shape), str(tensor.device)) for tensor in tensors]}")
+        indices = [one for one in args[1] or () if one is not None] if operation in INDEXED else []
+        if operation in READS:
+            wait(str(operation))
+        if any(one.dtype == torch.bool or not isinstance(one, There) for one in indices):
+            wait("an index that is a mask, or on the host")
+    args = [_on_host(value) for value in args]
+    kwargs = {name: _on_host(value) for name, value in kwargs.items()}
+    if operation is aten.histc.default and not args[0].is_floating_point():  # which the CPU does not count
+        result = operation(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+    else:
+        result = operation(*args, **kwargs)
+    return _there(result, {id(tensor.inner): tensor for tensor in there}) if stays else result
+
+
+def _tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _on_host(value):
+    if isinstance(value, There):
+        return value.inner
+    if isinstance(value, list | tuple):
+        return [_on_host(one) for one in value]
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def _there(value, known):
+    """The result on the device: the same tensors where an operation changed what it was given."""
+    if isinstance(value, list | tuple):
+        return type(value)(_there(one, known) for one in value)
+    if not isinstance(value, torch.Tensor) or isinstance(value, There):
+        return value
+    return known[id(value)] if id(value) in known else There(value)
+
+
+def made(options, factory, *args):
+    """What ``factory`` makes of a list, of numbers or of tensors."""
+    asked = options.pop("device", None)
+    result = factory(*_numbers(args), **options)
+    if asked is None or torch.device(asked).type != NAME:
+        return result
+    wait("a tensor of numbers")
+    return There(result)
+
+
+def _numbers(value):
+    if isinstance(value, There):
+        return value.item()
+    return [_numbers(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _with_tensors(index):
+    """Lists in an index become tensors on the device, which the C++ of a real one would see to."""
+    one = lambda item: torch.tensor(item, device=DEVICE) if isinstance(item, list) else item  # noqa: E731
+    return tuple(map(one, index)) if isinstance(index, tuple) else one(index)
+
+
+class _Kind(type):
+    def __instancecheck__(cls, instance):
+        return isinstance(instance, HostGenerator)
+
+
+class Generator(metaclass=_Kind):
+    """The host's generator stands in for the device's."""
+
+    def __new__(cls, device="cpu"):
+        return HostGenerator("cpu" if torch.device(device).type == NAME else device)
+
+
+HostGenerator = torch.Generator
+library = torch.library.Library("_", "IMPL")
+factories = torch.library.Library("aten", "IMPL")
+
+
+def install():
+    """Make the device; torch's own ways to make a tensor of Python's numbers go past a Python backend."""
+    library.fallback(lambda operation, *args, **kwargs: run(operation, args, kwargs), "PrivateUse1")
+    for name in ("arange", "arange.start", "arange.start_step", "full"):
+        packet, _, overload = name.partition(".")
+        operation = getattr(getattr(aten, packet), overload or "default")
+        kernel = lambda *args, _operation=operation, **kwargs: run(_operation, args, kwargs)  # noqa: E731
+        factories.impl(name, kernel, "PrivateUse1")
+    tensor, as_tensor = torch.tensor, torch.as_tensor
+    torch.tensor = lambda *args, **options: made(options, tensor, *args)
+    torch.as_tensor = lambda data, **options: (
+        data.to(**options) if isinstance(data, torch.Tensor) else made(options, as_tensor, data)
+    )
+    torch.Generator = Generator
+
+
+install()

@@ -1,0 +1,62 @@
+"""Everything on a device that is not the host: the same text, and one wait a round.
+
+``elsewhere.py`` is the device, ``cases_elsewhere.py`` the calls, made in a process of their own. Fake CUDA tensors
+(``test_synchronisation.py``) have no numbers. Here the front door is open from the first argument to the last
+token, and copies to the device that would hold the host are counted as well.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .cases_elsewhere import CASES
+
+ROOT = Path(__file__).resolve().parent.parent
+# where the host waits beside the round's one copy, and for what
+READ = "aten._local_scalar_dense.default"
+# transformers' masks look for padding, as in plain generate()
+MASKS = {f"layouts/columns.py _feed: {READ}", f"layouts/masks.py mask: {READ}"}
+KNOWN = {
+    "none, greedy": MASKS,
+    "none, block": MASKS,
+    "hybrid": MASKS,
+    "encoder": MASKS,
+    "another encoder": MASKS,
+    # called as plain generate() calls them, one step at a time
+    "ends and a condition": {"stopping.py follow: a copy to the host"},
+    "unknown processor": {f"lockstep.py verify_in_lockstep: {READ}"},
+    "guidance": MASKS | {f"lockstep.py verify_in_lockstep: {READ}"},
+    # a function of the caller's, which reads the ids
+    "prefix": {
+        "stepwise.py advance: a tensor of numbers", f"stepwise.py listed: {READ}",
+        "stepwise.py process: a tensor of numbers",
+    },
+    # the instrument works
+    "reads a value": {f"processing.py _by_length: {READ}", f"processing.py <listcomp>: {READ}"},
+    "copies wait": {"transfer.py to_device: a copy to the device"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_same_text_and_one_wait_a_round(half):
+    names = list(CASES)[half::2]
+    command = [sys.executable, "-m", "tests.cases_elsewhere", *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = {line.pop("case"): line for line in map(json.loads, done.stdout.splitlines())}
+    assert list(results) == names
+    wrong = {name: result for name, result in results.items() if not as_it_should_be(name, result)}
+    assert not wrong
+
+
+def as_it_should_be(name, result):
+    if name == "mixes devices":
+        return result.get("error", "").startswith("MixedDevices")
+    if "error" in result or not result["same"]:
+        return False
+    if name not in KNOWN:
+        return result["waits"] == result["rounds"] > 0 and not result["others"]
+    return result["waits"] > result["rounds"] > 0 and set(result["others"]) <= KNOWN[name]
