@@ -19,10 +19,11 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation import logits_process as hf
 
-from specdec import SpeculativeGenerator, transfer
+from specdec import SpeculativeGenerator, TranslatedDraft, transfer
 from specdec.state import State
-from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import bart, gemma, mamba2, mistral, qwen3_next, t5
 from .proposers import PROPOSERS
@@ -63,6 +64,22 @@ class Sum(StoppingCriteria):
         return ids.sum(dim=1) % 11 == 0
 
 
+FIRST, SECOND = byte_tokenizer(), byte_tokenizer("the", "ab")
+
+
+def bytes_target():
+    return tiny_llama(3, vocabulary=len(FIRST))
+
+
+def translated(model, texts):
+    draft = tiny_llama(9, vocabulary=len(SECOND))
+    if model.device.type != "cpu":
+        from .elsewhere import moved
+
+        draft = moved(draft)
+    return TranslatedDraft(draft, FIRST, SECOND), {}
+
+
 RULES = {
     "greedy": {"do_sample": False},
     "token": {"do_sample": True, "verification": "token", "top_p": 0.9},
@@ -81,6 +98,11 @@ CASES |= {
 }
 CASES |= {f"{name}, columns": {"draft": name, "layout": "columns"} for name in ("model", "suffix", "cascade")}
 CASES |= {f"{name}, auto": {"draft": name, "tokens": "auto"} for name in ("model", "a list", "mixture, model")}
+CASES |= {f"{name}, inputs on the host": {"draft": name, "inputs": "host"} for name in ("none", "model", "cascade")}
+CASES |= {
+    f"{name}, draft on the host": {"draft": name, "drafts": "host", **RULES["block"]}
+    for name in ("model", "cascade", "a list", "mixture, model")
+}
 CASES |= {
     "repetition penalty": {"repetition_penalty": 1.3},
     "ngrams, lengths, words": {"no_repeat_ngram_size": 2, "min_new_tokens": 5, "bad_words_ids": [[5], [6, 7]]},
@@ -101,6 +123,17 @@ CASES |= {
     "hybrid": {"target": qwen3_next},
     "encoder": {"target": t5},
     "another encoder": {"target": bart},
+    "functions at home": {
+        "inputs": "host", "return_dict_in_generate": True, "output_scores": True, "output_logits": True,
+        "make": lambda: {"logits_processor": [Mixes(), hf.SuppressTokensLogitsProcessor([4, 9])],
+                         "stopping_criteria": [Sum()],
+                         "prefix_allowed_tokens_fn": lambda row, ids: (ids[-1:].numpy() + np.arange(9)) % 60 + 3},
+    },
+    "another tokenizer": {"draft": "translated", "target": bytes_target},
+    "another tokenizer, sampled": {"draft": "translated", "target": bytes_target, **RULES["block"]},
+    "another tokenizer, draft on the host": {
+        "draft": "translated", "target": bytes_target, "drafts": "host", **RULES["block"],
+    },
     "mixes devices": {"make": lambda: {"logits_processor": [Mixes()]}},
     "reads a value": {"make": lambda: {"logits_processor": [Reads()]}},
     "copies wait": {"queues": False},
@@ -116,13 +149,16 @@ def outcome(name):
     host = case.pop("target", lambda: tiny_llama(3))()
     draft, layout, make = case.pop("draft", "model"), case.pop("layout", "auto"), case.pop("make", dict)
     tokens, verification = case.pop("tokens", 4), case.pop("verification", "block")
-    inputs = ragged_prompt((9, 6, 3))
+    inputs = ragged_prompt((9, 6, 3), host.config.vocab_size)
+    stay = {key for key in ("inputs", "drafts") if case.pop(key, "") == "host"}
     ids = []
-    for target, device in ((host, "host"), (moved(host), NAME)):
-        there = device == NAME
-        given = {key: put_there(value) if there else value for key, value in inputs.items()}
-        noisy = noisy_copy(target, 0.05)
-        proposer, extra = PROPOSERS[draft](noisy, TEXTS)
+    for there in (False, True):
+        target = moved(host) if there else host
+        place = put_there if there and "inputs" not in stay else lambda tensor: tensor
+        given = {key: place(value) for key, value in inputs.items()}
+        proposer, extra = {"translated": translated, **PROPOSERS}[draft](
+            noisy_copy(host if "drafts" in stay else target, 0.05), TEXTS
+        )
         generator = SpeculativeGenerator(
             target, proposer, num_draft_tokens=tokens, verification=verification, layout=layout, seed=1
         )
@@ -150,7 +186,7 @@ def outcome(name):
             waited = waits[commits[first] : commits[-1]]
             rounds = len(commits) - 1 - first
         sequences = out if isinstance(out, torch.Tensor) else out.sequences
-        assert isinstance(sequences, There) == there
+        assert isinstance(sequences, There) == (there and "inputs" not in stay)
         ids.append(sequences.tolist())
     others = sorted({place for place in waited if not place.startswith("transfer.py to_host")})
     return {"same": ids[0] == ids[1], "rounds": rounds, "waits": len(waited), "others": others,

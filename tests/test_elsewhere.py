@@ -22,6 +22,7 @@ MASKS = {f"layouts/columns.py _feed: {READ}", f"layouts/masks.py mask: {READ}"}
 KNOWN = {
     "none, greedy": MASKS,
     "none, block": MASKS,
+    "none, inputs on the host": MASKS,
     "hybrid": MASKS,
     "encoder": MASKS,
     "another encoder": MASKS,
@@ -34,6 +35,10 @@ KNOWN = {
         "stepwise.py advance: a tensor of numbers", f"stepwise.py listed: {READ}",
         "stepwise.py process: a tensor of numbers",
     },
+    "functions at home": None,
+    # what a draft on another device reads and gives
+    **{name: None for name in CASES if name.endswith("draft on the host")},
+    "another tokenizer": set(),  # as text, so its guesses are read once more
     # the instrument works
     "reads a value": {f"processing.py _by_length: {READ}", f"processing.py <listcomp>: {READ}"},
     "copies wait": {"transfer.py to_device: a copy to the device"},
@@ -59,4 +64,5 @@ def as_it_should_be(name, result):
         return False
     if name not in KNOWN:
         return result["waits"] == result["rounds"] > 0 and not result["others"]
-    return result["waits"] > result["rounds"] > 0 and set(result["others"]) <= KNOWN[name]
+    known = KNOWN[name]
+    return result["waits"] > result["rounds"] > 0 and (known is None or set(result["others"]) <= known)

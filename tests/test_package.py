@@ -27,7 +27,7 @@ LEVELS = [
     {"__init__"},
     {"generator"},
     {"call", "options"},
-    {"outputs", "assistance", "attaching"},
+    {"outputs", "assistance", "attaching", "abroad"},
     {"loop"},
     {"lockstep", "choosing"},
     {"proposers", "shaping"},

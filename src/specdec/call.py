@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
+from specdec.abroad import brought_home
 from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps, clock
 from specdec.layouts.facts import odd_states
@@ -52,6 +53,7 @@ class Request:
         stats: filled in as the call goes.
         start: when the call began, by ``perf_counter``.
         tenants: whose text it is: one for all rows, one each, or None.
+        home: where ids and scores go in the end, None where they are.
     """
 
     proposer: Any
@@ -65,6 +67,7 @@ class Request:
     stats: Stats
     start: float
     tenants: list[str] | None = None
+    home: torch.device | None = None
 
 
 Followed = tuple[State, Round, np.ndarray]
@@ -189,7 +192,8 @@ def follow_call(
     if _cache_is_seen(generation_config, model_kwargs):
         cache = target.finish(state.tokens, int(state.lengths.max()) - 1)
     stats.seconds = perf_counter() - request.start
-    return collector.output(sequences, stats, cache)
+    out = collector.output(sequences, stats, cache)
+    return out if request.home is None else brought_home(out, request.home)
 
 
 def _cache_is_seen(config: Any, model_kwargs: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from specdec.abroad import home_of, taken_abroad
 from specdec.assistance import Assistance, read_assistance
 from specdec.attaching import attached, healing_with, own_settings
 from specdec.call import Request, follow_call, run_call
@@ -314,6 +315,9 @@ class SpeculativeGenerator:
         check_prompt(self.target, config, inputs, options)
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
         asked = read_assistance(self.draft is not None, config, own, options)
+        home = home_of(self.target, inputs, options)
+        if home is not None:
+            inputs, options = taken_abroad(self.target, home, inputs, options)
         maker = self if asked is None else self._for(asked, tokenizer)
         stats = self.stats = Stats()
 
@@ -330,6 +334,7 @@ class SpeculativeGenerator:
             stats=stats,
             start=start,
             tenants=check_tenant(tenant),
+            home=home,
         )
 
         @torch.no_grad()

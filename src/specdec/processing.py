@@ -85,7 +85,7 @@ class Processing:
         self.in_lockstep = False
         for place, processor in enumerate(processors):
             stepwise = _stepwise(processor, processors[place + 1 :])
-            if _reads_scores_only(processor) or _is_pure(processor):
+            if is_function(processor):
                 self._known.append(processor)
             elif stepwise is not None and prompt is not None:
                 self._walks.append(Walk(stepwise, prompt))
@@ -209,6 +209,11 @@ def _by_presence(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.nda
     flat = processor(ids.reshape(batch * count, width), scores.reshape(batch * count, vocabulary))
     processed: Tensor = flat.view(batch, count, vocabulary)
     return processed
+
+
+def is_function(processor: Any) -> bool:
+    """What ``processor`` gives depends on ids and scores alone, so it may be called as often as anybody likes."""
+    return _reads_scores_only(processor) or _is_pure(processor)
 
 
 def _reads_scores_only(processor: Any) -> bool:

@@ -94,7 +94,8 @@ class _Run:
         self._past = Past(model, call, layout, steps)
         self._scorer = self._past.scorer
         self._on_cpu = self._past.device.type == "cpu"
-        self._goes_on = call.goes_on if confidence is None and self._on_cpu else None
+        # scores are looked at where the rounds are
+        self._goes_on = call.goes_on if confidence is None and call.prompt.device.type == "cpu" else None
         self._begins = call.begins or always
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)  # what the draft was fed, in its own ids
         self._fed = np.zeros(0)  # on the host; on a CPU the same memory, elsewhere -1 where others guessed

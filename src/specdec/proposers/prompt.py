@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.pytorch_utils import move_to_device
 
 from specdec.proposers import Call
+from specdec.state import device_of
 
 
 def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any], Any, Any]:
@@ -26,8 +28,9 @@ def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any]
         return input_ids
 
     config = copy.deepcopy(model.generation_config)
-    prompt = call.prompt.clamp(max=embeds - 1)
-    inputs = _inputs_for(model, call)
+    device = device_of(model, call.prompt.device)
+    prompt = call.prompt.clamp(max=embeds - 1).to(device)
+    inputs = move_to_device(_inputs_for(model, call), device)
     read = inputs.get("inputs_embeds", prompt).shape[1]
     config.update(**{**PLAIN, "max_length": call.max_length + read - prompt.shape[1]})
     if model.config.is_encoder_decoder:

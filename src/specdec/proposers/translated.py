@@ -104,17 +104,18 @@ class TranslatedDraft:
 
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call."""
-        stop = _Stop(call, self._confidence, device_of(self.model, call.prompt.device))
         past = DraftPast(self.model, call, self._translator, self._layout, self._steps)
         method, reason = self.choose(greedy=isinstance(call.sampling, Greedy))
         described = f"{method}: {reason}; {self._part:.0%} of the smaller vocabulary is shared"
         if method == "tokens":
+            stop = _Stop(call, self._confidence, call.prompt.device)
             return _Tokens(past, call, self.shared, stop, described)
+        stop = _Stop(call, self._confidence, device_of(self.model, call.prompt.device))
         return _Strings(past, self._translator, stop, described)
 
 
 class _Stop:
-    """When a row makes no more guesses in a round; asks nothing where a look would have to wait for the device."""
+    """When a row makes no more guesses in a round; asks nothing where chances are on a ``device`` to wait for."""
 
     def __init__(self, call: Call, confidence: float | None, device: torch.device) -> None:
         self._confidence = confidence or 0.0
