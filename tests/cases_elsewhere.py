@@ -144,6 +144,7 @@ def outcome(name):
     """Run one case on both devices."""
     from .elsewhere import NAME, There, moved, put_there, waits
 
+    torch.manual_seed(0)
     case = dict(CASES[name])
     transfer.QUEUES = frozenset({NAME} if case.pop("queues", True) else ())
     host = case.pop("target", lambda: tiny_llama(3))()
