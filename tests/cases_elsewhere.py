@@ -103,7 +103,12 @@ CASES |= {
     f"{name}, draft on the host": {"draft": name, "drafts": "host", **RULES["block"]}
     for name in ("model", "cascade", "a list", "mixture, model")
 }
+# a named layout is refused where it does not fit
+SPLIT = {"split": True, "layout": "slots"}
+CASES |= {f"{name}, split": {"draft": name, **SPLIT} for name in ("model", "suffix", "early exit")}
 CASES |= {
+    "split, columns": {"split": True, "layout": "columns"},
+    "split, outputs": {**SPLIT, "return_dict_in_generate": True, "output_hidden_states": True},
     "repetition penalty": {"repetition_penalty": 1.3},
     "ngrams, lengths, words": {"no_repeat_ngram_size": 2, "min_new_tokens": 5, "bad_words_ids": [[5], [6, 7]]},
     "suppressed": {"suppress_tokens": [4, 9], "begin_suppress_tokens": [5]},
@@ -142,7 +147,7 @@ CASES |= {
 
 def outcome(name):
     """Run one case on both devices."""
-    from .elsewhere import NAME, There, moved, put_there, waits
+    from .elsewhere import NAME, There, moved, put_there, split, waits
 
     torch.manual_seed(0)
     case = dict(CASES[name])
@@ -152,9 +157,10 @@ def outcome(name):
     tokens, verification = case.pop("tokens", 4), case.pop("verification", "block")
     inputs = ragged_prompt((9, 6, 3), host.config.vocab_size)
     stay = {key for key in ("inputs", "drafts") if case.pop(key, "") == "host"}
+    move = split if case.pop("split", False) else moved
     ids = []
     for there in (False, True):
-        target = moved(host) if there else host
+        target = move(host) if there else host
         place = put_there if there and "inputs" not in stay else lambda tensor: tensor
         given = {key: place(value) for key, value in inputs.items()}
         proposer, extra = {"translated": translated, **PROPOSERS}[draft](

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from transformers.pytorch_utils import move_to_device
 
 NAME = "elsewhere"
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "specdec"
@@ -46,7 +47,7 @@ class Module:
         return 0
 
     def device_count(self):
-        return 1
+        return 2
 
     def _is_in_bad_fork(self):
         return False
@@ -72,10 +73,10 @@ class There(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner):
+    def __new__(cls, inner, device=DEVICE):
         there = torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
-            dtype=inner.dtype, device=DEVICE,
+            dtype=inner.dtype, device=device,
         )  # fmt: skip
         there.inner = inner
         return there
@@ -98,32 +99,51 @@ class There(torch.Tensor):
         return made({"dtype": self.dtype, "device": self.device} | options, torch.tensor, data)
 
     def __getitem__(self, index):
-        return super().__getitem__(_with_tensors(index))
+        return super().__getitem__(_with_tensors(index, self.device))
 
     def __setitem__(self, index, value):
-        super().__setitem__(_with_tensors(index), value)
+        super().__setitem__(_with_tensors(index, self.device), value)
 
     def __deepcopy__(self, memo):
-        return memo.setdefault(id(self), put_there(self.inner.clone(), isinstance(self, torch.nn.Parameter)))
+        return memo.setdefault(id(self), like(self, self.inner.clone(), self.device))
 
 
-def put_there(tensor, parameter=False):
+def put_there(tensor, device=DEVICE):
     """``tensor`` on the device."""
-    there = There(tensor)
-    return torch.nn.Parameter(there, requires_grad=False) if parameter else there
+    return There(tensor, device)
+
+
+def like(one, inner, device):
+    """A parameter if ``one`` is, with the numbers of ``inner`` on ``device``."""
+    there = There(inner, device)
+    return torch.nn.Parameter(there, requires_grad=False) if isinstance(one, torch.nn.Parameter) else there
 
 
 def moved(model):
     """A copy of ``model`` on the device."""
-    model = copy.deepcopy(model)
+    return _put(copy.deepcopy(model), DEVICE)
+
+
+def split(model):
+    """A copy of ``model``, its last layer on a second device, where hooks like accelerate's take its inputs."""
+    model = moved(model)
+    second, last = torch.device(NAME, 1), model.model.layers[-1]
+    _put(last, second)
+    for module, device in ((last, second), (model.model.norm, DEVICE)):
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, device=device: move_to_device((args, kwargs), device), with_kwargs=True
+        )
+    return model
+
+
+def _put(model, device):
     known = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    if id(tensor) not in known:
-                        known[id(tensor)] = put_there(tensor.detach(), isinstance(tensor, torch.nn.Parameter))
-                    tensors[name] = known[id(tensor)]
+                    inner = tensor.inner if isinstance(tensor, There) else tensor.detach()
+                    tensors[name] = known.setdefault(id(tensor), like(tensor, inner, device))
     return model
 
 
@@ -132,17 +152,19 @@ def run(operation, args, kwargs):
     tensors = list(_tensors((*args, *kwargs.values())))
     there = [tensor for tensor in tensors if isinstance(tensor, There)]
     here = [tensor for tensor in tensors if not isinstance(tensor, There)]
-    asked = kwargs.get("device")
-    stays = bool(there) if asked is None else torch.device(asked).type == NAME
+    device = there[0].device if there else torch.device("cpu")
+    if kwargs.get("device") is not None:
+        device = _indexed(kwargs["device"])
     if operation in COPIES:
         if operation is aten.copy_.default:
-            stays = isinstance(args[0], There)
-        crosses = (there and here) or bool(there) != stays
+            device = args[0].device
+        crosses = (there and here) or bool(there) != (device.type == NAME)  # between two devices nobody waits
         if crosses and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
-            wait(f"a copy to {'the device' if stays else 'the host'}")
+            wait(f"a copy to {'the device' if device.type == NAME else 'the host'}")
     elif there:
-        mixes = [args[0]] if operation in INDEXED else here
-        if any(not isinstance(tensor, There) and tensor.ndim for tensor in mixes):
+        mixes = [args[0], *there] if operation in INDEXED else tensors
+        mixes = [tensor for tensor in mixes if isinstance(tensor, There) or tensor.ndim]
+        if any(tensor.device != device for tensor in mixes):
             raise MixedDevices(f"{operation} {[(tuple(tensor.shape), str(tensor.device)) for tensor in tensors]}")
         indices = [one for one in args[1] or () if one is not None] if operation in INDEXED else []
         if operation in READS:
@@ -155,7 +177,12 @@ def run(operation, args, kwargs):
         result = operation(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
     else:
         result = operation(*args, **kwargs)
-    return _there(result, {id(tensor.inner): tensor for tensor in there}) if stays else result
+    return result if device.type != NAME else _there(result, {id(one.inner): one for one in there}, device)
+
+
+def _indexed(device):
+    device = torch.device(device)
+    return torch.device(NAME, device.index or 0) if device.type == NAME else device
 
 
 def _tensors(values):
@@ -174,13 +201,14 @@ def _on_host(value):
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
-def _there(value, known):
+def _there(value, known, device):
     """The result on the device: the same tensors where an operation changed what it was given."""
     if isinstance(value, list | tuple):
-        return type(value)(_there(one, known) for one in value)
+        return type(value)(_there(one, known, device) for one in value)
     if not isinstance(value, torch.Tensor) or isinstance(value, There):
         return value
-    return known[id(value)] if id(value) in known else There(value)
+    before = known.get(id(value))
+    return before if before is not None and before.device == device else There(value, device)
 
 
 def made(options, factory, *args):
@@ -190,7 +218,7 @@ def made(options, factory, *args):
     if asked is None or torch.device(asked).type != NAME:
         return result
     wait("a tensor of numbers")
-    return There(result)
+    return There(result, _indexed(asked))
 
 
 def _numbers(value):
@@ -199,9 +227,9 @@ def _numbers(value):
     return [_numbers(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _with_tensors(index):
+def _with_tensors(index, device):
     """Lists in an index become tensors on the device, which the C++ of a real one would see to."""
-    one = lambda item: torch.tensor(item, device=DEVICE) if isinstance(item, list) else item  # noqa: E731
+    one = lambda item: torch.tensor(item, device=device) if isinstance(item, list) else item  # noqa: E731
     return tuple(map(one, index)) if isinstance(index, tuple) else one(index)
 
 

@@ -117,7 +117,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             else:
                 # not scatter_: compiled, that copies the whole buffer
                 rows = torch.arange(len(states), device=states.device)[:, None]
-                buffer[rows, :, self.where.columns] = states.transpose(1, 2)
+                columns = self.where.columns.to(states.device)  # a layer may be on another device than the ids
+                buffer[rows, :, columns] = states.transpose(1, 2)
         return self.keys, self.values
 
     def grow(self, room: int, reserve: int) -> None:

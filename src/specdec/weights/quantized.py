@@ -70,8 +70,8 @@ def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
     if not layers:
         raise UnsupportedModel(
             f"{type(model).__name__} has no linear layer that can be quantised to {kind}: wanted are "
-            f"torch.nn.Linear in bfloat16, float16 or float32 with columns in {GROUP}, for int4 with rows in 16. "
-            "Give a smaller model as draft"
+            f"torch.nn.Linear on the CPU or on CUDA, in bfloat16, float16 or float32, with columns in {GROUP}, for "
+            "int4 with rows in 16. Give a smaller model as draft"
         )
     return shared_copy(model, layers)
 
