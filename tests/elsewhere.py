@@ -2,8 +2,8 @@
 
 torch can have a backend written in Python; this one runs every operation on the CPU, but is as strict as CUDA:
 tensors of two devices do not mix (but for numbers and copies), and numpy cannot look into one. What would make the
-host wait on CUDA is noted with its place: reading a value, a mask as an index, and every copy that was not told to
-queue (``non_blocking``), those *to* the device included.
+host wait on CUDA is noted with its place: reading a value, a mask as an index, and every copy but those from pinned
+memory that were told to queue (``non_blocking``).
 
 Importing this file makes the device, for the whole process, and replaces some of torch's functions: it is for a
 process of its own, ``cases_elsewhere.py``.
@@ -119,6 +119,13 @@ def like(one, inner, device):
     return torch.nn.Parameter(there, requires_grad=False) if isinstance(one, torch.nn.Parameter) else there
 
 
+def pinned(tensor):
+    """A copy of ``tensor`` in memory that stays where it is."""
+    copied = tensor.clone()
+    copied.pinned = True
+    return copied
+
+
 def moved(model):
     """A copy of ``model`` on the device."""
     return _put(copy.deepcopy(model), DEVICE)
@@ -159,7 +166,9 @@ def run(operation, args, kwargs):
         if operation is aten.copy_.default:
             device = args[0].device
         crosses = (there and here) or bool(there) != (device.type == NAME)  # between two devices nobody waits
-        if crosses and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
+        asks = kwargs.get("non_blocking") or True in args[2:3]
+        queues = asks and all(hasattr(tensor, "pinned") for tensor in here)
+        if crosses and not queues:
             wait(f"a copy to {'the device' if device.type == NAME else 'the host'}")
     elif there:
         mixes = [args[0], *there] if operation in INDEXED else tensors
@@ -264,6 +273,7 @@ def install():
         data.to(**options) if isinstance(data, torch.Tensor) else made(options, as_tensor, data)
     )
     torch.Generator = Generator
+    torch.Tensor.pin_memory = pinned
 
 
 install()

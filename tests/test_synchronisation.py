@@ -134,6 +134,7 @@ def rounds_on_fake_cuda(monkeypatch, sampling_of, layout, processors, count=4, g
     # the prompt is transformers' own business, and looks for padding by reading the mask
     monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *_: False)
     monkeypatch.setattr(specdec.sampling, "Noise", FakeNoise)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # which a CPU build has not
     calls = scripted_copies(monkeypatch)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, WithoutGuard():
         for model in (target, draft):

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# There the driver takes a small array away before the call returns, so that it may be changed or freed at once.
-# Other runtimes may read it later, from where it was.
+# Devices whose copies queue: from pinned memory only is that certain, and torch keeps that until the copy is made.
 QUEUES = frozenset({"cuda"})
 
 
@@ -24,4 +23,7 @@ def to_host(tensor: Tensor) -> np.ndarray:
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """``array`` on ``device``, behind what is queued there; on the CPU the same memory."""
-    return torch.from_numpy(array).to(device, non_blocking=device.type in QUEUES)
+    tensor = torch.from_numpy(array)
+    if device.type in QUEUES:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
