@@ -152,9 +152,26 @@ def test_a_bad_row_gives_minus_one_and_only_there(rule: str, bad: float) -> None
             continue
         rows[:, place, 2] = bad
         needed = place <= lengths if argument == 0 else place < lengths
+        if argument == 0:  # nothing is needed behind a guess that the target forbids
+            before = parts[0][:, :place].gather(-1, parts[1][:, :place].clamp(min=0)[..., None])[..., 0]
+            needed &= (before > -math.inf).all(dim=1)
         accepted, next_token = judged(parts, rule)
         assert torch.equal(next_token, torch.where(needed, -1, good[1]))
         assert torch.equal(accepted, torch.where(needed, 0, good[0]))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
+def test_what_stands_behind_a_forbidden_guess_decides_nothing(rule: str, bad: float, shown: bool) -> None:
+    parts = case(6, shown=shown)
+    parts[0][:, 1].scatter_(1, parts[1][:, 1:2].clamp(min=0), -math.inf)
+    good = judged(parts, rule)
+    parts[0][:, 2:] = torch.where((parts[2] > 1)[:, None, None], bad, parts[0][:, 2:])
+    found = judged(parts, rule)
+    assert torch.equal(found[0], good[0])
+    assert torch.equal(found[1], good[1])
+    assert (good[1] >= 0).all()
 
 
 @pytest.mark.parametrize("rule", RULES)

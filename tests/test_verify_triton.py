@@ -88,7 +88,13 @@ def compare() -> int:
         tokens[past], draft[past], target[:, 1:][past] = -1, torch.nan, torch.nan
         uniforms = torch.rand(batch, guesses + 1, generator=generator, dtype=torch.float64)
         uniforms[0], uniforms[6, -1] = 0.0, 1 - 2**-53
-        target[2, 0], target[3, guesses, 4] = -torch.inf, torch.nan
+        target[2, 0] = -torch.inf
+        target[3] = torch.randn(guesses + 1, vocabulary, generator=generator).to(dtype)
+        target[3, guesses, 4] = torch.nan
+        if guesses:  # nothing is needed behind a guess that the target forbids
+            target[8, 0, 1 : vocabulary - 1] = 0.0
+            target[8, 0, tokens[8, 0].clamp(min=0)] = -torch.inf
+            target[8, 1:] = -torch.inf
         if guesses > 1:
             tokens[4, 1], draft[5, 1, 4] = vocabulary, torch.nan
 
@@ -97,6 +103,7 @@ def compare() -> int:
         for one, other in zip(expected, found, strict=True):
             assert torch.equal(one, other), (rule, shown, dtype, guesses, one, other)
         assert expected[1][2] == expected[1][3] == -1
+        assert expected[1][8] >= 0 or not lengths[8]
         cases += 1
     return cases
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from specdec.layouts.compiled import clock
@@ -97,10 +98,23 @@ def _verify(
         return verify_in_lockstep(logits.float(), state, proposal, processing, sampling)
     guesses = proposal.lengths * state.live
     scores = processing.target(logits, state.tokens, state.lengths, guesses + state.live)
+    if processing.forbids and sampling.keeps_logits and state.eos_ids is not None:
+        scores = _flat_behind_an_end(scores, proposal.tokens, state.eos_ids)
     submitted = to_device(guesses, state.device)
     positions = state.lengths - state.prompt_length
     accepted, next_token = sampling.verify(scores, proposal.tokens, submitted, proposal.logits, positions)
     return accepted, next_token, scores
+
+
+def _flat_behind_an_end(scores: Tensor, guesses: Tensor, eos_ids: Tensor) -> Tensor:
+    """``scores`` (B, K + 1, V), flat behind a guess (B, K) that ends the text.
+
+    Nobody reads what follows, so it may have any law; processors may have left it none.
+    """
+    ended = torch.nn.functional.pad(torch.isin(guesses, eos_ids).cumsum(dim=1) > 0, (1, 0))
+    if scores.device.type == "cpu" and not ended.any():
+        return scores
+    return scores.masked_fill(ended[..., None], 0)
 
 
 def _limits(state: State, target: Scorer, length: DraftLength, processing: Processing) -> np.ndarray:

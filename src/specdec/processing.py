@@ -68,6 +68,7 @@ class Processing:
     Attributes:
         processors: as they were given.
         in_lockstep: one of them may hold state, so that the loop must go position by position.
+        forbids: one of them looks at the text, and so may forbid everything behind an impossible one.
         host_copies: copies from the device, made for processors whose state follows the guesses.
     """
 
@@ -83,6 +84,7 @@ class Processing:
         self._known: list[Any] = []
         self._walks: list[Walk] = []
         self.in_lockstep = False
+        self.forbids = any(type(one) not in SCORES_ONLY for one in processors)
         for place, processor in enumerate(processors):
             stepwise = _stepwise(processor, processors[place + 1 :])
             if is_function(processor):

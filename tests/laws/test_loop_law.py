@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from transformers import LogitsProcessor
 
 import specdec.scorer
 from specdec import Proposal, SpeculativeGenerator
@@ -146,7 +147,21 @@ def without_token(table: torch.Tensor, token: int) -> torch.Tensor:
     return table.index_fill(-1, torch.tensor([token]), -torch.inf)
 
 
-def exact(target: TableModel, new: int, eos: int | None) -> dict[tuple[int, ...], float]:
+class NoneBehindAFault(LogitsProcessor):
+    """No token twice running; behind a text that breaks this, or that has ended, nothing is allowed at all."""
+
+    specdec_pure = True
+
+    def __init__(self, eos: int) -> None:
+        self._eos = eos
+
+    def __call__(self, ids, scores):
+        new = ids[:, PROMPT.shape[1] :]
+        dead = (ids[:, PROMPT.shape[1] - 1 : -1] == new).any(dim=1) | (new == self._eos).any(dim=1)
+        return scores.scatter(1, ids[:, -1:], -torch.inf).masked_fill(dead[:, None], -torch.inf)
+
+
+def exact(target: TableModel, new: int, eos: int | None, processor: Any = None) -> dict[tuple[int, ...], float]:
     """The law of plain sampling, from the table; texts end at ``eos`` and are padded with 0."""
     law: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(new):
@@ -156,8 +171,11 @@ def exact(target: TableModel, new: int, eos: int | None) -> dict[tuple[int, ...]
                 longer[(*text, 0)] += chance
                 continue
             history = [*PROMPT[0].tolist(), *text]
-            row = target.table[history[-2], history[-1]].double().softmax(-1)
-            for token in range(len(row)):
+            scores = target.table[history[-2], history[-1]].double()[None]
+            if processor is not None:
+                scores = processor(torch.tensor([history]), scores)
+            row = scores[0].softmax(-1)
+            for token in row.nonzero().flatten().tolist():
                 longer[(*text, token)] += chance * float(row[token])
         law = longer
     return law
@@ -195,16 +213,20 @@ def law_error(
     eos: int | None = None,
     *,
     controlled: type[Adaptive] | None = None,
+    processor: Any = None,
+    size: tuple[int, int] | None = None,
 ) -> float:
     """Largest difference, over all texts, between the walked law and the exact one."""
-    vocabulary, new = SIZES[guesses]
+    vocabulary, new = size or SIZES[guesses]
     target, draft = tables(seed, vocabulary)
     current: list[Script] = []
     pruned = TableModel(without_token(draft.table, vocabulary - 1))
     drafts = {"self": target, "pruned": pruned, "own": Stubborn(lambda: current[-1], vocabulary)}
-    options = {}
+    options: dict[str, Any] = {}
     if kind in PROPOSERS:
         drafts[kind], options = PROPOSERS[kind](draft, [EXPECTED[:new]])
+    if processor is not None:
+        options["logits_processor"] = [processor]
     layout = "columns"
     if kind in OWN_LAYERS:  # what they share with the target is its slots
         target, layout = layered(seed, vocabulary), "slots"
@@ -214,7 +236,7 @@ def law_error(
     )
 
     if controlled:  # with assumed costs, for the same reason
-        gen._length = lambda _: lambda *_: controlled(Assumed(0.15))
+        gen._length = lambda *_: lambda *_: controlled(Assumed(0.15))
 
     def run(script: Script) -> tuple[int, ...]:
         current.append(script)
@@ -229,7 +251,7 @@ def law_error(
     law: dict[tuple[int, ...], float] = defaultdict(float)
     for chance, text in walk(run):
         law[text] += chance
-    want = exact(target, new, eos)
+    want = exact(target, new, eos, processor)
     assert gen.stats.draft_layout == "shared slots" or kind not in OWN_LAYERS
     return max(abs(law[text] - want.get(text, 0.0)) for text in law.keys() | want.keys())
 
@@ -253,6 +275,12 @@ def test_law_of_whole_texts(rule, kind, guesses):
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_law_when_a_text_may_end_inside_a_block(rule):
     assert law_error(rule, "model", 2, seed=3, eos=2) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("kind", ["model", "self", "own", "fallback"])
+def test_law_when_nothing_is_allowed_behind_a_guess_that_does_not_count(rule, kind):
+    assert law_error(rule, kind, 2, seed=3, eos=2, processor=NoneBehindAFault(2), size=(3, 4)) < TOLERANCE
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
@@ -302,7 +330,7 @@ def error_of_two_rows(rule: str, *, cascaded: bool = False) -> float:
         draft, options = PROPOSERS["cascade"](draft, [EXPECTED[:new]])
     gen = SpeculativeGenerator(target, draft, num_draft_tokens=1, verification=rule, layout="columns", seed=0)
     if cascaded:
-        gen._length = lambda _: lambda *_: Reluctant(Assumed(0.15))
+        gen._length = lambda *_: lambda *_: Reluctant(Assumed(0.15))
     ids = PROMPT.repeat(2, 1)
 
     def run(script: Script) -> tuple[int, ...]:
@@ -632,7 +660,7 @@ def test_a_wrong_loop_breaks_the_law(mutant, monkeypatch):
 def shared_one_column_too_early(monkeypatch):
     """The draft begins at a column that the target does not write again."""
     right = Slots.stand_at
-    monkeypatch.setattr(Slots, "stand_at", lambda self, columns: right(self, columns - 1))
+    monkeypatch.setattr(Slots, "stand_at", lambda self, columns, live: right(self, columns - 1, live))
 
 
 def drafted_columns_taken_for_scored_ones(monkeypatch):

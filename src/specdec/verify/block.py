@@ -52,6 +52,7 @@ def block_acceptance(
     mass = (scale[..., None] * ours - theirs).clamp(min=0).sum(dim=-1)
     room = mass + 1 - scale
     inner = torch.where(room > 0, mass / room, 1)  # 0/0: p = q and nothing lost so far, so keep
+    inner = torch.where(scale > 0, inner, 0)  # behind a forbidden guess, where a row may hold no numbers
 
     place = torch.arange(width, device=draft_lengths.device)
     last = place == draft_lengths[:, None] - 1

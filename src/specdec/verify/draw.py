@@ -76,7 +76,12 @@ def _by_bits(scores: Tensor, *, heeds_nan: bool) -> Tensor | None:
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     """One draw from softmax(logits) per row (..., V), by one uniform (...) each; see `draw`."""
-    return draw(logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)), uniforms)
+    return draw(probabilities(logits), uniforms)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax of rows (..., V), in float32 at least."""
+    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.verify.block import block_scales
-from specdec.verify.draw import draw
+from specdec.verify.draw import draw, probabilities
 from specdec.verify.residual import usable
 from specdec.verify.token import leading_successes, token_acceptance
 
@@ -27,8 +27,8 @@ def verify_lean(
     uniforms: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Judge the guesses and draw one more token; arguments and results as for `op.verify`."""
-    target_probs = _probabilities(target_logits)
-    draft_probs = None if draft_logits is None else _probabilities(draft_logits)
+    target_probs = probabilities(target_logits)
+    draft_probs = None if draft_logits is None else probabilities(draft_logits)
     rows = target_probs, draft_tokens, draft_lengths, draft_probs
     if rule == "block" and draft_probs is not None:
         scales = block_scales(target_probs, draft_tokens, draft_lengths, draft_probs)
@@ -109,7 +109,3 @@ def _row_at(rows: Tensor, positions: Tensor) -> Tensor:
     batch, count, vocabulary = rows.shape
     first = torch.arange(0, batch * count, count)
     return rows.reshape(batch * count, vocabulary).index_select(0, first + positions)
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.verify.block import block_acceptance, longest_success
-from specdec.verify.draw import draw
+from specdec.verify.draw import draw, probabilities
 from specdec.verify.residual import residual_weights, usable
 from specdec.verify.token import leading_successes, token_acceptance
 
@@ -23,8 +23,8 @@ def verify_reference(
     uniforms: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Judge the guesses and draw one more token; arguments and results as for `op.verify`."""
-    target_probs = _probabilities(target_logits)
-    draft_probs = None if draft_logits is None else _probabilities(draft_logits)
+    target_probs = probabilities(target_logits)
+    draft_probs = None if draft_logits is None else probabilities(draft_logits)
     rows = target_probs, draft_tokens, draft_lengths, draft_probs
 
     chances, last = uniforms[:, :-1], uniforms[:, -1]
@@ -40,7 +40,3 @@ def verify_reference(
     next_token = draw(residual_weights(*rows, accepted, scales), last)
     judged = usable(*rows)
     return torch.where(judged, accepted, 0), torch.where(judged, next_token, -1)
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -9,6 +9,7 @@ It does not know by which rule the guesses were kept, only how many were. Read n
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specdec.verify.rows import at_position, drafted, of_tokens
 
@@ -65,10 +66,13 @@ def usable(
 
     A row cannot if a row of scores that it needs has no distribution (softmax turns a NaN, a +inf,
     or nothing but -inf into NaN from end to end, so one column tells), or if a guess is not in the
-    vocabulary or has probability 0 under the very row that it is said to come from.
+    vocabulary or has probability 0 under the very row that it is said to come from. What stands
+    behind a guess that the target forbids is not needed: no rule keeps that guess.
     """
     width = draft_tokens.shape[1]
-    target_fails = torch.isnan(target_probs[..., 0]) & drafted(draft_lengths + 1, width + 1)
+    possible = of_tokens(target_probs[:, :width], draft_tokens) > 0
+    reached = pad(possible.cumprod(dim=1), (1, 0), value=1) > 0
+    target_fails = torch.isnan(target_probs[..., 0]) & reached & drafted(draft_lengths + 1, width + 1)
     guess_fails = (draft_tokens < 0) | (draft_tokens >= target_probs.shape[-1])
     if draft_probs is not None:
         guess_fails = guess_fails | ~(of_tokens(draft_probs, draft_tokens) > 0)

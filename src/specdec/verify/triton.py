@@ -157,8 +157,9 @@ def _judge(
     """Acceptance of the token rule, the scales, and whether the sequence can be judged at all."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int32)
-    last_total = tl.load(target_totals + row * (width + 1) + length)
-    sound = last_total > 0  # false for NaN too
+    # a row behind a guess that the target forbids is not needed, and may hold no numbers
+    needed = tl.full((), 1, tl.int1)
+    sound = tl.full((), 1, tl.int1)
     scale = tl.full((), 1.0, WORK)
     tl.store(scales + row * (width + 1), scale)
     for position in range(length):
@@ -169,8 +170,10 @@ def _judge(
         at = row * (width + 1) + position
         total = tl.load(target_totals + at)
         score = tl.load(target + row * target_row_stride + position * target_position_stride + token)
-        ratio = tl.exp(score.to(WORK) - tl.load(target_peaks + at)) / total
-        sound = sound & inside & (total > 0)
+        good = total > 0  # false for NaN too
+        ratio = tl.where(good, tl.exp(score.to(WORK) - tl.load(target_peaks + at)) / total, 0.0)
+        sound = sound & inside & (good | ~needed)
+        needed = needed & (ratio > 0)
         if HAS_DRAFT:
             at = row * width + position
             score = tl.load(draft + row * draft_row_stride + position * draft_position_stride + token)
@@ -181,6 +184,8 @@ def _judge(
         if BY_BLOCK:
             scale = tl.minimum(scale * ratio, 1.0)
         tl.store(scales + row * (width + 1) + position + 1, scale)
+    last_total = tl.load(target_totals + row * (width + 1) + length)
+    sound = sound & ((last_total > 0) | ~needed)
     tl.store(usable + row, sound.to(tl.int64))
 
 
@@ -302,7 +307,7 @@ def _draw(
                 mass = tl.load(masses + row * (width + 1) + kept, mask=inner, other=0.0)
                 room = mass + 1.0 - scale
                 chance = tl.where(room > 0, mass / tl.where(room > 0, room, 1.0), 1.0)
-                chance = tl.where(inner, chance, scale)
+                chance = tl.where(inner & (scale > 0), chance, scale)
             success = tl.load(uniforms + row * (width + 1) + position) < chance
             if BY_BLOCK:
                 accepted = tl.where(success, position + 1, accepted)
