@@ -11,14 +11,14 @@ import weakref
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import DynamicCache
+from transformers import DynamicCache, T5GemmaConfig, T5GemmaForConditionalGeneration
 
 from specdec import SpeculativeGenerator
 from specdec.errors import InvalidInput
 from specdec.layouts import compiled
 from specdec.layouts.compiled import WIDTHS, CompiledSteps
 from specdec.proposers.draft_model import DraftModel
-from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
 from .architectures import identity
 from .architectures.build import Case
@@ -162,6 +162,30 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so(traced, model, reason)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gen.generate(**prompt, **GREEDY)  # once is enough
+
+
+def test_encoders_with_inputs_of_many_lengths(traced):
+    module = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": None,
+        "layer_types": ["full_attention"],
+    }  # fmt: skip
+    parts = {"encoder": dict(module), "decoder": dict(module)}
+    config = T5GemmaConfig(**parts, vocab_size=64, pad_token_id=0, eos_token_id=None)
+    model = lively(T5GemmaForConditionalGeneration(config).eval())
+    model.generation_config.decoder_start_token_id = 1
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=2, compile=True)
+    for length in (5, 6, 7, 5, 6):
+        prompt = ragged_prompt((length,))
+        assert torch.equal(gen.generate(**prompt, **GREEDY), model.generate(**prompt, **GREEDY))
+        assert gen.stats.layout == "slots+compiled"
+    made = gen._steps.graphs
+    gen.generate(**ragged_prompt((7,)), **GREEDY)
+    assert gen._steps.graphs == made
+    prompt = ragged_prompt((8,))
+    with pytest.warns(UserWarning, match="eagerly.*many lengths"):
+        ours = gen.generate(**prompt, **GREEDY)
+    assert torch.equal(ours, model.generate(**prompt, **GREEDY))
 
 
 def broken(graph, inputs):

@@ -180,7 +180,7 @@ def test_the_self_check_runs_once_for_a_model_and_kind_of_batch():
         forwards.append(gen.stats.target_forwards - gen.stats.rounds)
         assert gen.stats.layout == "slots"
     # the steps it is compared with are the call's own first two
-    assert forwards == [2, 0]
+    assert forwards == [3, 0]
 
 
 def test_a_text_too_short_for_the_self_check_is_written_plainly_and_without_a_warning():

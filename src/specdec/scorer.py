@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from specdec.errors import InvalidInput
 from specdec.layouts import NEVER, Layout
 from specdec.layouts.check import Candidate, Trial
+from specdec.layouts.choices import choices, inexact, plain
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
-from specdec.layouts.facts import one_token_reason, slots_reason
+from specdec.layouts.handover import is_callers
 from specdec.layouts.slots import Slots
 from specdec.records import States
-
-LAYOUTS = ("auto", "slots", "columns", "snapshot", "plain")
 
 
 class Scorer:
@@ -32,6 +31,7 @@ class Scorer:
     Attributes:
         kept: (B,) columns of each row that are in the cache and agree with the committed tokens.
         layout: how the batch keeps its keys and values.
+        reason: why only one-token steps are exact, where that is known without a trial; else "".
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Scorer:
         self._columns = Columns(model, kwargs, config)
         self.layout: Layout = self._columns
         self.kept = np.zeros(0, dtype=np.int64)
+        self.reason = ""
         self._max_length = max_length
         self._wanted = layout
         self._is_draft = is_draft
@@ -103,17 +104,16 @@ class Scorer:
         self.kept = np.full(prompt.shape[0], prompt.shape[1], dtype=np.int64)
         self._at_prompt, self._speculates = True, speculate
         self._ends = np.full_like(self.kept, NEVER)
-        candidates: dict[str, Candidate] = {"plain": _plain}
+        candidates: dict[str, Candidate] = {"plain": plain}
         if speculate:
-            hidden = self._columns.hidden
-            candidates = self._candidates(int(prompt.shape[1]) + hidden, self._max_length + hidden, len(prompt))
+            candidates, self.reason = choices(self._columns, self._wanted, prompt, self._max_length, self._is_draft)
         trial = Trial(self._columns, prompt, candidates)
         known = trial.known()
         forced = speculate and self._wanted not in ("auto", "plain")
         if known is None and (self._is_draft or at_once or forced):
             known = trial.decide_at_once(scores)
         if forced and known is not None and known.name == "plain":
-            raise _inexact(self._wanted, "it does not give the scores of one-token steps")
+            raise inexact(self._wanted, "it does not give the scores of one-token steps")
         if known is None:
             self._trial = trial
         self.layout = known or self._columns
@@ -177,6 +177,16 @@ class Scorer:
             self.layout.settle(int(final[live].min()) if live.any() else 0)
             self.layout.catch_up(tokens, final, live)
 
+    def abandon(self, tokens: Tensor, kept: np.ndarray, live: np.ndarray) -> None:
+        """The call ends in the middle: a cache of the caller's is left with committed columns, as far as it can be.
+
+        Slots have not written into it yet.
+        """
+        if isinstance(self.layout, Columns) and is_callers(self._columns.given):
+            with suppress(Exception):  # of a pass that broke off nobody knows what it wrote
+                self.rollback(tokens, kept, live)
+                self.layout.hand_over(self.layout.fed)
+
     def share(self, model: Any, layers: Sequence[int]) -> Slots | None:
         """The slots for ``model``, made of some ``layers`` of this one's; None in every other layout.
 
@@ -227,9 +237,11 @@ class Scorer:
     def _compile(self) -> None:
         """Run the layout, now settled, through the graphs; say so once where it cannot be."""
         steps = self._steps
-        if steps is not None and isinstance(self.layout, Slots):
+        if steps is None or steps.refused:
+            return
+        if isinstance(self.layout, Slots):
             self.layout.compile_with(steps, self._max_length)
-        elif steps is not None and not steps.refused:
+        else:
             steps.refuse(self.model, f"its layout is {self.layout.name!r}, and only slots keep their shapes")
 
     def _with_padding(self, lengths: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -242,48 +254,11 @@ class Scorer:
         lengths = np.where(ended, padded, lengths)
         return lengths, np.where(ended, padded - 1, first)
 
-    def _candidates(self, prompt_length: int, max_length: int, batch: int) -> dict[str, Candidate]:
-        """Layouts in the order of preference; the last is taken untried."""
-        reason = one_token_reason(self.model, prompt_length, max_length, batch)
-        if not reason and self._columns.is_foreign:
-            reason = "its past is of a form of its own, which cannot be put back"
-        slotless = slots_reason(self.model, max_length)
-        makers = {**MAKERS, "slots": lambda columns: Slots(columns, self._max_length)}
-        if self._wanted != "auto":
-            if self._wanted not in LAYOUTS:
-                raise InvalidInput(f"layout={self._wanted!r} does not exist; use one of {LAYOUTS}")
-            if self._wanted == "slots":
-                reason = reason or slotless
-            if self._wanted != "plain" and reason:
-                raise _inexact(self._wanted, reason)
-            return {self._wanted: makers[self._wanted], "plain": _plain}
-        last = "one by one" if self._is_draft else "plain"
-        names = [last] if reason else ["slots", "columns", "snapshot", last]
-        if slotless and not reason:
-            names.remove("slots")
-        if reason and not self._is_draft:
-            warn_plain(self.model, reason)
-        return {name: makers[name] for name in names}
-
-
-def _inexact(layout: str, reason: str) -> InvalidInput:
-    return InvalidInput(f'layout={layout!r} would not be exact with this model: {reason}; leave it to "auto"')
-
-
-def _plain(columns: Columns) -> Layout:
-    return columns.become("nothing")
-
-
-MAKERS: dict[str, Candidate] = {
-    "columns": lambda columns: columns.become("crop"),
-    "snapshot": lambda columns: columns.become("snapshot"),
-    "one by one": lambda columns: columns.become("snapshot", wide=False),
-    "plain": _plain,
-}
-
 
 def warn_plain(model: Any, reason: str) -> None:
     """Say once that a target decodes plainly, and why."""
+    if model.training:
+        reason += ". It is in training mode, where dropout makes every pass another: call model.eval()"
     warnings.warn(
         f"specdec decodes {type(model).__name__} plainly, without drafts, because {reason}",
         stacklevel=2,

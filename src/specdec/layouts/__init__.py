@@ -31,10 +31,6 @@ class Layout(Protocol):
         """Of ``states`` (B, W, ...) of the last forward the part (B, count, ...) that its scores are."""
         ...
 
-    def prefill(self, prompt: Tensor) -> Tensor:
-        """Feed the whole prompt (B, P); return the scores of its last column, (B, 1, V)."""
-        ...
-
     def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """Feed what is missing of every row; return the scores of ``count`` columns a row.
 

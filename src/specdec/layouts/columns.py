@@ -32,6 +32,7 @@ from specdec.layouts.handover import cached_columns, end_recording, write_into
 from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.snapshot import Snapshots
 from specdec.transfer import to_device
+from specdec.weights.thin import ThinProducts
 
 LEAD = 6  # a row further ahead of the slowest one than this guesses nothing until that one has caught up
 STRETCH = 12  # a snapshot further behind than this is brought up by a forward pass of its own
@@ -41,17 +42,16 @@ class Columns:
     """See the file's text. ``kwargs`` is what ``generate()`` prepared for the model's first forward."""
 
     def __init__(self, model: Any, kwargs: dict[str, Any], config: Any) -> None:
-        """Wrap ``model``; it takes one-token steps until told to ``become`` something else.
+        """Take one-token steps until told to ``become`` something else.
 
         Args:
             model: the Hugging Face model, as ``generate()`` handed it over.
             kwargs: model inputs beside the ids; the dictionary is copied, the cache in it is used.
             config: the prepared ``GenerationConfig``, read by the model's own prefill.
         """
-        self.model = model
+        self.model, self.thin = model, ThinProducts(model)
         self.forwards = 0
-        self._kwargs = dict(kwargs)
-        self._config = config
+        self._kwargs, self._config = dict(kwargs), config
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         update = type(model)._update_model_kwargs_for_generation
         # an override may know one new token only (mllama's cross-attention mask): then go one by one
@@ -65,7 +65,7 @@ class Columns:
         self._outputs: Any = None
         self._fed_kwargs = self._kwargs
         self._wanted = (np.zeros(0, dtype=np.int64), 0)  # what ``pick`` takes: rows counted from the last one
-        self._given = self.cache
+        self.given = self.cache
         self.hidden = 0
         self.become("nothing")
 
@@ -128,10 +128,6 @@ class Columns:
         """The model keeps its past in a form that we cannot copy or put back."""
         return any(self._outputs.get(name) is not None for name in OLD_CACHES)
 
-    def describe_more(self, width: int) -> dict[str, Any]:
-        """Model inputs for ``width`` columns behind the prompt, for a layout that took over."""
-        return self._described(width)
-
     @property
     def describes(self) -> dict[str, Any]:
         """The model inputs for the columns in the cache, for a layout that takes over."""
@@ -193,7 +189,7 @@ class Columns:
         if columns <= self._columns:
             return
         if self._forget == "crop":
-            self._kwargs = self._described(columns - self._columns)
+            self._kwargs = self.described(columns - self._columns)
             self._columns = columns
             if columns == self._fed:
                 trim(self.cache)
@@ -209,7 +205,7 @@ class Columns:
         if self._forget == "crop":
             trim(cache)
             end_recording(cache)
-        return write_into(self._given, cache)
+        return write_into(self.given, cache)
 
     def reach(self, limits: np.ndarray, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
         """See ``Layout.reach``."""
@@ -222,7 +218,7 @@ class Columns:
         width = upto - self._columns
         if self._snapshots is not None and not self._snapshots.taken:
             self._snapshots.take(self.cache)
-        kwargs = self._described(width)
+        kwargs = self.described(width)
         fresh = upto - self._fed
         # a model without a cache takes the whole text again; one-token steps leave that to the model
         remembers = self._forget == "nothing" or self._has_cache()
@@ -232,14 +228,15 @@ class Columns:
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = fresh  # several models set 1 there by themselves
-        self._outputs = self.model(**inputs, return_dict=True)
+        with self.thin.over(len(tokens) * fresh):
+            self._outputs = self.model(**inputs, return_dict=True)
         self.forwards += 1
         self._fed = upto
         self._fed_kwargs = kwargs
         self._take_cache()
         return self._scores(fresh)
 
-    def _described(self, width: int) -> dict[str, Any]:
+    def described(self, width: int) -> dict[str, Any]:
         """Model inputs for ``width`` columns more than ``_kwargs`` describes."""
         kwargs = dict(self._kwargs)
         for step in [1] * width if self._stepwise else [width] * (width > 0):

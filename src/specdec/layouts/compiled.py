@@ -29,9 +29,11 @@ from torch import Tensor
 
 from specdec.errors import InvalidInput
 from specdec.layouts.check import close
+from specdec.layouts.handover import cached_columns
 from specdec.layouts.slot_cache import SlotCache
 
 # one token; one or two for a draft that has not seen its own last guess; guesses + 1 for a verify step
+MOST_ENCODED = 3  # lengths of an encoder's input: Whisper has one, a translator any number
 WIDTHS = (1, 2, 3, 5, 9, 17)
 # room is rounded up to this many columns, so that calls of similar length share their graphs
 ROOM = 256
@@ -58,6 +60,7 @@ class CompiledSteps:
         """Nothing is compiled yet."""
         self.refused = ""
         self._graphs: dict[tuple[int, ...], Callable[..., Tensor]] = {}
+        self._encoded: set[int] = set()  # columns that encoders gave, a part of a graph's shape
         self._free: dict[Any, list[Tensor]] = {}
 
     @property
@@ -84,9 +87,15 @@ class CompiledSteps:
             cache: the slots in them, placed for an eager pass.
             needed: columns of the pass whose scores mean something.
         """
-        shape = cache.shape
+        shape = _shape(inputs, cache)
         asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
-        if self.refused or asked or shape[1] not in WIDTHS:
+        if self.refused or asked or cache.shape[1] not in WIDTHS:
+            return None
+        self._encoded.add(shape[-1])
+        if len(self._encoded) > MOST_ENCODED:
+            self.refuse(
+                model, "its encoder's inputs have many lengths, and every one of them needs graphs of its own"
+            )
             return None
         try:
             graph = self._graphs.get(shape)
@@ -141,7 +150,7 @@ class CompiledSteps:
         if not close(scores[:, : eager.shape[1]], eager):
             self.refuse(model, "a compiled pass did not give the scores of an eager one")
             return None
-        self._graphs[cache.shape] = graph
+        self._graphs[_shape(inputs, cache)] = graph
         return scores
 
     def refuse(self, model: Any, reason: str) -> None:
@@ -186,6 +195,11 @@ def check_compiler(model: Any) -> None:
                 "compile=True needs Triton on CUDA and it is not usable here; install triton, or leave "
                 "compile=False"
             )
+
+
+def _shape(inputs: dict[str, Any], cache: SlotCache) -> tuple[int, ...]:
+    """What a graph is made for: rows, tokens, room, and columns that an encoder gave (0 without one)."""
+    return (*cache.shape, cached_columns(getattr(inputs["past_key_values"], "cross_attention_cache", None)))
 
 
 def captures(device: torch.device) -> bool:

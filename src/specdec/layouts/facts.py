@@ -33,6 +33,7 @@ UNCOUNTED_PADDING = {
     "kosmos_2_text_model", "kosmos_2_5_text_model", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2",
     "speech_to_text", "trocr",
 }  # fmt: skip
+PREPARES = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 OLD_CACHES = ("mems", "past_buckets_states")  # xlnet, reformer: grown by rules of their own
 # model_type -> the dimension that the rows are in, of hidden states whose shapes only one-token steps have
@@ -74,7 +75,9 @@ def slots_reason(model: Any, max_length: int) -> str:
     for config in _configs(model.config):
         if getattr(config, "attn_temperature_tuning", False) and max_length >= getattr(config, "floor_scale", 0):
             return "its scores depend on one length of the cache for all rows"
-    return "" if uncounted_padding(model) is None else "it does not count padding as a position"
+    if uncounted_padding(model) is not None:
+        return "it does not count padding as a position"
+    return "it prepares its inputs in a way of its own" if prepares_otherwise(model) else ""
 
 
 def _rope_reason(config: Any, prompt_length: int, max_length: int) -> str:
@@ -123,9 +126,17 @@ def _takes(model: Any, *names: str) -> bool:
 
 def prepares_as_usual(model: Any) -> bool:
     """Whether ``model`` has transformers' own preparation of inputs, which looks at nothing but its arguments."""
-    names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-    usual = (getattr(type(model), name) is getattr(GenerationMixin, name) for name in names)
-    return all(usual) and not set(names) & vars(model).keys() and not model.is_remote_code()
+    usual = (getattr(type(model), name) is getattr(GenerationMixin, name) for name in PREPARES)
+    return all(usual) and not set(PREPARES) & vars(model).keys() and not model.is_remote_code()
+
+
+def prepares_otherwise(model: Any) -> bool:
+    """Whether somebody else than transformers prepares its inputs, who may look at all ids of a text."""
+    for name in PREPARES:
+        method = vars(model).get(name, getattr(type(model), name))
+        if not getattr(method, "__module__", "").startswith("transformers."):
+            return True
+    return False
 
 
 def _ropes(config: Any) -> Iterator[dict[str, Any]]:

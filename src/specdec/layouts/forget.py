@@ -21,9 +21,7 @@ def drop(cache: Any, columns: int) -> None:
         return
     for layer in own_cache(cache).layers:
         if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
-            layer.keys = layer.keys[..., :-columns, :]
-            layer.values = layer.values[..., :-columns, :]
-            layer.cumulative_length -= columns
+            _shorten(layer, columns)
         elif type(layer) is StaticLayer:
             layer.cumulative_length.sub_(columns)
         elif isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -51,10 +49,12 @@ def _drop_linear(layer: Any, columns: int) -> None:
     for index, state in layer.conv_states.items():
         if state is not None:
             layer.conv_states[index] = state[..., :-columns]
+    if getattr(layer, "keys", None) is not None:
+        _shorten(layer, columns)
+
+
+def _shorten(layer: Any, columns: int) -> None:
+    """Keys and values without the newest ``columns``."""
+    layer.keys, layer.values = layer.keys[..., :-columns, :], layer.values[..., :-columns, :]
     if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.keys = layer.keys[..., :-columns, :]
-        layer.values = layer.values[..., :-columns, :]
         layer.cumulative_length -= columns
-    elif getattr(layer, "keys", None) is not None:
-        layer.keys = layer.keys[..., :-columns, :]
-        layer.values = layer.values[..., :-columns, :]

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from specdec.errors import InvalidInput
 from specdec.layouts.forget import own_cache
 
 
@@ -54,6 +55,11 @@ def give_back(layer: Any, keys: Tensor, values: Tensor, columns: int) -> None:
     keys, values = keys[:, :, :columns], values[:, :, :columns]
     if isinstance(layer, StaticLayer):
         room = layer.max_cache_len
+        if columns > room and not isinstance(layer, StaticSlidingWindowLayer):
+            raise InvalidInput(
+                f"the static cache given has {room} columns and the text came to fill {columns}; make it with a "
+                "larger max_cache_len, or lower max_new_tokens"
+            )
         for buffer, states in ((layer.keys, keys), (layer.values, values)):
             buffer[:, :, :columns] = states[:, :, -room:]
         layer.cumulative_length.fill_(columns)

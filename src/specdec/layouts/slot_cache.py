@@ -118,7 +118,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
                 # not scatter_: compiled, that copies the whole buffer
                 rows = torch.arange(len(states), device=states.device)[:, None]
                 columns = self.where.columns.to(states.device)  # a layer may be on another device than the ids
-                buffer[rows, :, columns] = states.transpose(1, 2)
+                buffer[rows, :, columns] = states.transpose(1, 2).to(buffer.dtype)  # autocast mixes them
         return self.keys, self.values
 
     def grow(self, room: int, reserve: int) -> None:

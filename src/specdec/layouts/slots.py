@@ -30,12 +30,14 @@ from specdec.layouts import grouped, masks
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
 from specdec.layouts.facts import prepares_as_usual
+from specdec.layouts.forget import own_cache
 from specdec.layouts.handover import cached_columns, give_back, is_callers
 from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.slot_cache import Place, SlotCache, SlotLayer, slot_layer
 from specdec.state import device_of, span
 from specdec.transfer import to_device
 from specdec.weights.filling import leaving_out_filling
+from specdec.weights.thin import ThinProducts
 
 BLOCK = 64
 RESERVE = 8 * BLOCK  # columns are made for so many tokens ahead: every time all that are there are copied
@@ -77,16 +79,17 @@ class Slots:
         """
         masks.install()
         grouped.install()
-        self._plain = columns
-        self._model = columns.model
+        self._plain, self._model, self._thin = columns, columns.model, columns.thin
         self.forwards = columns.forwards
         if getattr(self._model.config, "_attn_implementation", None) not in masks.SUPPORTED:
             raise ValueError(f"slots need an attention of {masks.SUPPORTED}")
         self._width = columns.fed
         native = columns.cache
-        own = native.self_attention_cache if isinstance(native, EncoderDecoderCache) else native
+        own = own_cache(native)
         if not isinstance(own, Cache) or not own.layers:
             raise ValueError("slots need a transformers cache of layers")
+        if not type(own).__module__.startswith("transformers."):
+            raise ValueError(f"a {type(own).__name__} may do more than keep keys and values")
         held = cached_columns(native)
         self._hidden = held - self._width
         self._longest = None if longest is None else longest + self._hidden
@@ -130,24 +133,20 @@ class Slots:
         if max(layers) >= len(own) or not all(isinstance(own[layer], SlotLayer) for layer in layers):
             return None
         other = copy.copy(self)
-        other._model, other._lender = model, self
+        other._model, other._thin, other._lender = model, ThinProducts(model), self
         other._cache = other._handed = SlotCache([own[layer] for layer in layers], self._cache.where)
         other._cache.room = self._cache.room
         other._prepared, other._steps, other.forwards = {}, None, 0
         return other
 
-    def stand_at(self, columns: np.ndarray) -> None:
-        """The next pass writes from ``columns`` (B,) on; somebody else has filled what lies before."""
-        self._starts = columns
+    def stand_at(self, columns: np.ndarray, live: np.ndarray) -> None:
+        """The next pass, of ``live`` rows, writes from ``columns`` (B,) on; others have filled what lies before."""
+        self._starts, self._live = columns, live
 
     def compile_with(self, steps: CompiledSteps, max_length: int) -> None:
         """Make passes through the graphs of ``steps`` from now on; rows reach ``max_length`` columns at most."""
         self._steps, self._least_room = steps, steps.room(max_length + self._hidden)
         self.name = "slots" if steps.refused else "slots+compiled"
-
-    def prefill(self, prompt: Tensor) -> Tensor:
-        """Prompts are fed natively, before the slots exist."""
-        raise RuntimeError("slots take over behind the prompt; this is a bug in specdec")
 
     def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """See ``Layout.forward``."""
@@ -211,7 +210,7 @@ class Slots:
         prepared = self._prepared.get(width)
         if prepared is not None:
             return {**prepared, self._ids_key: ids, self._position_key: positions}
-        kwargs = self._plain.describe_more(width)
+        kwargs = self._plain.described(width)
         kwargs["past_key_values"] = self._handed
         kwargs[self._mask_key] = self._mask
         kwargs[self._position_key] = positions
@@ -234,10 +233,10 @@ class Slots:
                 return CausalLMOutputWithPast(logits=scores)
             self._cache.place(*plan.place)
             self.name = "slots" if self._steps.refused else self.name
-        width = inputs[self._ids_key].shape[1]
+        batch, width = inputs[self._ids_key].shape[:2]
         # beside an encoder an input of this shape need not be the tokens
         leaves_out = nullcontext() if self._encodes else leaving_out_filling(plan.fed, width, self._live)
-        with grouped.attending(), leaves_out:
+        with grouped.attending(), leaves_out, self._thin.over(batch * width):
             return self._model(**inputs, return_dict=True)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
@@ -247,8 +246,7 @@ class Slots:
     def hand_over(self, columns: int) -> Any:
         """See ``Layout.hand_over``."""
         native = self._plain.cache
-        own = native.self_attention_cache if isinstance(native, EncoderDecoderCache) else native
-        for layer, slots in zip(own.layers, self._cache.layers, strict=True):
+        for layer, slots in zip(own_cache(native).layers, self._cache.layers, strict=True):
             if isinstance(slots, SlotLayer):
                 keys, values = slots.keys, slots.values
                 if self._steps is not None:  # which may lend the buffers to the next call

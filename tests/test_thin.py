@@ -1,0 +1,196 @@
+"""Thin products: what a pass of ours multiplies with, and that nothing of it stays behind."""
+
+import copy
+import time
+
+import pytest
+import torch
+from torch.nn import functional
+
+from specdec import EarlyExit, SpeculativeGenerator
+from specdec.testing import tiny_llama
+from specdec.weights import thin
+from specdec.weights.thin import ThinProducts, product
+
+from .contract import bart, gemma, llama, mamba2, noisy, plain, prompts, qwen3_next, speculative, t5
+
+BATCHES = (1, 3)
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Every layer is large, and oneDNN's kernel the faster one; (tokens, matrices) of its calls."""
+    calls = []
+
+    def kernel(states, weight, bias):
+        calls.append(states.numel() // states.shape[-1])
+        return functional.linear(states.double(), weight.double(), None if bias is None else bias.double()).float()
+
+    monkeypatch.setattr(thin, "LEAST", 1)
+    monkeypatch.setattr(thin, "wins", lambda weight: True)
+    monkeypatch.setattr(thin, "_onednn", kernel)
+    return calls
+
+
+def patched(model):
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+# --- the kernel ---
+
+
+@onednn
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(2,), (1, 5), (3, 4), (8, 8), (1, 1), (65,)])
+def test_product_is_linear(monkeypatch, shape, bias):
+    monkeypatch.setattr(thin, "wins", lambda weight: True)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(1024, 512))
+    states, added = torch.randn(*shape, 512), torch.randn(1024) if bias else None
+    with torch.no_grad():
+        for given in (states, states.flip(-1).flip(-1), states.transpose(0, -1).contiguous().transpose(0, -1)):
+            usual = functional.linear(given, weight, added)
+            torch.testing.assert_close(product(given, weight, added), usual, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("slow", "wins"), [("linear", True), ("onednn", False), ("neither", False)])
+def test_the_clearly_faster_kernel_is_taken(monkeypatch, slow, wins):
+    plain = functional.linear
+
+    def taking(seconds):
+        def kernel(*args):
+            time.sleep(seconds)
+            return plain(*args)
+
+        return kernel
+
+    monkeypatch.setattr(thin.functional, "linear", taking(0.02 if slow != "onednn" else 0.001))
+    monkeypatch.setattr(thin, "_onednn", taking(0.02 if slow != "linear" else 0.001))
+    assert thin._race(torch.randn(64, 32)) is wins
+
+
+def test_a_size_is_timed_once_a_process(monkeypatch):
+    raced = []
+    monkeypatch.setattr(thin, "_wins", {})
+    monkeypatch.setattr(thin, "_race", lambda weight: raced.append(weight.shape) or False)
+    for shape in ((32, 16), (16, 32), (32, 16)):
+        thin.wins(torch.zeros(shape))
+    assert len(raced) == (2 if torch.backends.mkldnn.is_available() else 0)
+
+
+# --- in a call ---
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("make", [llama, gemma, mamba2, qwen3_next, t5, bart])
+def test_text_is_plains(counted, make, batch):
+    target = make()
+    for draft in ("noisy", "ngram"):
+        got = speculative(target, draft).generate(**prompts(batch), max_new_tokens=12, do_sample=False)
+        assert got.tolist() == plain(target, prompts(batch), max_new_tokens=12).tolist()
+    assert 0 < max(counted, default=0) <= thin.MOST_ROWS
+    assert patched(target) == []
+
+
+def test_the_target_a_draft_and_a_part_of_the_target_go_through_it(counted):
+    target = tiny_llama(num_hidden_layers=2)
+    for draft in (noisy(target), EarlyExit(1)):
+        counted.clear()
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=3, layout="slots")
+        gen.generate(**prompts(1), max_new_tokens=9, do_sample=False)
+        assert set(counted) >= {4}  # three guesses and one; single tokens of a row go torch's way
+        assert 1 not in counted
+        gen.generate(**prompts(3), max_new_tokens=9, do_sample=False)
+        assert 3 in counted
+
+
+def test_what_only_fills_up_is_left_out(counted, monkeypatch):
+    monkeypatch.setattr("specdec.weights.filling.READING", 1)
+    monkeypatch.setattr("specdec.weights.filling.MOVING", 1)
+    gen = SpeculativeGenerator(llama(), "ngram", num_draft_tokens=4, layout="slots")
+    inputs = prompts(3)
+    got = gen.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert got.tolist() == plain(llama(), inputs, max_new_tokens=24).tolist()
+    rectangles = {3 * width for width in range(1, 6)}
+    assert set(counted) - rectangles, "some pass was ragged and computed no more than its tokens"
+
+
+def test_nothing_stays_after_an_exception(counted):
+    target = llama()
+
+    def stumble(ids, scores):
+        if ids.shape[1] > 11:
+            raise KeyError("in the middle")
+        return scores
+
+    with pytest.raises(KeyError):
+        speculative(target, "ngram").generate(
+            **prompts(1), max_new_tokens=9, do_sample=False, logits_processor=[stumble]
+        )
+    handle = target.lm_head.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyError("in a pass")))
+    with pytest.raises(KeyError):
+        speculative(target, "ngram").generate(**prompts(3), max_new_tokens=9, do_sample=False)
+    handle.remove()
+    assert patched(target) == []
+
+
+def test_overlapping_passes_leave_nothing(counted):
+    model = copy.deepcopy(llama())
+    one, other = ThinProducts(model), ThinProducts(model)
+    with one:
+        other.__enter__()
+    other.__exit__()
+    assert patched(model) == []
+    other.__enter__()
+    with one:
+        assert patched(model)
+        other.__exit__()
+    assert patched(model) == []
+
+
+def test_hooks_run_as_ever(counted):
+    target, seen = copy.deepcopy(llama()), []
+    target.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[:2].numel()))
+    speculative(target, "ngram").generate(**prompts(1), max_new_tokens=9, do_sample=False)
+    assert 4 in seen
+
+
+def test_a_forward_of_the_users_is_left_alone(counted):
+    target = copy.deepcopy(llama())
+    head, asked = target.lm_head, []
+    own = lambda input: (asked.append(1), functional.linear(input, head.weight))[1]  # noqa: E731
+    head.forward = own
+    speculative(target, "ngram").generate(**prompts(1), max_new_tokens=9, do_sample=False)
+    assert asked
+    assert head.forward is own
+
+
+@pytest.mark.parametrize("by", ["the model", "its forward"])
+def test_compiled_models_keep_their_graphs(counted, by):
+    target = copy.deepcopy(llama())
+    if by == "the model":
+        target.compile(backend="eager")
+    else:
+        target.forward = torch.compile(target.forward, backend="eager")
+    assert ThinProducts(target).over(4).__class__.__name__ == "nullcontext"
+
+
+def test_gradients_and_other_dtypes_go_the_usual_way(counted):
+    layer = torch.nn.Linear(8, 8)
+    with ThinProducts(layer):
+        layer(torch.randn(3, 8)).sum().backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert layer(torch.randn(3, 8)).dtype == torch.bfloat16
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            layer(torch.randn(3, 8).bfloat16())
+    assert counted == []
+    assert layer.weight.grad is not None
+
+
+def test_other_dtypes_only_leave_out_filling(counted):
+    with torch.no_grad():
+        layer = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+        with ThinProducts(layer):
+            layer(torch.randn(3, 8, dtype=torch.bfloat16))
+    assert counted == []
