@@ -32,7 +32,7 @@ from specdec import (
 from specdec.layouts import compiled
 from specdec.layouts.slots import Slots
 from specdec.proposers import layers as layers_room
-from specdec.testing import lively, noisy_copy, tiny_llama
+from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 from specdec.weights.layers import count_layers, with_layers
 
 from .contract import (
@@ -287,7 +287,7 @@ def test_a_draft_that_begins_behind_the_committed_tokens_spoils_the_padding(monk
 
     def propose(self, state, limits):
         stand_at = self._slots.stand_at
-        self._slots.stand_at = lambda _: stand_at(state.lengths - 1)
+        self._slots.stand_at = lambda _, live: stand_at(state.lengths - 1, live)
         return right(self, state, limits)
 
     monkeypatch.setattr(layers_room._InSlots, "propose", propose)
@@ -448,3 +448,22 @@ def test_a_part_that_does_not_run_costs_its_guesses_only(monkeypatch):
 def test_a_threshold_needs_a_model():
     with pytest.raises(UnsupportedOption, match="assistant_confidence_threshold"):
         SpeculativeGenerator(deep(), "ngram").generate(**prompts(1), **LONG, assistant_confidence_threshold=0.5)
+
+
+def test_a_part_knows_which_rows_have_ended(monkeypatch):
+    """Packed layers leave out rows that have ended, in passes of the part too."""
+    target = tiny_llama(3, vocabulary=32)
+    target.generation_config.eos_token_id = [5, 6, 7, 8]
+    seen = []
+    original = layers_room._InSlots.next_scores
+
+    def noted(self, state, step, guessing):
+        scores = original(self, state, step, guessing)
+        seen.append((state.live.copy(), self._slots._live.copy()))
+        return scores
+
+    monkeypatch.setattr(layers_room._InSlots, "next_scores", noted)
+    gen = SpeculativeGenerator(target, EarlyExit(1), num_draft_tokens=3, layout="slots")
+    gen.generate(**ragged_prompt((9, 6, 3), 32), max_new_tokens=60, do_sample=False)
+    assert any(not live.all() for live, _ in seen)
+    assert all(live.tolist() == known.tolist() for live, known in seen)

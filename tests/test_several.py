@@ -25,9 +25,9 @@ from specdec import (
     UnsupportedModel,
     VocabularyMismatch,
 )
+from specdec.construction import build_proposer
 from specdec.length.adaptive import MOST
 from specdec.length.fixed import Fixed
-from specdec.options import build_proposer
 from specdec.proposers import cascade, draft_model, recycling
 from specdec.proposers.mixture import Record
 from specdec.state import State

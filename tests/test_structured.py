@@ -14,14 +14,14 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from specdec import DraftModel, InvalidInput, SpeculativeGenerator, prune_head
+from specdec import DraftModel, InvalidInput, Proposal, SpeculativeGenerator, prune_head
 from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
 from specdec.processing import Processing
 from specdec.records import Round
 from specdec.structured import Constraint, ebnf, json_schema, lark, regex
 from specdec.structured.constraint import allows, forbidden, mask_of, single
-from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
 from .grammars import Automaton, counting, json_tokenizer
 from .proposers import PROPOSERS
@@ -165,7 +165,7 @@ def test_foreseen_tokens_are_guessed_without_a_draft(library, number):
     constraint, inputs = made("schema", library), prompts(1)
     gen = SpeculativeGenerator(target, None, num_draft_tokens=number)
     if number == "auto":
-        gen._length = lambda _: lambda *_: Adaptive(Assumed(0.2))
+        gen._length = lambda *_: lambda *_: Adaptive(Assumed(0.2))
     gen.generate(**inputs, **OPTIONS, logits_processor=[constraint])
     assert gen.stats.draft_forwards == 0
     assert gen.stats.acceptance_rate > 0.5
@@ -226,7 +226,7 @@ def test_foreseen_and_drafted_guesses_in_one_round(sample, number, layout):
     draft = DraftModel(target, layout=layout)
     gen = SpeculativeGenerator(target, draft, num_draft_tokens=number, seed=1, layout=layout)
     if number == "auto":
-        gen._length = lambda _: lambda *_: Adaptive(Assumed(0.1))
+        gen._length = lambda *_: lambda *_: Adaptive(Assumed(0.1))
     out = gen.generate(**inputs, **options)
     assert gen.stats.acceptance_rate == 1.0  # draft and target are one model, under one grammar
     assert gen.stats.drafted > 30
@@ -450,12 +450,45 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
     import specdec.structured
 
     monkeypatch.setattr(specdec.structured, "find_spec", lambda name: None)
-    with pytest.raises(InvalidInput, match=r"llguidance is not installed; pip install 'specdec\[llguidance\]'"):
+    with pytest.raises(InvalidInput, match=r"llguidance is not installed; pip install llguidance"):
         regex("a", json_tokenizer())
-    with pytest.raises(InvalidInput, match=r"pip install 'specdec\[xgrammar\]'"):
+    with pytest.raises(InvalidInput, match=r"pip install xgrammar"):
         regex("a", json_tokenizer(), backend="xgrammar")
 
 
 def test_a_tokenizer_without_an_end():
     with pytest.raises(InvalidInput, match="eos_token_id"):
         regex("a", SimpleNamespace(eos_token_id=None))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_tokens_added_to_a_tokenizer_are_known_to_the_next_grammar(library):
+    tokenizer = byte_tokenizer("name")
+    regex("[ab]{3,5}", tokenizer, backend=library)
+    before = len(tokenizer)
+    tokenizer.add_tokens(["qqqq", "zzzz"])
+    mask = regex("(qqqq|zzzz)", tokenizer, backend=library).grammars[0].start().mask()
+    assert [allows(mask, id_) for id_ in range(before, len(tokenizer))] == [True, True]
+
+
+def test_a_proposer_is_begun_once_under_a_grammar():
+    class Own:
+        begun = 0
+
+        def begin(self, call):
+            self.begun += 1
+            return self
+
+        def propose(self, state, limits):
+            return Proposal.empty(state.batch, state.device)
+
+    own, tokenizer = Own(), json_tokenizer()
+    gen = SpeculativeGenerator(tiny_llama(vocabulary=len(tokenizer)), own, num_draft_tokens=3)
+    only = regex("[ab]{3,50}", tokenizer, eos_token_id=1)
+    gen.generate(**ragged_prompt((5,)), max_new_tokens=8, do_sample=False, logits_processor=[only], eos_token_id=1)
+    assert own.begun == 1
+
+
+def test_arguments_the_wrong_way_round():
+    with pytest.raises(InvalidInput, match=r"regex\(\) was given a .* and a str; wanted are a text"):
+        regex(json_tokenizer(), "a+")

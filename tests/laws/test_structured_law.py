@@ -70,7 +70,7 @@ def law_error(rule, kind, guesses, *, table=TOY, eos=None, seed=0, controlled=Fa
         target, layout = layered(seed, vocabulary), "slots"
     gen = SpeculativeGenerator(target, drafts[kind], num_draft_tokens=guesses, verification=rule, layout=layout)
     if controlled:
-        gen._length = lambda _: lambda *_: Adaptive(Assumed(0.15))
+        gen._length = lambda *_: lambda *_: Adaptive(Assumed(0.15))
     constraint = toy(table, () if eos is None else (eos,), hints)
 
     def run(script):
@@ -214,7 +214,7 @@ def shown_with_the_rows_of_the_draft(monkeypatch):
     """A foreseen guess is handed over as if the draft had drawn it."""
 
     def blurred(guess, vocabulary):
-        return guess, torch.zeros(len(guess), vocabulary)
+        return torch.zeros(len(guess), vocabulary)
 
     monkeypatch.setattr(drawn, "certain", blurred)
     monkeypatch.setattr(drafting, "certain", blurred)
@@ -226,7 +226,7 @@ def foreseen_before_the_guess(monkeypatch):
 
     def choosy(steps, state, *more):
         guess, scores = right(steps, state, *more)
-        return (guess, scores) if (guess == 0).all() else drafting.certain(guess, state.vocabulary)
+        return (guess, scores) if (guess == 0).all() else (guess, drafting.certain(guess, state.vocabulary))
 
     monkeypatch.setattr(drafting, "_guess", choosy)
 

@@ -91,6 +91,11 @@ class Call:
     scorer: Scorer | None = None
 
 
+def begun(proposer: Any, call: Call) -> Any:
+    """What ``proposer`` gives for ``call``; one without a ``begin`` serves every call itself."""
+    return proposer.begin(call) if hasattr(proposer, "begin") else proposer
+
+
 def one_a_row(values: list[T], rows: int, name: str) -> list[T]:
     """``values`` with one for each of ``rows``; ``num_return_sequences`` makes several rows of one prompt.
 

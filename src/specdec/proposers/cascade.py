@@ -28,9 +28,10 @@ from torch import Tensor
 from specdec.errors import InvalidInput
 from specdec.layouts.compiled import clock
 from specdec.length import DraftLength
-from specdec.proposers import Call, Nothing, Proposer, checked
+from specdec.proposers import Call, Nothing, Proposer, begun, checked
 from specdec.proposers.draft_model import DraftModel, always
 from specdec.proposers.drawn import sound
+from specdec.proposers.fallback import has_model
 from specdec.proposers.past import Past
 from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import check_sizes, named
@@ -78,7 +79,7 @@ class Cascade:
         lengths = [call.own_length() for _ in self._models]
         # and the target's cache holds its text, not a level's
         judges = [replace(call, goes_on=length.goes_on, begins=length.begins, scorer=None) for length in lengths]
-        run: Proposer = self._first.begin(judges[0]) if hasattr(self._first, "begin") else self._first
+        run: Proposer = begun(self._first, judges[0])
         for model, length, judge in zip(self._models, lengths, [*judges[1:], call], strict=True):
             run = model.open(judge, partial(_Level, below=run, length=length))
             if isinstance(run, Nothing):
@@ -128,7 +129,7 @@ class _Level:
             return Proposal.empty(state.batch, state.device)
         if not self._begins(self._past.opening) or not self._past.feed_prompt():
             # what is below guesses for the level above, unless that is a model too, which would have to be asked
-            self._hands_down = not hasattr(self._below, "forwards")
+            self._hands_down = not has_model(self._below)
             return (
                 self._below.propose(state, limits)
                 if self._hands_down

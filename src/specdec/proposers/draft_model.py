@@ -48,6 +48,8 @@ class DraftModel:
             compile: run the model's steps as graphs, as ``SpeculativeGenerator(compile=True)`` does.
         """
         check_confidence(confidence)
+        if not hasattr(model, "generate") or not hasattr(model, "config"):
+            raise UnsupportedModel(f"DraftModel was given a {type(model).__name__}; wanted is a Hugging Face model")
         self.model = inner_model(model)
         self._confidence = confidence
         self._layout = layout

@@ -103,7 +103,8 @@ def _guess(
     token at ``positions`` (B,).
     """
     if known is not None and not drafted.any():
-        return certain(to_device(known.clip(min=0), state.device), state.vocabulary)
+        sure = to_device(known.clip(min=0), state.device)
+        return sure, certain(sure, state.vocabulary)
     scores = steps.next_scores(state, step, drafted)
     guess = call.sampling.guess(scores, positions)
     if call.sampling.keeps_logits:

@@ -19,13 +19,13 @@ def sound(scores: Tensor, bad: Tensor) -> Tensor:
     return scores
 
 
-def certain(guess: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """``guess`` (B,) and scores (B, V) with all weight on it."""
-    rows = torch.full((len(guess), vocabulary), -torch.inf, device=guess.device)
-    return guess, rows.scatter_(1, guess.clamp(max=vocabulary - 1)[:, None], 0.0)
+def certain(guess: Tensor, vocabulary: int) -> Tensor:
+    """Scores (..., V) with all weight on ``guess`` (...); the verifier finds an id that does not exist."""
+    rows = torch.full((*guess.shape, vocabulary), -torch.inf, device=guess.device)
+    return rows.scatter_(-1, guess.clamp(0, vocabulary - 1)[..., None], 0.0)
 
 
 def mixed(guess: Tensor, scores: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """``guess`` (B,) and its ``scores`` (B, V), or where ``known`` (B,) is not -1 that, as a certain guess."""
-    sure, rows = certain(known.clamp(min=0), scores.shape[1])
-    return torch.where(known < 0, guess, sure), torch.where(known[:, None] < 0, scores, rows.to(scores.dtype))
+    rows = certain(known, scores.shape[1]).to(scores.dtype)
+    return torch.where(known < 0, guess, known), torch.where(known[:, None] < 0, scores, rows)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdec.proposers import Call, Proposer
+from specdec.errors import UnsupportedModel
+from specdec.proposers import Call, Proposer, begun, checked
+from specdec.proposers.drawn import certain
 from specdec.records import Proposal, Round, Stats
 from specdec.state import State
 from specdec.transfer import to_device
@@ -31,13 +33,28 @@ class Fallback:
     """
 
     def __init__(self, first: Any, second: Any) -> None:
-        """Both are proposers, or have a ``begin(call)`` that returns one."""
+        """Both are proposers, or have a ``begin(call)`` that returns one; words and models are for lists.
+
+        Raises:
+            UnsupportedModel: one is neither.
+        """
+        for part in (first, second):
+            if not hasattr(part, "propose") and not hasattr(part, "begin"):
+                raise UnsupportedModel(
+                    f"Fallback was given a {type(part).__name__}; wanted are two proposers, such as Suffix() and "
+                    "DraftModel(model). A list, draft=[first, second], takes words and models too"
+                )
         self._first = first
         self._second = second
 
     def begin(self, call: Call) -> Proposer:
         """Begin both."""
-        return _Run(*(part.begin(call) if hasattr(part, "begin") else part for part in (self._first, self._second)))
+        return behind(begun(self._first, call), begun(self._second, call))
+
+
+def behind(first: Any, second: Any) -> Proposer:
+    """``second`` behind ``first``, both begun."""
+    return _Run(first, second)
 
 
 class _Run:
@@ -46,6 +63,7 @@ class _Run:
     def __init__(self, first: Any, second: Any) -> None:
         self._parts = (first, second)
         self.wants_scores, self.wants_hidden = wishes(self._parts)
+        self.has_model = any(map(has_model, self._parts))
         self._proposals: tuple[Proposal, Proposal] | None = None
         self._of_first = np.zeros(0, dtype=bool)
 
@@ -66,9 +84,10 @@ class _Run:
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``; both are asked in every round, the second for the rows that are left."""
-        first: Proposal = self._parts[0].propose(state, limits)
+        first = checked(self._parts[0].propose(state, limits), state, limits)
         self._of_first = np.asarray(first.lengths) > 0
-        second: Proposal = self._parts[1].propose(state, np.where(self._of_first, 0, limits))
+        limits = np.where(self._of_first, 0, limits)
+        second = checked(self._parts[1].propose(state, limits), state, limits)
         self._proposals = (first, second)
         if not self._of_first.any():
             return second
@@ -78,15 +97,9 @@ class _Run:
 
     def observe(self, round_: Round) -> None:
         """Show each of the two its part of the round."""
-        parts = (self._of_first, ~self._of_first)
-        for number, part in enumerate(self._parts):
-            observe = getattr(part, "observe", None)
-            if observe is None:
-                continue
-            if self._proposals is None or parts[number].all():
-                observe(round_)
-            else:
-                observe(seen_by(parts[number], self._proposals[number], round_))
+        owns = (self._of_first, ~self._of_first)
+        for part, own, proposal in zip(self._parts, owns, self._proposals or (None, None), strict=True):
+            show(part, own, proposal, round_)
 
     def finish(self, state: State, stats: Stats) -> None:
         """Tell both that the call is over."""
@@ -112,26 +125,32 @@ def _rows(part: Proposal, tokens: Tensor, vocabulary: int) -> Tensor:
     """(B, K, V) scores that ``tokens`` (B, K) were drawn from; of certain guesses all is on the guess."""
     if part.logits is not None:
         return pad(part.logits, (0, 0, 0, tokens.shape[1] - part.logits.shape[1]))
-    rows = torch.full((*tokens.shape, vocabulary), -torch.inf, device=tokens.device)
-    # an id that does not exist is left for the verifier to find
-    return rows.scatter(-1, tokens.clamp(0, vocabulary - 1)[..., None], 0.0)
+    return certain(tokens, vocabulary)
 
 
-def seen_by(own: np.ndarray, proposal: Proposal, round_: Round) -> Round:
-    """The round as it looks to who guessed for the rows ``own`` (B,) only."""
-    return dataclasses.replace(
-        round_,
-        proposal=proposal,
-        drafted=np.where(own[:, None], round_.drafted, -1),
-        lengths=np.where(own, round_.lengths, 0),
-        accepted=np.where(own, round_.accepted, 0),
-    )
+def show(part: Any, own: np.ndarray, proposal: Proposal | None, round_: Round) -> None:
+    """Let ``part`` observe the round as it looks to who guessed ``proposal`` for the rows ``own`` (B,) only."""
+    if proposal is not None and not own.all():
+        round_ = dataclasses.replace(
+            round_,
+            proposal=proposal,
+            drafted=np.where(own[:, None], round_.drafted, -1),
+            lengths=np.where(own, round_.lengths, 0),
+            accepted=np.where(own, round_.accepted, 0),
+        )
+    if hasattr(part, "observe"):
+        part.observe(round_)
 
 
 def wishes(parts: Sequence[Any]) -> tuple[bool, bool]:
     """Whether one of ``parts`` wants the target's scores, and whether one wants its hidden states."""
     scores = any(getattr(part, "wants_scores", False) for part in parts)
     return scores, any(getattr(part, "wants_hidden", False) for part in parts)
+
+
+def has_model(part: Any) -> bool:
+    """Whether guesses of ``part`` cost passes of a model: what only combines others has none of its own."""
+    return bool(getattr(part, "has_model", hasattr(part, "forwards")))
 
 
 def passes(parts: Sequence[Any]) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from specdec.processing import Processing
-from specdec.proposers import Call, Nothing, Proposer, existing
-from specdec.proposers.fallback import Fallback
+from specdec.proposers import Call, Nothing, Proposer, begun, existing
+from specdec.proposers.fallback import behind
 from specdec.records import Proposal
 from specdec.state import State
 
@@ -34,11 +34,10 @@ class Jump:
         return Proposal.certain([existing(ids, state.vocabulary) for ids in known], state.device)
 
 
-def begun(proposer: Any, call: Call) -> Proposer:
+def begun_behind(proposer: Any, call: Call) -> Proposer:
     """``proposer`` at the start of a call, with what the processors foresee before it."""
-    run: Any = proposer.begin(call) if hasattr(proposer, "begin") else proposer
+    run: Proposer = begun(proposer, call)
     if not call.processing.foresees or getattr(run, "foresees", False):
-        started: Proposer = run
-        return started
+        return run
     jump = Jump(call.processing)
-    return jump if isinstance(run, Nothing) else Fallback(jump, run).begin(call)
+    return jump if isinstance(run, Nothing) else behind(jump, run)

@@ -14,6 +14,7 @@ Knows nothing of verification. Read next: ``../weights/layers.py``.
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -78,7 +79,10 @@ class EarlyExit:
 
     def sure(self, confidence: float) -> EarlyExit:
         """The same draft, stopping below ``confidence``."""
-        return EarlyExit(self.layers, confidence=confidence)
+        check_confidence(confidence)
+        other = copy.copy(self)
+        other._confidence = confidence
+        return other
 
 
 class LayerSkip:
@@ -128,7 +132,10 @@ class LayerSkip:
 
     def sure(self, confidence: float) -> LayerSkip:
         """The same draft, stopping below ``confidence``."""
-        return LayerSkip(self.skip, confidence=confidence)
+        check_confidence(confidence)
+        other = copy.copy(self)
+        other._confidence = confidence
+        return other
 
 
 def _is_number(layer: Any) -> bool:
@@ -233,7 +240,7 @@ class _InSlots:
         if ahead.covers(limits) or not self._begins(None):
             return ahead.proposal()
         # the target's next pass begins at these columns and writes every one that is written here, or sees none
-        self._slots.stand_at(self._scorer.kept.copy())
+        self._slots.stand_at(self._scorer.kept.copy(), state.live)
         self._limits, self._next = limits, -1
         if not self._known:
             self._tokens = torch.zeros_like(state.tokens)

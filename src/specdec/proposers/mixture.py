@@ -14,7 +14,6 @@ Knows none of them. Read next: ``auto.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -23,8 +22,8 @@ import numpy as np
 
 from specdec.errors import InvalidInput
 from specdec.length.adaptive import ASSUMED_COST, FIRST_WAIT, LAG, LONGEST_WAIT, MOST
-from specdec.proposers import Call, Proposer, checked
-from specdec.proposers.fallback import first_layout, merged, passes, seen_by, wishes
+from specdec.proposers import Call, Proposer, begun, checked
+from specdec.proposers.fallback import first_layout, has_model, merged, passes, show, wishes
 from specdec.proposers.words import named
 from specdec.records import Proposal, Round, Stats
 from specdec.state import State
@@ -53,8 +52,9 @@ class Mixture:
 
     def begin(self, call: Call) -> Proposer:
         """Begin all of them."""
-        runs = [part.begin(call) if hasattr(part, "begin") else part for part in self._parts]
-        return _Run(runs, [type(part).__name__ for part in self._parts], len(call.prompt), call.clock)
+        runs = [begun(part, call) for part in self._parts]
+        names = [type(part).__name__ for part in self._parts]
+        return _Run(runs, names, call)
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,18 @@ class _Waiting:
 class _Run:
     """The proposers during one call, and their record."""
 
-    def __init__(self, parts: list[Any], names: list[str], rows: int, clock: Callable[[], float] | None) -> None:
-        self._parts, self._names, self._clock = parts, names, clock
+    def __init__(self, parts: list[Any], names: list[str], call: Call) -> None:
+        self._parts, self._names, self._clock = parts, names, call.clock
         self.wants_scores, self.wants_hidden = wishes(parts)
-        self._has_model = np.array([hasattr(part, "forwards") for part in parts])
-        self.record = Record(len(parts), rows)
+        self._has_model = np.array([has_model(part) for part in parts])
+        self.has_model = bool(self._has_model.any())
+        # guesses on an accelerator are not looked at but where they were used
+        self._when_used = self._has_model | (call.prompt.device.type != "cpu")
+        self.record = Record(len(parts), len(call.prompt))
         self._waiting: list[_Waiting] = []
         self._choice: np.ndarray | None = None  # (B,) the proposer of each row, -1 where none guesses
         self._proposals: list[Proposal] = []
-        self._idle = np.zeros(len(parts), dtype=np.int64)  # rounds in which a model was not asked
+        self._idle = np.zeros(len(parts), dtype=np.int64)  # rounds without a part that is judged by its use
         self._wait = np.full(len(parts), FIRST_WAIT)
         self._prices = np.where(self._has_model, ASSUMED_COST, 0.0)  # of a guess, in rounds without one
         self._rounds = 0
@@ -106,7 +109,6 @@ class _Run:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``; proposers with a model are asked for the rows that they get."""
         self._answer(state)
-        self._see_rest()
         self._rounds += 1
         most = int(limits.max(initial=0))
         proposals: list[Proposal | None] = [None] * len(self._parts)
@@ -145,9 +147,11 @@ class _Run:
         choice = np.where(lengths.any(axis=0), np.where(lengths > 0, rates, -1.0).argmax(axis=0), -1)
         if not most:
             return choice
-        for number in np.flatnonzero(self._has_model):
+        for number in np.flatnonzero(self._when_used):
             if (choice == number).any():
                 self._idle[number], self._wait[number] = 0, FIRST_WAIT
+                continue
+            if not lengths[number].any():
                 continue
             self._idle[number] += 1
             if self._idle[number] > self._wait[number]:
@@ -177,7 +181,7 @@ class _Run:
     def _remember(self, state: State) -> None:
         """Keep the guesses of those without a model, to be judged by the text to come."""
         for number, proposal in enumerate(self._proposals):
-            if self._has_model[number] or not proposal.tokens.shape[1] or proposal.tokens.device.type != "cpu":
+            if self._when_used[number] or not proposal.tokens.shape[1]:
                 continue
             tokens = proposal.tokens.numpy()
             for row in np.flatnonzero(proposal.lengths):
@@ -200,25 +204,20 @@ class _Run:
 
     def observe(self, round_: Round) -> None:
         """Show each its part of the round, and judge the models that guessed."""
+        self._see_rest()  # before the reader of a stream has the round
         choice = self._choice
         for number, part in enumerate(self._parts):
-            own = None if choice is None else choice == number
-            if own is not None and self._judged_at_once(number):
+            if choice is None:
+                show(part, np.ones(len(round_.counts), dtype=bool), None, round_)
+                continue
+            own = choice == number
+            if self._when_used[number]:
                 asked = own & (round_.lengths > 0)
                 if asked.any():
                     self._typical[number] += RECENT * (round_.lengths[asked].mean() - self._typical[number])
                 for row in np.flatnonzero(asked):
                     self.record.add(number, int(row), int(round_.lengths[row]), int(round_.accepted[row]))
-            observe = getattr(part, "observe", None)
-            if observe is None:
-                continue
-            if own is None or own.all():
-                observe(round_)
-            else:
-                observe(seen_by(own, self._proposals[number], round_))
-
-    def _judged_at_once(self, number: int) -> bool:
-        return bool(self._has_model[number]) or self._proposals[number].tokens.device.type != "cpu"
+            show(part, own, self._proposals[number], round_)
 
     def finish(self, state: State, stats: Stats) -> None:
         """Tell all that the call is over."""

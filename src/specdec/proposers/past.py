@@ -131,8 +131,9 @@ class Past:
     def limits(self, state: State, limits: np.ndarray) -> np.ndarray:
         """(B,) ``limits``, lowered to what the model can do; a row with an id unknown to it is lost to it."""
         if not self._looked or self.embeds < state.vocabulary:
-            new = state.host_tokens[:, self._looked : int(state.lengths.max())]
-            self._usable &= (new < self.embeds).all(axis=1)
+            columns = np.arange(self._looked, int(state.lengths.max()))
+            real = (columns >= state.starts[:, None]) & (columns < state.lengths[:, None])
+            self._usable &= ~(real & (state.host_tokens[:, columns] >= self.embeds)).any(axis=1)
             self._looked = max(int(state.settled.min()) - 1, 0)
         room = np.maximum(self.longest - state.lengths, 0)
         lowered: np.ndarray = np.minimum(limits, room) * (self._usable & state.live)

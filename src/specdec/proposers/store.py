@@ -9,6 +9,7 @@ Knows no proposal and no model. Read next: ``fallback.py``.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections import OrderedDict
@@ -33,7 +34,7 @@ class Store:
     def __init__(self, *, tokens: int = 100_000, tenants: int = 64) -> None:
         """Keep at most ``tokens`` tokens a tenant (about 0.5 KB each in memory) and ``tenants`` tenants."""
         sizes: list[Any] = [tokens, tenants]
-        whole = all(isinstance(size, int) for size in sizes)
+        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
         if not whole or tokens < 4 or tenants < 1:
             raise InvalidInput(
                 f"Store(tokens={tokens!r}, tenants={tenants!r}): needs whole numbers, at least 4 and 1"
@@ -42,6 +43,13 @@ class Store:
         self._tenants = tenants
         self._shelves: OrderedDict[str, _Shelf] = OrderedDict()
         self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:  # what is copied is whole; a copy has a lock of its own
+            return {name: copy.deepcopy(value) for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=Lock())
 
     def add(self, tenant: str, tokens: Sequence[int] | np.ndarray) -> None:
         """Keep a text (L,) of ``tenant``; of one longer than half a shelf, the end."""

@@ -13,6 +13,7 @@ Neither way looks at the running round. Knows nothing of verification. Read next
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from specdec.errors import InvalidInput
 from specdec.layouts.compiled import compiled_steps
-from specdec.proposers import Call, Proposer
+from specdec.proposers import Call, Proposer, existing
 from specdec.proposers.draft_past import DraftPast
+from specdec.proposers.drafting import check_confidence
 from specdec.proposers.drawn import chance_of, sound
 from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
@@ -75,8 +77,7 @@ class TranslatedDraft:
         """
         if method not in METHODS:
             raise InvalidInput(f"method={method!r} does not exist; use one of {METHODS}")
-        if confidence is not None and not 0 <= confidence <= 1:
-            raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
+        check_confidence(confidence)
         self.model = inner_model(model)
         self.shared = shared_ids(tokenizer, draft_tokenizer)
         self._translator = Translator(Vocabulary(tokenizer), Vocabulary(draft_tokenizer), self.shared)
@@ -91,6 +92,13 @@ class TranslatedDraft:
         self._confidence = confidence
         self._layout = layout
         self._steps = compiled_steps(self.model) if compile else None
+
+    def sure(self, confidence: float) -> TranslatedDraft:
+        """The same draft, stopping below ``confidence``."""
+        check_confidence(confidence)
+        other = copy.copy(self)
+        other._confidence = confidence
+        return other
 
     def choose(self, *, greedy: bool) -> tuple[str, str]:
         """The method for a call, "tokens" or "strings", and why."""
@@ -248,11 +256,7 @@ class _Strings:
         written, counts = self._write(limits, most)
         self._past.remember(written)
         guesses = self._guesses(state, [ids[:n].tolist() for ids, n in zip(written, counts, strict=True)])
-        lengths = np.minimum([len(ids) for ids in guesses], limits)
-        tokens = np.zeros((state.batch, int(lengths.max(initial=0))), dtype=np.int64)
-        for row, ids in enumerate(guesses):
-            tokens[row, : lengths[row]] = ids[: lengths[row]]
-        return Proposal(to_device(tokens, state.device), lengths)
+        return Proposal.certain([ids[:n] for ids, n in zip(guesses, limits, strict=True)], state.device)
 
     def _write(self, limits: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         """The draft's likeliest ids (B, K), and how many of each row (B,) count."""
@@ -288,6 +292,5 @@ class _Strings:
                 guesses[row].append(end)
             # the last guess might merge with what the draft would write next: it stays all the same, for a wrong
             # guess costs a column, and dropping it a guess in every round
-            known = (at for at, one in enumerate(guesses[row]) if not 0 <= one < state.vocabulary)
-            guesses[row] = guesses[row][: next(known, None)]
+            guesses[row] = existing(guesses[row], state.vocabulary)
         return guesses

@@ -79,13 +79,18 @@ def lark(grammar: str, tokenizer: Any, *, backend: str | None = None, eos_token_
 def _compiled(
     kind: str, text: str, tokenizer: Any, backend: str | None, eos_token_id: Ends, **options: Any
 ) -> Constraint:
+    if not hasattr(tokenizer, "eos_token_id") or not isinstance(text, str):
+        raise InvalidInput(
+            f"{kind}() was given a {type(text).__name__} and a {type(tokenizer).__name__}; wanted are a text and a "
+            "tokenizer"
+        )
     if backend is not None and backend not in BACKENDS:
         raise InvalidInput(f"backend={backend!r} does not exist; use one of {BACKENDS}, or None")
     installed = [name for name in BACKENDS if find_spec(name) is not None]
     wanted = backend or next(iter(installed), None)
     if wanted not in installed:
         missing = backend or "llguidance"
-        raise InvalidInput(f"{missing} is not installed; pip install 'specdec[{missing}]'")
+        raise InvalidInput(f"{missing} is not installed; pip install {missing}")
     ends = _ends(tokenizer, eos_token_id)
     module = import_module(f"specdec.structured.{wanted}")
     return Constraint(getattr(module, kind)(text, tokenizer, ends, **options))

@@ -16,7 +16,7 @@ import numpy as np
 
 from specdec.structured.constraint import WORD, mask_of, refused
 
-_tokenizers: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+_tokenizers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = WeakKeyDictionary()
 
 
 def json_schema(text: str, tokenizer: Any, ends: tuple[int, ...], *, whitespace: bool) -> _Grammar:
@@ -52,9 +52,10 @@ def lark(text: str, tokenizer: Any, ends: tuple[int, ...]) -> _Grammar:
 def _tokenizer(tokenizer: Any, ends: tuple[int, ...]) -> Any:
     """Made once for a tokenizer: reading a large vocabulary takes about a second."""
     known = _tokenizers.setdefault(tokenizer, {})
-    if ends not in known:
-        known[ends] = llguidance.hf.from_tokenizer(tokenizer, n_vocab=len(tokenizer), eos_token=list(ends))
-    return known[ends]
+    key = (len(tokenizer), ends)  # tokens may be added to it
+    if key not in known:
+        known[key] = llguidance.hf.from_tokenizer(tokenizer, n_vocab=len(tokenizer), eos_token=list(ends))
+    return known[key]
 
 
 class _Grammar:

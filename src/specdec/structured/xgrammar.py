@@ -15,7 +15,8 @@ import xgrammar as xgr
 
 from specdec.structured.constraint import WORD, mask_of, refused
 
-_compilers: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+REMEMBERED = 1 << 28  # bytes of compiled grammars: a service may see another schema with every request
+_compilers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = WeakKeyDictionary()
 
 
 def json_schema(text: str, tokenizer: Any, ends: tuple[int, ...], *, whitespace: bool) -> _Grammar:
@@ -41,10 +42,11 @@ def lark(text: str, tokenizer: Any, ends: tuple[int, ...]) -> _Grammar:
 def _compiler(tokenizer: Any, ends: tuple[int, ...]) -> Any:
     """Made once for a tokenizer: reading a large vocabulary takes about a second."""
     known = _compilers.setdefault(tokenizer, {})
-    if ends not in known:
+    key = (len(tokenizer), ends)  # tokens may be added to it
+    if key not in known:
         info = xgr.TokenizerInfo.from_huggingface(tokenizer, vocab_size=len(tokenizer), stop_token_ids=list(ends))
-        known[ends] = xgr.GrammarCompiler(info)
-    return known[ends]
+        known[key] = xgr.GrammarCompiler(info, cache_limit_bytes=REMEMBERED)
+    return known[key]
 
 
 class _Grammar:
