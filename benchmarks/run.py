@@ -150,7 +150,7 @@ def contest(
         for contestant in contestants:
             bar.update(task, description=f"warming up: {contestant.name}", refresh=True)
             dress.wear(contestant.packed)
-            reason = warm_up(contestant, todo)
+            reason = warm_up(contestant, todo, pair.target)
             if reason is not None:
                 skipped[contestant.name] = reason
         racing = [c for c in contestants if c.name not in skipped]
@@ -206,13 +206,26 @@ def suits(contestant: Contestant, batch: Sequence[Prompt]) -> bool:
     return not contestant.predicts or all(prompt.prediction is not None for prompt in batch)
 
 
-def warm_up(contestant: Contestant, todo: Sequence[tuple[Case, list[Prompt], dict[str, Any]]]) -> str | None:
-    """A few tokens of the first prompts that suit; returns why the contestant cannot take part, if it cannot."""
+def warm_up(
+    contestant: Contestant, todo: Sequence[tuple[Case, list[Prompt], dict[str, Any]]], target: Any
+) -> str | None:
+    """A few tokens of the first prompts that suit; returns why the contestant cannot take part, if it cannot.
+
+    Measured like the rest: a model with hooks on it is another one to the self-check.
+    """
     found = next(((batch, inputs) for _, batch, inputs in todo if suits(contestant, batch)), None)
     if found is None:
         return "none of these prompts comes with a prediction of the answer"
     try:
-        contestant.call(found[1], found[0], None, WARM_UP)
+        if contestant.compiles:  # what takes the times cannot be traced
+            contestant.call(found[1], found[0], None, WARM_UP)
+        measured(
+            lambda streamer: contestant.call(found[1], found[0], streamer, WARM_UP),
+            inputs=found[1],
+            target=target,
+            draft=contestant.draft,
+            streams=False,
+        )
     except REFUSALS as error:
         if contestant.name == PLAIN:
             raise

@@ -82,8 +82,17 @@ def prepared(options: argparse.Namespace, *, random: bool) -> tuple[Pair, dict[s
     chosen = (prompts * options.batch)[: options.batch]
     inputs = encode(pair.tokenizer, chosen, pair.target.device)
     for generate in (pair.target.generate, SpeculativeGenerator(pair.target, pair.draft).generate):
-        generate(**inputs, max_new_tokens=8, do_sample=False)
+        checked(pair, generate, inputs)
     return pair, inputs
+
+
+def checked(pair: Pair, generate: Any, inputs: dict[str, Any]) -> None:
+    """Let the models pass the self-check with what measures on them: hooks make them other models to it."""
+
+    def call(streamer: Any) -> Any:
+        return generate(**inputs, max_new_tokens=8, do_sample=False)
+
+    measured(call, inputs=inputs, target=pair.target, draft=pair.draft, streams=False)
 
 
 def useless(options: argparse.Namespace) -> dict[str, Any]:
@@ -168,6 +177,8 @@ def switching(options: argparse.Namespace) -> dict[str, Any]:
     note = pair.target.register_forward_pre_hook(lambda *_: at.append(counter.tokens))
     try:
         with turned_round(pair.draft, counter, half):
+            checked(pair, SpeculativeGenerator(pair.target, pair.draft).generate, inputs)
+            at.clear()
             run = measured(call, inputs=inputs, target=pair.target, draft=pair.draft, streams=False)
     finally:
         note.remove()

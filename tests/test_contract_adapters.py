@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specdec import DraftModel, SpeculativeGenerator, UnsupportedModel, UnsupportedOption, quantize_draft
+from specdec.attaching import having, own_settings
 from specdec.layouts import compiled
 from specdec.testing import noisy_copy, tiny_llama
 from specdec.weights.adapters import without_adapters
@@ -229,3 +230,10 @@ def test_a_copy_of_a_spread_model_is_refused():
     assert same_text(target, noisy(llama())).drafted > 0
     with pytest.raises(UnsupportedModel, match="quantised"):
         SpeculativeGenerator(target, "self-int8")
+
+
+def test_settings_of_a_wrapped_model_while_a_call_has_lent_it_others(adapted):
+    own = own_settings(adapted)
+    with having(adapted, copy.deepcopy(own)):
+        assert own_settings(adapted) is own
+    assert own_settings(adapted) is own

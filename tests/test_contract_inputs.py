@@ -361,10 +361,11 @@ def test_an_exception_in_the_middle_leaves_everything_as_it_was(where):
 def test_a_model_that_fails_once(whose):
     target, draft = copy.deepcopy(llama()), noisy_copy(llama(), 0.05)
     gen = speculative(target, draft)
-    gen.generate(**prompts(3), **GREEDY)  # the layouts are checked, where failing is part of the trial
-    broken = breaks(4)
+    broken, armed = breaks(4), []
     model = target if whose == "target" else draft
-    hook = model.register_forward_pre_hook(lambda *_: (broken(), None)[1])
+    hook = model.register_forward_pre_hook(lambda *_: (armed and broken(), None)[1])
+    gen.generate(**prompts(3), **GREEDY)  # the layouts are checked, where failing is part of the trial
+    armed.append(True)
     with pytest.raises(Broken):
         gen.generate(**prompts(3), **GREEDY)
     hook.remove()

@@ -44,9 +44,20 @@ PROMISES = {
         r"^same as generate\(\): True$",
         r"^accepted [1-9]\d* of \d+ guesses",
     ],
-    "regex": [r"^(\w+day, \d{4}-\d\d-\d\d\n){4}", r"^all match: True$", r"^accepted [1-9]\d* of \d+ guesses"],
+    "regular_expression": [
+        r"^(\w+day, \d{4}-\d\d-\d\d\n){4}",
+        r"^all match: True$",
+        r"^accepted [1-9]\d* of \d+ guesses",
+    ],
     "own_proposer": [r"^same as generate\(\): True$", r"^40 tokens in (\d|1\d) rounds$"],
 }
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_no_example_hides_a_library(path):
+    # a script's folder comes first where Python looks for modules: a regex.py there was taken for the library
+    # of that name, which transformers imports
+    assert find_spec(path.stem) is None
 
 
 def test_every_example_makes_a_promise():

@@ -26,7 +26,7 @@ LEVELS = [
     {"demo", "testing"},
     {"__init__"},
     {"generator"},
-    {"call", "options"},
+    {"call", "options", "construction"},
     {"outputs", "assistance", "attaching", "abroad"},
     {"loop"},
     {"lockstep", "choosing"},

@@ -548,3 +548,9 @@ def test_the_room_of_a_chunk():
 def test_no_payload(payload):
     with pytest.raises(InvalidInput, match="payload"):
         unpad(payload)
+
+
+@pytest.mark.parametrize("payload", [b"\0\0\x03abc", b"\x02\0\x01\xff", b""])
+def test_bytes_that_are_no_payload(payload):
+    with pytest.raises(InvalidInput, match="no payload"):
+        unpad(payload)

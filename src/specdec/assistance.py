@@ -7,6 +7,7 @@ Knows no rounds. Read next: ``options.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +60,9 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
         UnsupportedOption: a knob without the draft that it belongs to.
     """
     sources = [given, config] if has_draft else [given, config, own]
-    lookup = _first(sources, "prompt_lookup_num_tokens")
+    lookup = first_given(sources, "prompt_lookup_num_tokens")
     model = given.get("assistant_model")
-    early = _first(sources, "assistant_early_exit") or None
+    early = first_given(sources, "assistant_early_exit") or None
     number = given.get("num_assistant_tokens")
     confidence = given.get("assistant_confidence_threshold")
     matched = given.get("max_matching_ngram_size")
@@ -70,7 +71,7 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
     if len(asked) > 1:
         raise InvalidInput(f"{' and '.join(asked)} are several drafts; give one of them")
     if lookup is not None:
-        longest = _whole("max_matching_ngram_size", _first(sources, "max_matching_ngram_size") or MATCHED)
+        longest = _whole("max_matching_ngram_size", first_given(sources, "max_matching_ngram_size") or MATCHED)
         number = lookup if number is None else number
         return Assistance(
             NGram(longest=longest),
@@ -99,7 +100,8 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
     return Assistance(model, given.get("assistant_tokenizer"), number, confidence)
 
 
-def _first(sources: list[Any], name: str) -> Any:
+def first_given(sources: Sequence[Any], name: str) -> Any:
+    """What the first of ``sources`` (arguments, configs or None) that says something about ``name`` says."""
     for source in sources:
         found = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
         if found is not None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import update_wrapper, wraps
 from threading import Lock, get_ident
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,15 +26,27 @@ def attached(target: Any, generate: Callable[..., Any]) -> Iterator[None]:
 
     A call with ``custom_generate`` goes to what was there before: that is how ``generate`` itself comes in.
     """
-    plain = target.generate
+    with _lent(target, "generate", _Instead(target, generate)):
+        yield
 
-    @wraps(plain)
-    def instead(*args: Any, **kwargs: Any) -> Any:
-        called = plain if kwargs.get("custom_generate") is not None else generate
+
+class _Instead:
+    """What stands in the place of ``target.generate``; a copy of the target gets its own plain one."""
+
+    def __init__(self, target: Any, generate: Callable[..., Any]) -> None:
+        update_wrapper(self, target.generate)
+        self._target, self._plain, self._generate = target, target.generate, generate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        called = self._plain if kwargs.get("custom_generate") is not None else self._generate
         return called(*args, **kwargs)
 
-    with _lent(target, "generate", instead):
-        yield
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._target))
+        return self if copied is None else MethodType(type(copied).generate, copied)
+
+    def __reduce__(self) -> Any:  # while the target is being loaded it has only what its class has
+        return getattr, (self._target, "generate")
 
 
 @contextmanager
@@ -53,15 +66,18 @@ def healing_with(target: Any, tokenizer: Any) -> Iterator[None]:
 @contextmanager
 def having(target: Any, config: Any) -> Iterator[None]:
     """Let ``target``'s own ``generation_config`` be ``config``; that of the model inside too, if PEFT wraps it."""
-    with _lent(target, "generation_config", config), _lent(inner_model(target), "generation_config", config):
+    with _lent(inner_model(target), "generation_config", config), _lent(target, "generation_config", config):
         yield
 
 
 def own_settings(target: Any) -> Any:
     """The ``generation_config`` of ``target``, also while a call in another thread has lent it one (``having``)."""
     with _lock:
-        lent = _loans.get(uncompiled(target), {}).get("generation_config")
-        return target.generation_config if lent is None else lent[0]
+        for model in (target, inner_model(target)):  # a wrapper has none of its own
+            lent = _loans.get(uncompiled(model), {}).get("generation_config")
+            if lent is not None and lent[0] is not None:
+                return lent[0]
+        return target.generation_config
 
 
 @contextmanager

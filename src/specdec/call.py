@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from hashlib import blake2b
+from math import ceil
 from time import perf_counter
 from typing import Any
 
@@ -28,7 +29,7 @@ from specdec.loop import decode
 from specdec.outputs import Collector
 from specdec.processing import Processing
 from specdec.proposers import Call, Nothing
-from specdec.proposers.jump import begun
+from specdec.proposers.jump import begun_behind
 from specdec.records import Round, Stats
 from specdec.sampling import Sampling
 from specdec.scorer import Scorer, warn_plain
@@ -137,7 +138,7 @@ def follow_call(
         prompt = state.tokens[:, : state.prompt_length]
         # by rejection the text depends on the guesses, and a given seed promises one text
         promised = request.seed is not None and sampling.keeps_logits
-        proposer = begun(
+        proposer = begun_behind(
             request.proposer,
             Call(
                 target=model,
@@ -177,16 +178,26 @@ def follow_call(
         keep_logits=collector.keeps_logits,
         keep_states=keep_states,
     )
-    for round_ in rounds:
-        collector.add(round_)
-        watcher.follow(state, collector.scores)
-        yield state, round_, watcher.final(state)
+    try:
+        for round_ in rounds:
+            collector.add(round_)
+            watcher.follow(state, collector.scores)
+            yield state, round_, watcher.final(state)
+    except BaseException:
+        target.abandon(state.tokens, state.lengths - 1, state.live)
+        raise
+    finally:  # a stream may be closed in the middle
+        _count(stats, state, target, proposer)
+        stats.host_copies += processing.host_copies
+        stats.seconds = perf_counter() - request.start
     if streamer is not None:
         streamer.end()
-    _finish(stats, state, target, proposer)
-    stats.host_copies += processing.host_copies
+    if hasattr(proposer, "finish"):
+        proposer.finish(state, stats)
     if length.most > 0 and target.settled and stats.layout == "plain" and request.layout == "auto":
-        warn_plain(model, "several tokens in one forward do not give the scores of one-token steps")
+        warn_plain(
+            model, target.reason or "several tokens in one forward do not give the scores of one-token steps"
+        )
     sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
     cache = None
     if _cache_is_seen(generation_config, model_kwargs):
@@ -216,7 +227,7 @@ def _state(
         starts = np.argmax(to_host(mask) != 0, axis=1).astype(np.int64)
     # a criterion that the user gave has replaced the one of its type that generate() built
     eos = next((c.eos_token_id for c in criteria if type(c) is EosTokenCriteria), None)
-    longest = config.max_length if criteria.max_length is None else criteria.max_length
+    longest = ceil(config.max_length if criteria.max_length is None else criteria.max_length)
     pad = config._pad_token_tensor
     return State(
         prompt,
@@ -261,7 +272,7 @@ def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
     }
 
 
-def _finish(stats: Stats, state: State, target: Scorer, proposer: Any) -> None:
+def _count(stats: Stats, state: State, target: Scorer, proposer: Any) -> None:
     """What is known only at the end; stop conditions may have taken tokens back."""
     stats.target_forwards, stats.layout = target.forwards, target.layout.name
     stats.draft_forwards = getattr(proposer, "forwards", 0)
@@ -270,5 +281,3 @@ def _finish(stats: Stats, state: State, target: Scorer, proposer: Any) -> None:
     stats.host_copies = state.host_copies
     stats.row_emitted = state.lengths - state.prompt_length
     stats.emitted = int(stats.row_emitted.sum())
-    if hasattr(proposer, "finish"):
-        proposer.finish(state, stats)

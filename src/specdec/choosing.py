@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.errors import InvalidInput
+from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.length.cost import speed
 from specdec.weights.layers import count_layers, with_layers
 
@@ -69,6 +69,8 @@ def choose_layers(
         UnsupportedModel: the model's layers cannot be taken apart.
     """
     depth = count_layers(model)
+    if depth < 2:
+        raise UnsupportedModel(f"{type(model).__name__} has {depth} layer; some must be left to draft")
     if not 0 <= least < depth:
         raise InvalidInput(f"least={least!r}; the model has {depth} layers, give 0 to {depth - 1}")
     if tokens < 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, overload
 from weakref import WeakKeyDictionary
@@ -22,32 +23,39 @@ from specdec.abroad import home_of, taken_abroad
 from specdec.assistance import Assistance, read_assistance
 from specdec.attaching import attached, healing_with, own_settings
 from specdec.call import Request, follow_call, run_call
+from specdec.construction import NAMES, build_proposer, check_compile, check_constructor, check_seed
 from specdec.errors import InvalidInput, UnsupportedOption
 from specdec.layouts.compiled import compiled_steps
 from specdec.length import DraftLength
 from specdec.length.adaptive import ASSUMED_COST, Adaptive, Memory
 from specdec.length.cost import Assumed
 from specdec.length.fixed import Fixed
-from specdec.options import (
-    NAMES,
-    build_proposer,
-    check_compile,
-    check_constructor,
-    check_options,
-    check_prompt,
-    check_seed,
-    check_tenant,
-    with_stop_strings,
-)
-from specdec.proposers.draft_model import DraftModel
+from specdec.options import check_options, check_prompt, check_tenant, with_stop_strings
 from specdec.proposers.fallback import Fallback
-from specdec.proposers.layers import EarlyExit, LayerSkip
 from specdec.proposers.prediction import Prediction, read_predictions
 from specdec.records import Stats
 from specdec.sampling import Sampling, sampling_for
 from specdec.shaping import Chunk, ShapedRelease, shaped
 from specdec.streaming import Tokens, in_threads, told
 from specdec.weights.adapters import inner_model, needs_its_wrapper
+
+# arguments of the constructor, each an attribute that stays as it is
+SETTINGS = (
+    "target", "draft", "num_draft_tokens", "verification", "seed", "layout", "compile", "tokenizer",
+    "draft_tokenizer",
+)  # fmt: skip
+
+# where files come from, for tokenizers as for models
+HUB = ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only", "subfolder", "force_download")
+
+
+@dataclass(frozen=True)
+class _Drafting:
+    """What guesses in a call, how many a round, and what was learnt of it."""
+
+    proposer: Any
+    number: int | str
+    memory: Memory
 
 
 class SpeculativeGenerator:
@@ -97,8 +105,11 @@ class SpeculativeGenerator:
         tokenizer: Any = None,
         draft_tokenizer: Any = None,
     ) -> None:
-        check_constructor(target, num_draft_tokens, verification, layout)
+        num_draft_tokens = check_constructor(
+            target, num_draft_tokens, verification, layout, tokenizer, draft_tokenizer
+        )
         check_compile(compile, num_draft_tokens, layout)
+        check_seed(seed)
         self.target = target
         self.draft = draft
         self.num_draft_tokens = num_draft_tokens
@@ -114,29 +125,46 @@ class SpeculativeGenerator:
         self._memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()  # of drafts given to a call
         self._steps = compiled_steps(target) if compile else None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SETTINGS and name in vars(self):
+            raise InvalidInput(
+                f"{name} is settled when a generator is made; make another: SpeculativeGenerator(target, ..., "
+                f"{name}=...)"
+            )
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        draft = repr(self.draft) if isinstance(self.draft, (str, type(None))) else type(self.draft).__name__
+        return (
+            f"SpeculativeGenerator({type(self.target).__name__}, {draft}, "
+            f"num_draft_tokens={self.num_draft_tokens!r}, verification={self.verification!r})"
+        )
+
+    def __reduce__(self) -> Any:
+        # what was learnt of this machine stays here
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        return _made, (settings,), {"stats": self.stats}
+
     @classmethod
-    def from_pretrained(
-        cls, target_id: str, draft_id: str | None = None, *, options: dict[str, Any] | None = None,
-        **load_kwargs: Any,
-    ) -> SpeculativeGenerator:  # fmt: skip
+    def from_pretrained(cls, target_id: str, draft_id: str | None = None, **kwargs: Any) -> SpeculativeGenerator:
         """Load target, draft and their tokenizers by hub id or path, safetensors only.
 
         Args:
             target_id: the target.
             draft_id: the draft; None and the words of ``draft`` ("ngram", ...) are taken as they are.
-            options: keyword arguments of the constructor.
-            load_kwargs: for ``from_pretrained`` of both models (dtype, device_map, ...).
+            kwargs: those of the constructor, and for ``from_pretrained`` of both models (dtype, device_map, ...).
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        load_kwargs.setdefault("use_safetensors", True)
-        options = dict(options or {})
+        options = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        load_kwargs = {"use_safetensors": True, **kwargs}
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
         target = AutoModelForCausalLM.from_pretrained(target_id, **load_kwargs)
-        options.setdefault("tokenizer", AutoTokenizer.from_pretrained(target_id))
+        options.setdefault("tokenizer", AutoTokenizer.from_pretrained(target_id, **hub))
         draft: Any = draft_id
         if draft_id is not None and draft_id not in NAMES:
             draft = AutoModelForCausalLM.from_pretrained(draft_id, **load_kwargs)
-            options.setdefault("draft_tokenizer", AutoTokenizer.from_pretrained(draft_id))
+            options.setdefault("draft_tokenizer", AutoTokenizer.from_pretrained(draft_id, **hub))
         return cls(target, draft, **options)
 
     def generate(
@@ -318,13 +346,13 @@ class SpeculativeGenerator:
         home = home_of(self.target, inputs, options)
         if home is not None:
             inputs, options = taken_abroad(self.target, home, inputs, options)
-        maker = self if asked is None else self._for(asked, tokenizer)
+        made_of = self._asked(asked, tokenizer)
         stats = self.stats = Stats()
 
         seed = check_seed(self.seed if seed is None else seed)
         request = Request(
-            proposer=maker._proposer_for(prediction, tokenizer),
-            length=maker._length(seed),
+            proposer=self._behind(prediction, tokenizer, made_of.proposer),
+            length=self._length(seed, made_of),
             sampling=self._sampling,
             layout=self.layout,
             seed=seed,
@@ -353,49 +381,46 @@ class SpeculativeGenerator:
                 **{**options, "custom_generate": run},
             )
 
-    def _for(self, asked: Assistance, tokenizer: Any) -> SpeculativeGenerator:
-        """A generator with the draft that a call asks for."""
-        number = self.num_draft_tokens if asked.num_draft_tokens is None else asked.num_draft_tokens
-        draft = self.draft if asked.draft is None else asked.draft
-        other = SpeculativeGenerator(
-            self.target,
-            draft,
-            num_draft_tokens=number,
-            verification=self.verification,
-            tokenizer=tokenizer,
-            draft_tokenizer=self.draft_tokenizer if asked.draft is None else asked.tokenizer,
-        )
-        if asked.draft is None:
-            other._proposer, other._memory = self._proposer, self._memory
-        elif isinstance(draft, torch.nn.Module):
-            other._memory = self._memories.setdefault(draft, other._memory)
+    def _asked(self, asked: Assistance | None, tokenizer: Any) -> _Drafting:
+        """What guesses in a call that may ask for a draft, a number or a confidence of its own."""
+        drafting = _Drafting(self._proposer, self.num_draft_tokens, self._memory)
+        if asked is None:
+            return drafting
+        if asked.num_draft_tokens is not None:
+            drafting = replace(drafting, number=asked.num_draft_tokens)
+        if asked.draft is not None:
+            proposer = build_proposer(self.target, asked.draft, tokenizer, asked.tokenizer)
+            memory = Memory()
+            if isinstance(asked.draft, torch.nn.Module):
+                memory = self._memories.setdefault(asked.draft, memory)
+            drafting = replace(drafting, proposer=proposer, memory=memory)
         if asked.confidence is not None:
-            if not isinstance(other._proposer, (DraftModel, EarlyExit, LayerSkip)):
+            if not hasattr(drafting.proposer, "sure"):
                 raise UnsupportedOption("assistant_confidence_threshold", "it needs a draft that is a model")
-            other._proposer = other._proposer.sure(asked.confidence)
-        return other
+            drafting = replace(drafting, proposer=drafting.proposer.sure(asked.confidence))
+        return drafting
 
-    def _length(self, seed: Any) -> Callable[[int, bool], DraftLength]:
+    def _length(self, seed: Any, drafting: _Drafting) -> Callable[[int, bool], DraftLength]:
         """The rule of draft lengths, from (batch, do_sample)."""
-        most = self.num_draft_tokens
+        most, memory = drafting.number, drafting.memory
         if isinstance(most, int):
             return lambda *_: Fixed(most)
 
         def rule(batch: int, do_sample: bool) -> DraftLength:
             # by rejection the text depends on the number of guesses, and a given seed promises one text
             promised = do_sample and seed is not None and self.verification != "coupled"
-            return Adaptive(Assumed(ASSUMED_COST)) if promised else self._memory.recall(batch, do_sample)
+            return Adaptive(Assumed(ASSUMED_COST)) if promised else memory.recall(batch, do_sample)
 
         return rule
 
-    def _proposer_for(self, prediction: Any, tokenizer: Any) -> Any:
+    def _behind(self, prediction: Any, tokenizer: Any, proposer: Any) -> Any:
         """The call's proposer: what the user expects comes before what the draft guesses."""
         if prediction is None:
-            return self._proposer
+            return proposer
         pad_id = getattr(tokenizer, "pad_token_id", None)
         if pad_id is None:
             pad_id = self.target.generation_config.pad_token_id
-        return Fallback(Prediction(read_predictions(prediction, tokenizer, pad_id)), self._proposer)
+        return Fallback(Prediction(read_predictions(prediction, tokenizer, pad_id)), proposer)
 
     def _sampling(
         self,
@@ -406,6 +431,11 @@ class SpeculativeGenerator:
     ) -> Sampling:
         """The way to draw in one call."""
         return sampling_for(self.verification, do_sample, seed, device, prompts)
+
+
+def _made(settings: dict[str, Any]) -> SpeculativeGenerator:
+    """A generator by its settings, for copies."""
+    return SpeculativeGenerator(**settings)
 
 
 def _model_inputs(target: Any, inputs: Tensor | None, given: dict[str, Any]) -> dict[str, Any]:

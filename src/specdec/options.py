@@ -16,20 +16,10 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
-from specdec.assistance import UNDERSTOOD
+from specdec.assistance import UNDERSTOOD, first_given
 from specdec.attaching import having, own_settings
-from specdec.errors import InvalidInput, UnsupportedModel, UnsupportedOption, VocabularyMismatch
+from specdec.errors import InvalidInput, UnsupportedOption
 from specdec.layouts.handover import cached_columns
-from specdec.proposers import Nothing
-from specdec.proposers.auto import automatic
-from specdec.proposers.draft_model import DraftModel
-from specdec.proposers.layers import EarlyExit, LayerSkip
-from specdec.proposers.translated import TranslatedDraft
-from specdec.proposers.words import WORDS, check_sizes, one_behind_another
-from specdec.sampling import VERIFICATIONS
-from specdec.scorer import LAYOUTS
-from specdec.weights.adapters import inner_model
-from specdec.weights.quantized import has_two_weights, quantize_draft
 
 PLAIN = "call target.generate() for it"
 OURS = "drafting is what SpeculativeGenerator does; set `draft` and `num_draft_tokens` there"
@@ -45,14 +35,19 @@ REFUSED = {
     "dola_layers": PLAIN,
     "compile_config": "give compile=True to SpeculativeGenerator",
 }
-SELF = {"self-int4": "int4", "self-int8": "int8"}  # the target itself with fewer bits a weight
-# every word that ``draft`` may be
-NAMES = (*WORDS, *SELF, "auto")
 # knobs of transformers' own assisted decoding, refused when given to a call (a config may carry them unused)
 ASSISTANCE = {
     "num_assistant_tokens_schedule": "set num_draft_tokens of SpeculativeGenerator",
     "assistant_ensemble_weight": "it changes the output distribution, which this library never does",
     "speculation_type": OURS,
+}
+# what belongs elsewhere, and where
+ELSEWHERE = {
+    "release": "it belongs to stream() and astream()",
+    **dict.fromkeys(
+        ("draft", "num_draft_tokens", "verification", "layout", "compile", "draft_tokenizer"),
+        "it is said when the generator is made: SpeculativeGenerator(target, ...)",
+    ),
 }
 # fields that the door of generate() cannot take
 HIDDEN = ("stop_strings", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit")
@@ -60,119 +55,20 @@ HIDDEN = ("stop_strings", "prompt_lookup_num_tokens", "max_matching_ngram_size",
 CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 
 
-def check_constructor(target: Any, num_draft_tokens: Any, verification: Any, layout: Any) -> None:
-    """Refuse arguments of ``SpeculativeGenerator`` that do not exist or are out of range."""
-    if not hasattr(target, "generate") or not hasattr(target, "config"):
-        raise UnsupportedModel(
-            f"the target is a {type(target).__name__}; wanted is a Hugging Face model with generate()"
-        )
-    if isinstance(target, torch.nn.Module) and has_two_weights(target):
-        raise UnsupportedModel(
-            "the target was made by quantize_draft(keep=True): a pass over several tokens computes with other "
-            "weights than one over a single token. Make it with keep=False, or give the model itself"
-        )
-    whole = isinstance(num_draft_tokens, int) and not isinstance(num_draft_tokens, bool)
-    if num_draft_tokens != "auto" and not (whole and num_draft_tokens >= 0):
-        raise InvalidInput(
-            f"num_draft_tokens={num_draft_tokens!r}; give 'auto', or a whole number >= 0 (0 decodes plainly)"
-        )
-    if verification not in VERIFICATIONS:
-        raise InvalidInput(f"verification={verification!r} does not exist; use one of {VERIFICATIONS}")
-    if layout not in LAYOUTS:
-        raise InvalidInput(f"layout={layout!r} does not exist; use one of {LAYOUTS}")
-
-
-def check_compile(compile: Any, num_draft_tokens: Any, layout: str) -> None:
-    """Refuse ``compile=True`` where nothing would be compiled, or nothing could be."""
-    if not isinstance(compile, bool):
-        raise InvalidInput(f"compile={compile!r}; give True or False")
-    if not compile:
-        return
-    if num_draft_tokens == 0:
-        raise InvalidInput("compile=True needs guesses to verify, and num_draft_tokens=0 makes none")
-    if layout not in ("auto", "slots"):
-        raise InvalidInput(
-            f"compile=True needs the layout 'slots', whose shapes stay; layout={layout!r} forces another"
-        )
-
-
-def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any, compile: bool = False) -> Any:
-    """The proposer that ``draft`` names; a model is checked against the target first."""
-    if draft is None:
-        return Nothing()
-    if isinstance(draft, str):
-        if draft == "auto":
-            return automatic()
-        if draft in SELF:
-            return DraftModel(quantize_draft(target, SELF[draft]), compile=compile)
-        if draft not in WORDS:
-            words = ", ".join(map(repr, NAMES))
-            raise InvalidInput(f"draft={draft!r} is no known proposer; use {words}, a model, a Proposer or None")
-        return WORDS[draft]()
-    if isinstance(draft, (list, tuple)):
-        return one_behind_another(
-            draft, lambda one: build_proposer(target, one, tokenizer, draft_tokenizer, compile)
-        )
-    if isinstance(draft, type):
-        raise UnsupportedModel(f"the draft is the class {draft.__name__}; give an object: {draft.__name__}()")
-    if isinstance(draft, (EarlyExit, LayerSkip)):
-        draft.check(target)
-    if hasattr(draft, "propose") or hasattr(draft, "begin"):
-        return draft
-    if not hasattr(draft, "generate") or not hasattr(draft, "config"):
-        raise UnsupportedModel(
-            f"the draft is a {type(draft).__name__}; wanted is a Hugging Face model, an object with "
-            f"propose(state, limits), one of {', '.join(map(repr, WORDS))}, a list of such, or None"
-        )
-    draft = inner_model(draft)
-    if draft.config.is_encoder_decoder != target.config.is_encoder_decoder:
-        raise UnsupportedModel(
-            "draft and target must both be decoder-only or both be encoder-decoder models; "
-            f"{type(draft).__name__} and {type(target).__name__} are not"
-        )
-    if _shares_ids(target, draft, tokenizer, draft_tokenizer):
-        return DraftModel(draft, compile=compile)
-    if draft.config.is_encoder_decoder:
-        raise VocabularyMismatch(
-            "the tokenizers differ, and only decoder-only models can draft across tokenizers; give an "
-            "encoder-decoder draft of the same family"
-        )
-    return TranslatedDraft(draft, tokenizer, draft_tokenizer, compile=compile)
-
-
-def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> bool:
-    """Whether token ids mean the same to both, by the tokenizers where given; else sizes must agree.
-
-    Scores are often padded to a round number of rows (Qwen2.5: 151936 or 152064 for the same tokenizer), so
-    sizes may differ by a little; ids past the smaller one are never guessed.
-    """
-    if tokenizer is not None and draft_tokenizer is not None:
-        ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-        others = any(ours.get(token, one) != one for token, one in theirs.items())
-        return not others and len(ours.keys() - theirs.keys()) <= 0.01 * len(ours)
-    check_sizes(target, draft)
-    return True
-
-
 def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
     """Refuse what is not honoured, wherever it is set: argument, given config, the model's own config."""
     sources = (given, config, own_settings(target))
-
-    def value(name: str) -> Any:
-        for source in sources:
-            found = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
-            if found is not None:
-                return found
-        return None
-
     for name, instead in REFUSED.items():
-        found = value(name)
+        found = first_given(sources, name)
         if isinstance(found, Tensor) or found not in (None, False):
             raise UnsupportedOption(name, instead)
     for name, instead in ASSISTANCE.items():
         if given.get(name) not in (None, "constant"):
             raise UnsupportedOption(name, instead)
-    if value("cache_implementation") not in CACHES:
+    for name, where in ELSEWHERE.items():
+        if name in given:
+            raise UnsupportedOption(name, where)
+    if first_given(sources, "cache_implementation") not in CACHES:
         raise UnsupportedOption(
             "cache_implementation",
             "what such a cache holds depends on how many tokens are fed at once, or it has no way back; leave it "
@@ -180,7 +76,7 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
         )
     if given.get("synced_gpus") is None and _is_sharded(target):
         raise UnsupportedOption("synced_gpus", "the model is sharded by FSDP or ZeRO-3; " + PLAIN)
-    if (value("num_beams") or 1) > 1:
+    if (first_given(sources, "num_beams") or 1) > 1:
         raise UnsupportedOption("num_beams", "beam search is not speculative; " + PLAIN)
 
 
@@ -190,14 +86,6 @@ def _is_sharded(target: Any) -> bool:
     if not several or torch.distributed.get_world_size() < 2:
         return False
     return bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(target))
-
-
-def check_seed(seed: Any) -> int | list[int] | None:
-    """A seed, one a row, or None."""
-    rows = seed if isinstance(seed, (list, tuple)) else [seed]
-    if seed is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in rows):
-        raise InvalidInput(f"seed={seed!r}; give a whole number, a list with one a row, or None")
-    return list(seed) if isinstance(seed, tuple) else seed
 
 
 def check_tenant(tenant: Any) -> list[str] | None:
@@ -252,6 +140,9 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
         known = isinstance(pad, int) and pad not in ends and ids.shape[0] > 1 and ids.shape[1] > 0
         padded_right = known and bool(ids[:, -1].eq(torch.tensor(pad)).any())
     if padded_right:
+        empty = [] if mask is None else (mask == 0).all(dim=1).nonzero().flatten().tolist()
+        if empty:
+            raise InvalidInput(f"the mask of row {empty[0]} leaves no token of its prompt; give at least one")
         raise InvalidInput(
             "the batch is padded on the right; a decoder-only model goes on from the last column. Set "
             "tokenizer.padding_side = 'left' and tokenise again"

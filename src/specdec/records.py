@@ -95,7 +95,7 @@ class Round:
         return None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Stats:
     """What a call of ``generate()`` did.
 

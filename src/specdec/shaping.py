@@ -112,9 +112,12 @@ def unpad(payload: bytes) -> Content:
     flags, size = HEADER.unpack_from(payload)
     body = payload[HEADER.size : HEADER.size + size]
     ended = bool(flags & ENDED)
-    if flags & IS_TEXT:
-        return Content(None, body.decode(), ended)
-    return Content(tuple(number for (number,) in ID.iter_unpack(body)), None, ended)
+    try:
+        if flags & IS_TEXT:
+            return Content(None, body.decode(), ended)
+        return Content(tuple(number for (number,) in ID.iter_unpack(body)), None, ended)
+    except (UnicodeDecodeError, struct.error) as reason:
+        raise InvalidInput(f"{len(payload)} bytes that are no payload ({reason}); give Chunk.payload") from reason
 
 
 class Source(Protocol):

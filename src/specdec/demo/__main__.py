@@ -1,8 +1,9 @@
 """What ``python -m specdec.demo`` does and prints.
 
 Plain ``model.generate()``, transformers' own assisted decoding and ``SpeculativeGenerator`` answer
-the same prompts greedily, one by one; then all prompts go through as one batch. The times are those
-of one run each, after a short warm-up: an impression, no benchmark.
+the same prompts greedily, one by one; then all prompts go through as one batch. On a CPU ours goes once
+more with packed weights. The times are those of one run each, after a short warm-up: an impression, no
+benchmark.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from specdec.demo.contestants import Contest, Run
 from specdec.demo.model import demo_model
+from specdec.errors import UnsupportedModel
 
 CODE = """\
 Add type hints to this code:
@@ -74,7 +76,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="hub id or directory of a draft model, or the name of a proposer (default: ngram)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
-    parser.add_argument("--num-draft-tokens", type=int, default=5, metavar="K")
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=lambda text: text if text == "auto" else int(text),
+        default="auto",
+        metavar="K",
+        help='guesses a round (default: "auto", measured; assisted decoding then takes 5)',
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype",
@@ -105,16 +113,17 @@ def load(options: argparse.Namespace) -> tuple[Contest, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     target, draft = load_model(name), options.draft
+    guesses = 5 if options.num_draft_tokens == "auto" else options.num_draft_tokens
     if "/" in draft or Path(draft).is_dir():
         draft = load_model(draft)
-        draft.generation_config.num_assistant_tokens = options.num_draft_tokens
+        draft.generation_config.num_assistant_tokens = guesses
         draft.generation_config.num_assistant_tokens_schedule = "constant"
     generator = SpeculativeGenerator(target, draft, num_draft_tokens=options.num_draft_tokens)
-    return Contest(target, draft, generator, options.num_draft_tokens), tokenizer
+    return Contest(target, draft, generator, guesses), tokenizer
 
 
 def compare(contest: Contest, inputs: Mapping[str, Tensor], **options: Any) -> tuple[Run, bool]:
-    """Run all three on ``inputs`` and print a line as each ends.
+    """Run all on ``inputs`` and print a line as each ends.
 
     Returns:
         plain's run, and whether ours wrote the same tokens.
@@ -133,6 +142,14 @@ def compare(contest: Contest, inputs: Mapping[str, Tensor], **options: Any) -> t
     ours = contest.speculative(inputs, **options)
     same = verdict(contest, ours, plain, inputs)
     print(line("specdec", ours, plain, same), flush=True)
+    if contest.target.device.type == "cpu":
+        try:
+            packed = contest.packed(inputs, **options)
+            print(
+                line("specdec, packed weights", packed, plain, verdict(contest, packed, plain, inputs)), flush=True
+            )
+        except UnsupportedModel as error:
+            print(f"  {'specdec, packed weights':26}{textwrap.shorten(str(error), 60)}", flush=True)
     return plain, same == "yes"
 
 

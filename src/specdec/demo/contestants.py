@@ -1,4 +1,4 @@
-"""The three ways to generate, timed and counted alike.
+"""The ways to generate, timed and counted alike.
 
 Plain and assisted decoding are counted from outside, by what each pass of the target was fed; ours
 keeps its own counts. Prints nothing.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from specdec.weights.packed import pack_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """The models and settings of all runs; ``draft`` is a model or the name of a proposer."""
+    """The models and settings of all runs; ``draft`` is a model or the name of a proposer.
+
+    ``guesses`` are those that assisted decoding makes a round; ``generator`` knows its own.
+    """
 
     target: Any
     draft: Any
     generator: Any
-    num_draft_tokens: int
+    guesses: int
 
     def plain(self, inputs: Mapping[str, Tensor], **options: Any) -> Run:
         """The target's own ``generate()``."""
@@ -51,13 +56,24 @@ class Contest:
     def assisted(self, inputs: Mapping[str, Tensor], **options: Any) -> Run:
         """Transformers' assisted decoding: by prompt lookup, or with the draft model."""
         if isinstance(self.draft, str):
-            options["prompt_lookup_num_tokens"] = self.num_draft_tokens
+            options["prompt_lookup_num_tokens"] = self.guesses
         else:
             options["assistant_model"] = self.draft
         return self._counted(inputs, lambda: self.target.generate(**inputs, **options))
 
     def speculative(self, inputs: Mapping[str, Tensor], **options: Any) -> Run:
         """Ours."""
+        return self._ours(inputs, **options)
+
+    def packed(self, inputs: Mapping[str, Tensor], **options: Any) -> Run:
+        """Ours with packed weights; packing is not timed, as it is done once for many calls."""
+        with ExitStack() as packings:
+            for model in (self.target, self.draft):
+                if isinstance(model, torch.nn.Module):
+                    packings.enter_context(pack_weights(model))
+            return self._ours(inputs, **options)
+
+    def _ours(self, inputs: Mapping[str, Tensor], **options: Any) -> Run:
         sequences, seconds = self._timed(lambda: self.generator.generate(**inputs, **options))
         stats = self.generator.stats
         acceptance = stats.acceptance_rate if stats.drafted else None

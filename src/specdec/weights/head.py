@@ -35,6 +35,8 @@ def prune_head(model: Any, text_ids: Any, n: int) -> Any:
         InvalidInput: ``n`` or an id is out of range.
         UnsupportedModel: the head is no plain linear layer.
     """
+    if not hasattr(model, "get_output_embeddings"):
+        raise UnsupportedModel(f"prune_head was given a {type(model).__name__}; wanted is a Hugging Face model")
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
         raise UnsupportedModel(
@@ -49,12 +51,22 @@ def frequent_tokens(text_ids: Any, n: Any, vocabulary: int, special: set[int]) -
     """(n,) ids to keep, ascending; see ``prune_head``."""
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= vocabulary:
         raise InvalidInput(f"n={n!r}; give a whole number from 1 to the head's {vocabulary} tokens")
-    ids = torch.as_tensor(text_ids).flatten().cpu()
+    try:
+        rows = [torch.as_tensor(row).flatten().cpu() for row in _rows(text_ids)]
+        ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(row for row in rows if row.numel())])
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"text_ids is no token ids ({error}); give a tokenizer's input_ids") from error
     if ids.numel() and (ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
         raise InvalidInput(f"text_ids holds {ids.dtype} up to {ids.max()}; wanted are ids below {vocabulary}")
     counts = torch.bincount(ids.long(), minlength=vocabulary).double()
     counts[[one for one in special if one < vocabulary]] = torch.inf
     return counts.argsort(descending=True, stable=True)[:n].sort().values
+
+
+def _rows(text_ids: Any) -> list[Any]:
+    """Texts may be of different lengths, as a tokenizer returns several."""
+    nested = isinstance(text_ids, (list, tuple)) and any(isinstance(one, (list, tuple, Tensor)) for one in text_ids)
+    return [part for one in text_ids for part in _rows(one)] if nested else [text_ids]
 
 
 class PrunedHead(torch.nn.Module):

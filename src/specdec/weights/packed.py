@@ -46,6 +46,8 @@ def pack_weights(model: Any) -> Packing:
     Raises:
         UnsupportedModel: there is nothing in it that can be packed.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedModel(f"pack_weights was given a {type(model).__name__}; wanted is a model")
     packed: list[PackedWeight] = []
     by_number: dict[int, PackedWeight] = {}
     weight = None
@@ -67,6 +69,8 @@ def pack_weights(model: Any) -> Packing:
         raise
     del weight
     if not packed:
+        if any(isinstance(weight, PackedWeight) for weight in model.parameters()):
+            raise UnsupportedModel(f"{type(model).__name__} is packed already; unpack_weights(model) undoes it")
         raise UnsupportedModel(
             f"{type(model).__name__} has no linear layer that can be packed: wanted are torch.nn.Linear on the "
             "CPU in float32, or in bfloat16 or float16 on a processor that has kernels for them (x86 with AVX2 "

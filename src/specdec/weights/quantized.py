@@ -57,6 +57,8 @@ def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
     """
     if kind not in KINDS:
         raise InvalidInput(f"kind={kind!r} does not exist; use one of {tuple(KINDS)}")
+    if not hasattr(model, "config"):
+        raise UnsupportedModel(f"quantize_draft was given a {type(model).__name__}; wanted is a Hugging Face model")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(
             f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be quantised here. "

@@ -1,7 +1,7 @@
 """Text that matches a regular expression, in a batch, sampled: each row ends where its match does.
 
-    python examples/regex.py TARGET      # a hub id or a directory
-    python examples/regex.py             # a tiny random model: no download
+    python examples/regular_expression.py TARGET      # a hub id or a directory
+    python examples/regular_expression.py             # a tiny random model: no download
 
 No draft at all: what the expression leaves no choice about is guessed, the rest is decoded plainly.
 Needs llguidance or xgrammar: pip install 'specdec[llguidance]'.
