@@ -202,6 +202,12 @@ def test_right_padding_positional():
     assert_refused(llama(), InvalidInput, "padding_side", RIGHT)
 
 
+def test_right_padding_where_a_given_config_names_no_padding():
+    assert llama().generation_config.pad_token_id == 0
+    config = GenerationConfig(max_new_tokens=3)
+    assert_refused(llama(), InvalidInput, "padding_side", RIGHT, generation_config=config)
+
+
 def test_ids_twice_is_refused_as_in_plain():
     assert_refused(llama(), ValueError, "input_ids", IDS, input_ids=IDS)
 

@@ -63,9 +63,9 @@ class SpeculativeGenerator:
 
     Args:
         target: a Hugging Face model with ``generate()``.
-        draft: what guesses: a smaller model, a ``Proposer``, a word for a draft without a model ("ngram",
-            "suffix", "recycling"), "self-int4" or "self-int8" (the target's own weights with fewer bits), or
-            None (plain decoding through the same loop).
+        draft: what guesses: a smaller model, a ``Proposer``, "auto" or another word for a draft without a model
+            ("ngram", "suffix", "recycling"), "self-int4" or "self-int8" (the target's own weights with fewer bits),
+            a list of such, one behind another, or None (plain decoding through the same loop).
         num_draft_tokens: guesses a round and row: "auto" (default) chooses for every round, 0 included, what is
             fastest by what rounds have cost and how many guesses were kept; a whole number >= 0 is taken as it
             is, and 0 is plain decoding.
@@ -81,10 +81,11 @@ class SpeculativeGenerator:
             ``tokenizer`` also serves ``stop_strings``.
 
     Attributes:
-        stats: what the last call of ``generate()`` did, a ``Stats``.
+        stats: what the last call of ``generate()`` did, a ``Stats``; of one that broke off, until then.
 
     Raises:
         VocabularyMismatch: draft and target do not share their token ids, and their tokenizers are not given.
+        UnsupportedModel: target or draft cannot play the part.
         InvalidInput: an argument that does not exist or is out of range.
 
     Example:
@@ -153,6 +154,13 @@ class SpeculativeGenerator:
             target_id: the target.
             draft_id: the draft; None and the words of ``draft`` ("ngram", ...) are taken as they are.
             kwargs: those of the constructor, and for ``from_pretrained`` of both models (dtype, device_map, ...).
+
+        Raises:
+            OSError: a model or a tokenizer is not there.
+            SpecdecError: see the class.
+
+        Example:
+            >>> SpeculativeGenerator.from_pretrained("org/big", "org/small", dtype="auto")  # doctest: +SKIP
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -210,6 +218,8 @@ class SpeculativeGenerator:
         Raises:
             UnsupportedOption: an option that is not honoured, named.
             InvalidInput: a prompt that cannot be used as given.
+            InvalidScores: in the middle: the scores hold NaN or forbid every token.
+            InvalidProposal: in the middle: a proposer of one's own returned something else.
         """
         named = {
             "generation_config": generation_config,

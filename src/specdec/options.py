@@ -134,8 +134,8 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
             )
         padded_right = bool((mask[:, -1:] == 0).any())
     else:
-        own = config or own_settings(target)
-        pad, eos = (given.get(name, getattr(own, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        sources = (given, config, own_settings(target))
+        pad, eos = (first_given(sources, name) for name in ("pad_token_id", "eos_token_id"))
         ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         known = isinstance(pad, int) and pad not in ends and ids.shape[0] > 1 and ids.shape[1] > 0
         padded_right = known and bool(ids[:, -1].eq(torch.tensor(pad)).any())
