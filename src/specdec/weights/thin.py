@@ -3,7 +3,7 @@
 A pass over k + 1 guesses, or over one token of some rows, multiplies every large matrix with a few rows. In float32
 torch hands that to a BLAS, and some of these take two to four times as long for two to some thirty rows as for one,
 where oneDNN reads the same plain matrix at the speed of memory. Which is the faster one is a fact of the machine:
-it is timed once a process for each size of matrix, some hundredths of a second, and oneDNN's is taken where it
+it is timed once a process for each size of matrix, about a tenth of a second, and oneDNN's is taken where it
 clearly wins. Nothing is packed and nothing copied; the sums differ in their last bits, as those of passes over
 several tokens do anyway. What only fills up a pass (``filling.py``) is left out here as well.
 
@@ -26,8 +26,8 @@ from specdec.weights.filling import on_real
 
 LEAST = 1 << 19  # numbers of a matrix: smaller ones stay in the processor's caches, and calls cost more than sums
 MOST_ROWS = 64  # more are a prompt, which is computing: another question than the one that is timed
-TRIED_ROWS, TRIED_NUMBERS, TRIES = 4, 1 << 22, 3
-CLEARLY = 0.8  # of the other's time
+TRIED_ROWS, TRIED_NUMBERS, TRIES = 4, 1 << 24, 5  # numbers: more than caches hold, as in a pass
+CLEARLY = 0.9  # of the other's time
 
 _wins: dict[tuple[int, ...], bool] = {}  # oneDNN's kernel, by the matrix' size and the number of threads
 
