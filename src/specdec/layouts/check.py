@@ -216,9 +216,9 @@ class _ModuleStates:
         for place, name, value, copied in self._held:
             if isinstance(value, Tensor) and not _same(value, copied):
                 value.data.copy_(copied)
-            elif isinstance(value, list):
+            elif isinstance(value, list) and not _identical(value, copied):
                 value[:] = copied
-            elif isinstance(value, dict):
+            elif isinstance(value, dict) and not _identical([*value, *value.values()], [*copied, *copied.values()]):
                 value.clear()
                 value.update(copied)
             if place.get(name) is not value:
@@ -232,8 +232,15 @@ def _copied(value: Any) -> Any:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit but for NaN, which is equal to itself here."""
-    return one.shape == other.shape and torch.allclose(one.detach(), other, rtol=0.0, atol=0.0, equal_nan=True)
+    """Bit for bit but for NaN, which is equal to itself here; what cannot be compared is left alone."""
+    try:
+        return one.shape == other.shape and torch.allclose(one.detach(), other, rtol=0.0, atol=0.0, equal_nan=True)
+    except (RuntimeError, NotImplementedError):  # offloaded, or of a kind of its own
+        return True
+
+
+def _identical(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _key(plain: Columns, prompt: Tensor, names: tuple[str, ...]) -> Any:
