@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from specdec import pack_weights
 from specdec.layouts import masks
-from specdec.layouts.slot_cache import SlotCache, SlotLayer
+from specdec.layouts.slot_cache import Place, SlotCache, SlotLayer
 from specdec.testing import tiny_llama
 
 PROMPT, TURNS, PASSES = 200, 4, 5
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--room", type=int, default=512)
     parser.add_argument("--pack", action="store_true", help="with packed weights")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     dtype = getattr(torch, given.dtype)
     if given.model == "thin":
         model = tiny_llama(num_hidden_layers=30, dtype=dtype)
@@ -52,8 +52,9 @@ def compare(model: Any, widths: list[int], room: int) -> None:
     # the model's own text: scores of random tokens say little of rounding
     ids[:, :PROMPT] = model.generate(ids[:, :4], max_length=PROMPT, min_length=PROMPT, do_sample=False)[:, :PROMPT]
     prompt = model(ids[:, :PROMPT], use_cache=True).past_key_values
-    cache = SlotCache([SlotLayer(layer.keys, layer.values) for layer in prompt.layers])
-    cache.grow(room)
+    where = Place()
+    cache = SlotCache([SlotLayer(layer.keys, layer.values, where) for layer in prompt.layers], where)
+    cache.grow(room, room)
     mask = torch.ones(1, room, dtype=torch.int64)
 
     def inputs(width: int, start: int, by_data: bool) -> dict[str, Any]:

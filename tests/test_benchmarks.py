@@ -353,6 +353,19 @@ def test_useless(saved, capsys):
     assert document["switching"]["rounds_with_guesses_before"] == document["switching"]["rounds_before"]
 
 
+def test_compiled_steps(saved, monkeypatch, capsys):
+    import compiled_steps
+
+    graphs = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, **settings: graphs(step, backend="aot_eager", **settings))
+    monkeypatch.setattr(compiled_steps, "PROMPT", 24)
+    for pack in ([], ["--pack"]):
+        compiled_steps.main([saved[0], "--dtype", "float32", "--widths", "1", "5", "--room", "64", *pack])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(":")[0] for line in lines] == ["width 1", "width 5"]
+        assert all(line.endswith("equal in 100%") for line in lines)
+
+
 def test_another_tokenizer(saved, capsys):
     import another_tokenizer
 

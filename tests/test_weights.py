@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import shutil
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,8 +23,8 @@ from specdec import (
     unpack_weights,
 )
 from specdec.proposers.past import opening
-from specdec.testing import TableModel, assert_lossless, lively, ragged_prompt, tiny_llama
-from specdec.weights import half
+from specdec.testing import TableModel, assert_lossless, lively, noisy_copy, ragged_prompt, tiny_llama
+from specdec.weights import blocks, half
 from specdec.weights.packed import PackedWeight
 
 from .contract import assert_untouched, bart, fingerprint, mamba2, t5
@@ -187,6 +189,9 @@ def test_nothing_is_left_packed_after_an_exception(monkeypatch):
 
 # --- half precision --------------------------------------------------------------------------------
 
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="inductor compiles with g++ or clang++"
+)
 needs_half = pytest.mark.skipif(
     not half.available(), reason="this processor or this torch has no half-precision kernels"
 )
@@ -223,13 +228,83 @@ def test_a_matrix_without_a_place_in_float16_stays_as_it_is(odd):
     assert half.HalfMatrix.of(torch.zeros(4, 4, dtype=torch.bfloat16)).dense().eq(0).all()
 
 
-@needs_half
-def test_half_matrices_in_graphs():
-    matrix = half.HalfMatrix.of(torch.randn(16, 32).bfloat16())
-    states = torch.randn(3, 32).bfloat16()
+@pytest.mark.parametrize("form", ["chosen", pytest.param("half", marks=needs_half)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+def test_packed_layers_in_graphs(monkeypatch, backend, form):
+    """Inductor has a lowering of its own for oneDNN's product, which takes only what it has packed itself."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Linear(32, 16), Linear(16, 24, bias=False))
+    if form == "half":
+        model.bfloat16()
+        monkeypatch.setattr(packed, "_blocks", lambda dtype: False)
+    states = torch.randn(3, 32, dtype=model[0].weight.dtype)
+    with torch.no_grad(), pack_weights(model) as packing:
+        assert packing.layers == 2
+        graph = torch.compile(lambda states: model(states), fullgraph=True, backend=backend)
+        assert torch.equal(graph(states), model(states))
+        assert torch.equal(graph(states + 1), model(states + 1))
+
+
+# --- full blocks -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_sixes(monkeypatch):
+    """Every matrix is large, and one or two rows are fastest among six; the rows of the kernel's calls."""
+    calls, right = [], blocks.linear
+
+    def kernel(states, packed, bias=None):
+        calls.append(states.numel() // states.shape[-1])
+        return right(states, packed, bias)
+
+    monkeypatch.setattr(packed, "LEAST", 1)
+    monkeypatch.setattr(blocks, "fastest", lambda dtype, threads: (0, 6, 6, 3, 4, 5, 6, 7, 8))
+    monkeypatch.setattr(blocks, "linear", kernel)
+    return calls
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (2,), (1, 2), (1, 5), (2, 1), (9,), (3, 4)])
+def test_blocks_are_filled_up_and_nobody_sees_it(in_sixes, shape, bias):
+    torch.manual_seed(0)
+    layer = Linear(32, 16, bias=bias)
+    states = torch.randn(*shape, 32)
+    rows = states[..., 0].numel()
     with torch.no_grad():
-        graph = torch.compile(lambda states: matrix.linear(states, None), fullgraph=True, backend="aot_eager")
-        assert torch.equal(graph(states), matrix.linear(states, None))
+        usual = layer(states)
+        with pack_weights(layer):
+            for drafting in (False, True):
+                in_sixes.clear()
+                with blocks.single_rows() if drafting else nullcontext():
+                    got = layer(states)
+                assert in_sixes == [6 if rows == 2 or (rows == 1 and drafting) else rows]
+                torch.testing.assert_close(got, usual)
+                assert got.untyped_storage().nbytes() == got.nbytes, "who keeps it keeps no more"
+    assert not blocks.drafting()
+
+
+def test_only_a_drafts_single_rows_are_filled_up(in_sixes, monkeypatch):
+    monkeypatch.setattr(blocks, "fastest", lambda dtype, threads: (0, 6, 2, 3, 4, 5, 6, 7, 8))
+    target, inputs = tiny_llama(num_hidden_layers=2), ragged_prompt((7,))
+    draft = noisy_copy(target, 0.1)
+    text = target.generate(**inputs, **GREEDY)
+    for model, draft_tokens, filled in ((target, 0, False), (target, 3, False), (draft, 3, True)):
+        in_sixes.clear()
+        with pack_weights(model):
+            gen = SpeculativeGenerator(target, draft, num_draft_tokens=draft_tokens)
+            assert torch.equal(gen.generate(**inputs, **GREEDY), text)
+        assert (6 in in_sixes) == filled
+        assert (in_sixes.count(1) <= 1) == filled, "the prompt's last row is a single one, too"
+
+
+@pytest.mark.parametrize("best", [6, 3, 1])
+def test_what_is_clearly_faster_is_taken(monkeypatch, best):
+    times = {rows: [2.0, 1.9, 1.7, 1.3, 1.2, 1.1, 1.6, 2.0][rows - 1] for rows in range(1, 9)}
+    times[best] = 1.0
+    monkeypatch.setattr(blocks, "seconds", lambda ways: [times[len(way.args[0])] for way in ways])
+    monkeypatch.setattr(blocks, "TRIED", (8, 8))
+    full = blocks.fastest.__wrapped__(torch.float32, 1)
+    assert full == (0, *[best if rows < best and times[rows] > 1 / 0.9 else rows for rows in range(1, 9)])
 
 
 def test_without_them_sixteen_bits_are_packed_only_where_the_processor_computes_in_them(monkeypatch):

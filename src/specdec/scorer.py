@@ -60,7 +60,7 @@ class Scorer:
             steps: graphs to run through where the layout is slots; None is eager.
         """
         self.model = model
-        self._columns = Columns(model, kwargs, config)
+        self._columns = Columns(model, kwargs, config, is_draft=is_draft)
         self.layout: Layout = self._columns
         self.kept = np.zeros(0, dtype=np.int64)
         self.reason = ""

@@ -41,15 +41,16 @@ STRETCH = 12  # a snapshot further behind than this is brought up by a forward p
 class Columns:
     """See the file's text. ``kwargs`` is what ``generate()`` prepared for the model's first forward."""
 
-    def __init__(self, model: Any, kwargs: dict[str, Any], config: Any) -> None:
+    def __init__(self, model: Any, kwargs: dict[str, Any], config: Any, *, is_draft: bool = False) -> None:
         """Take one-token steps until told to ``become`` something else.
 
         Args:
             model: the Hugging Face model, as ``generate()`` handed it over.
             kwargs: model inputs beside the ids; the dictionary is copied, the cache in it is used.
             config: the prepared ``GenerationConfig``, read by the model's own prefill.
+            is_draft: the last bits of its scores are free.
         """
-        self.model, self.thin = model, ThinProducts(model)
+        self.model, self.thin = model, ThinProducts(model, is_draft=is_draft)
         self.forwards = 0
         self._kwargs, self._config = dict(kwargs), config
         self.encoder_decoder = bool(model.config.is_encoder_decoder)

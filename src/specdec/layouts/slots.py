@@ -133,7 +133,7 @@ class Slots:
         if max(layers) >= len(own) or not all(isinstance(own[layer], SlotLayer) for layer in layers):
             return None
         other = copy.copy(self)
-        other._model, other._thin, other._lender = model, ThinProducts(model), self
+        other._model, other._thin, other._lender = model, ThinProducts(model, is_draft=True), self
         other._cache = other._handed = SlotCache([own[layer] for layer in layers], self._cache.where)
         other._cache.room = self._cache.room
         other._prepared, other._steps, other.forwards = {}, None, 0

@@ -9,14 +9,14 @@ next: ``packed.py``, which uses it.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from specdec.weights import graphs
 
 # a matrix goes into float16 multiplied by a power of two that brings its largest number near 2 ** 15
 TOP = 15
@@ -49,12 +49,10 @@ class HalfMatrix:
         """See ``of``: the matrix, how far it was shifted, the result in float32, and where float16 rounds that."""
         with _engine():
             self._packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
-        self._rows = len(weight)
         self._scale = math.ldexp(1.0, -shift)
         self._dtype = weight.dtype
         self._where, self._kept = rounded, weight.view(-1)[rounded]
-        self._number = next(_numbers)
-        _by_number[self._number] = self
+        self.number = graphs.number(self)
 
     @classmethod
     def of(cls, weight: Tensor) -> HalfMatrix | None:
@@ -72,10 +70,7 @@ class HalfMatrix:
 
     def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """(..., N) in the dtype of states (..., K), rounded once."""
-        if torch.compiler.is_compiling():
-            out: Tensor = _multiply(states, self._number, self._rows)
-        else:
-            out = self._multiply(states)
+        out = self._multiply(states)
         return (out if bias is None else out + bias).to(states.dtype)
 
     def dense(self) -> Tensor:
@@ -100,18 +95,3 @@ def _engine() -> Iterator[None]:
         yield
     finally:
         torch.backends.quantized.engine = chosen
-
-
-_numbers = itertools.count()
-_by_number: weakref.WeakValueDictionary[int, HalfMatrix] = weakref.WeakValueDictionary()
-
-
-@torch.library.custom_op("specdec::half_matrix", mutates_args=())
-def _multiply(states: Tensor, number: int, rows: int) -> Tensor:
-    """What a graph calls: packed matrices are no tensors, so graphs know them by number."""
-    return _by_number[number]._multiply(states)
-
-
-@_multiply.register_fake
-def _(states: Tensor, number: int, rows: int) -> Tensor:
-    return states.new_empty((*states.shape[:-1], rows), dtype=torch.float32)

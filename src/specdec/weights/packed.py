@@ -19,11 +19,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import TensorWeakRef
 
 from specdec.errors import UnsupportedModel
-from specdec.weights import half
+from specdec.weights import blocks, graphs, half
 from specdec.weights.filling import on_real
-
-# a hint to oneDNN; from 1 to 40 it chose the same order for all layers tried
-ROWS = 16
+from specdec.weights.race import LEAST
 
 
 def pack_weights(model: Any) -> Packing:
@@ -145,12 +143,17 @@ class _Blocked:
     """A matrix (N, K) in the order that oneDNN chooses."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+        self._packed = blocks.reorder(weight)
+        self._columns, self._is_large = len(weight), weight.numel() >= LEAST
+        if self._is_large:
+            blocks.fastest(weight.dtype, torch.get_num_threads())  # now, and not in the first pass
+        self.number = graphs.number(self)
 
     def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """(..., N) from states (..., K)."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(states, self._packed, bias, "none", [], "")
-        return out
+        if not self._is_large:
+            return blocks.linear(states, self._packed, bias)
+        return blocks.in_blocks(states, self._columns, lambda states: blocks.linear(states, self._packed, bias))
 
     def dense(self) -> Tensor:
         """The matrix as it was, bit for bit."""
@@ -232,6 +235,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """``torch.nn.functional.linear`` with packed weights, where the packed kernel can serve the call."""
     if isinstance(weight, PackedWeight) and type(input) is Tensor and input.numel() and _agree(input, bias, weight):
         form = weight.form
+        if torch.compiler.is_compiling():
+            out: Tensor = graphs.packed_linear(input, bias, form.number, weight.shape[0])
+            return out
         return on_real(input, weight.numel(), lambda states: form.linear(states, bias))
     with torch._C.DisableTorchFunctionSubclass():
         input, weight = (t.dense() if isinstance(t, PackedWeight) else t for t in (input, weight))

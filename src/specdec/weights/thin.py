@@ -7,55 +7,71 @@ it is timed once a process for each size of matrix, about a tenth of a second, a
 clearly wins. Nothing is packed and nothing copied; the sums differ in their last bits, as those of passes over
 several tokens do anyway. What only fills up a pass (``filling.py``) is left out here as well.
 
-The layers' ``forward`` is put in place for a pass and taken away behind it, so hooks run as ever. One row of one
-token, prompts, compiled models, gradients and autocast go torch's way. Knows no model. Read next: ``packed.py``.
+One token of one row is the target's as plain ``generate()`` computes it, to the bit. A draft owes nobody its bits:
+its single rows go the faster way as well, packed ones in full blocks (``blocks.py``).
+
+The layers' ``forward`` is put in place for a pass and taken away behind it, so hooks run as ever. Prompts, compiled
+models, gradients and autocast go torch's way. Knows no model. Read next: ``packed.py``.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec.weights import blocks, race
 from specdec.weights.filling import on_real
 
-LEAST = 1 << 19  # numbers of a matrix: smaller ones stay in the processor's caches, and calls cost more than sums
 MOST_ROWS = 64  # more are a prompt, which is computing: another question than the one that is timed
-TRIED_ROWS, TRIED_NUMBERS, TRIES = 4, 1 << 24, 5  # numbers: more than caches hold, as in a pass
-CLEARLY = 0.9  # of the other's time
+TRIED_ROWS, TRIED_NUMBERS = 4, 1 << 24  # numbers: more than caches hold, as in a pass
 
-_wins: dict[tuple[int, ...], bool] = {}  # oneDNN's kernel, by the matrix' size and the number of threads
+_Layer = tuple[dict[str, Any], Any]  # a module's own attributes, and the ``forward`` to put there
+_wins: dict[tuple[int, ...], bool] = {}  # oneDNN's kernel, by the matrix' size, the rows and the threads
 
 
-class ThinProducts(AbstractContextManager[None]):
-    """While this lasts, large linear layers of ``model`` multiply few rows the fast way; for one pass at a time."""
+class ThinProducts:
+    """The fast way to multiply few rows with the large linear layers of ``model``; for one pass at a time."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, is_draft: bool = False) -> None:
         """Find the layers, and time their sizes if this process has not yet."""
-        self._layers: list[tuple[dict[str, Any], Any]] = []
+        some: list[_Layer] = []
+        single: list[_Layer] = []
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-        if any(map(_is_compiled, modules)):
-            return  # its graph would be made anew
-        for module in modules:
-            if type(module) is torch.nn.Linear and "forward" not in vars(module) and _is_large(module.weight):
-                if module.weight.dtype == torch.float32:
-                    wins(module.weight)
-                self._layers.append((vars(module), partial(_forward, module)))
+        if not any(map(_is_compiled, modules)):  # whose graph would be made anew
+            for module in modules:
+                if type(module) is torch.nn.Linear and "forward" not in vars(module) and _is_large(module.weight):
+                    some.append((vars(module), partial(_forward, module)))
+                    if is_draft and wins(module.weight, 1):
+                        single.append(some[-1])
+                    wins(module.weight, TRIED_ROWS)
+        self._some, self._single = _Pass(some, is_draft), _Pass(single, is_draft)
 
     def over(self, tokens: int) -> AbstractContextManager[None]:
         """What to enter for a pass over so many tokens of all rows."""
-        return self if self._layers and 1 < tokens <= MOST_ROWS else nullcontext()
+        if tokens > MOST_ROWS:
+            return nullcontext()
+        return self._single if tokens == 1 else self._some
+
+
+class _Pass(AbstractContextManager[None]):
+    """While this lasts, ``layers`` multiply the fast way."""
+
+    def __init__(self, layers: list[_Layer], is_draft: bool) -> None:
+        self._layers = layers
+        self._drafting: AbstractContextManager[None] = blocks.single_rows() if is_draft else nullcontext()
 
     def __enter__(self) -> None:
+        self._drafting.__enter__()
         for own, forward in self._layers:
             own.setdefault("forward", forward)
 
     def __exit__(self, *_: object) -> None:
+        self._drafting.__exit__(None, None, None)
         for own, forward in self._layers:
             if own.get("forward") is forward:  # another thread may have a pass of its own under way
                 del own["forward"]
@@ -64,36 +80,28 @@ class ThinProducts(AbstractContextManager[None]):
 def product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., N) from ``states`` (..., K) and a plain ``weight`` (N, K): ``functional.linear``, or faster."""
     rows = states.numel() // max(states.shape[-1], 1)
-    if weight.dtype == torch.float32 and 1 < rows <= MOST_ROWS and _is_large(weight) and wins(weight):
-        return _onednn(states, weight, bias)
+    least = 1 if blocks.drafting() else 2
+    if least <= rows <= MOST_ROWS and _is_large(weight) and wins(weight, min(rows, TRIED_ROWS)):
+        return blocks.linear(states, weight, bias)
     return functional.linear(states, weight, bias)
 
 
-def wins(weight: Tensor) -> bool:
-    """Whether oneDNN's kernel is clearly the faster one, on this machine, for a few rows and such a matrix."""
-    size = (*weight.shape, torch.get_num_threads())
+def wins(weight: Tensor, rows: int) -> bool:
+    """Whether oneDNN's kernel is clearly the faster one, on this machine, for one row, or a few, and this size."""
+    if weight.dtype != torch.float32:  # where torch goes to it by itself, or has none
+        return False
+    rows = TRIED_ROWS if rows > 1 else 1
+    size = (*weight.shape, rows, torch.get_num_threads())
     if size not in _wins:
-        _wins[size] = torch.backends.mkldnn.is_available() and _race(weight)  # type: ignore[no-untyped-call]
+        _wins[size] = torch.backends.mkldnn.is_available() and _race(weight, rows)  # type: ignore[no-untyped-call]
     return _wins[size]
 
 
-@torch.no_grad()
-def _race(weight: Tensor) -> bool:
-    part = weight[: max(TRIED_NUMBERS // weight.shape[1], 1)]
-    states = torch.ones(TRIED_ROWS, weight.shape[1])
-    kernels: list[Any] = [functional.linear, _onednn]
-    best = [float("inf")] * len(kernels)
-    for _ in range(1 + TRIES):  # what is called for the first time is slow, which the least of some leaves out
-        for place, kernel in enumerate(kernels):
-            start = perf_counter()
-            kernel(states, part, None)
-            best[place] = min(best[place], perf_counter() - start)
-    return best[1] < CLEARLY * best[0]
-
-
-def _onednn(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
-    return out
+def _race(weight: Tensor, rows: int) -> bool:
+    part = weight.detach()[: max(TRIED_NUMBERS // weight.shape[1], 1)]
+    states = torch.ones(rows, weight.shape[1])
+    usual, other = race.seconds([partial(kernel, states, part) for kernel in (functional.linear, blocks.linear)])
+    return other < race.CLEARLY * usual
 
 
 def _forward(module: torch.nn.Linear, input: Tensor) -> Tensor:
@@ -107,7 +115,7 @@ def _forward(module: torch.nn.Linear, input: Tensor) -> Tensor:
 
 def _is_large(weight: Any) -> bool:
     is_plain = type(weight) is torch.nn.Parameter and weight.device.type == "cpu" and weight.is_contiguous()
-    return is_plain and weight.numel() >= LEAST and weight.is_floating_point()
+    return is_plain and weight.numel() >= race.LEAST and weight.is_floating_point()
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

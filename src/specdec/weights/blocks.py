@@ -1,0 +1,81 @@
+"""Full blocks: a packed kernel is given more rows than it is asked for, where that takes less time.
+
+oneDNN multiplies a few rows at once; on AVX-512 six of them took 0.82 of the time of one and 0.75 of two's, with
+matrices that caches do not hold. So rows are filled up with zeros to the number that is clearly faster, which is
+timed once a process for each dtype and number of threads.
+
+Beside others a row's sums are what they are beside fewer. A single row is another kernel's, in another order: in
+16 bits the very bits of the plain matrix, which are those of plain ``generate()``. It is therefore filled up for a
+draft alone (``single_rows``), whose scores may end in any bits. Knows no model. Read next: ``packed.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from specdec.weights.race import CLEARLY, seconds
+
+MOST = 8  # rows: more are two blocks at least
+TRIED = (1 << 14, 1 << 11)  # a matrix that caches do not hold
+
+_here = threading.local()
+
+
+class single_rows:
+    """While this lasts, single rows are filled up as well in this thread: a draft's pass."""
+
+    def __enter__(self) -> None:
+        self._before = drafting()
+        _here.single = True
+
+    def __exit__(self, *_: object) -> None:
+        _here.single = self._before
+
+
+def drafting() -> bool:
+    """Whether it does."""
+    return getattr(_here, "single", False)
+
+
+def in_blocks(states: Tensor, columns: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """``multiply(states)``, (..., ``columns``) from (..., K), with as many rows as are fastest."""
+    rows = states.numel() // states.shape[-1]
+    if rows > MOST or (rows == 1 and not drafting()):
+        return multiply(states)
+    full = fastest(states.dtype, torch.get_num_threads())[rows]
+    if full == rows:
+        return multiply(states)
+    filled = torch.nn.functional.pad(states.reshape(rows, -1), (0, 0, 0, full - rows))
+    # a copy, so that who keeps the product does not keep what fills up
+    return multiply(filled)[:rows].clone().view(*states.shape[:-1], columns)
+
+
+@functools.cache
+def fastest(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
+    """How many rows to multiply for 0, 1, ... ``MOST`` of them, with so many threads, the present ones."""
+    packed = reorder(torch.ones(TRIED, dtype=dtype))
+    times = seconds(
+        [functools.partial(linear, torch.ones(rows, TRIED[1], dtype=dtype), packed) for rows in range(1, 1 + MOST)]
+    )
+    best = 1 + times.index(min(times))
+    return 0, *(
+        best if rows < best and times[best - 1] < CLEARLY * times[rows - 1] else rows for rows in range(1, 1 + MOST)
+    )
+
+
+def reorder(weight: Tensor) -> Tensor:
+    """A matrix (N, K) in the order that oneDNN chooses."""
+    # a hint to oneDNN; from 1 to 40 rows it chose the same order for all layers tried
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 16)
+    return packed
+
+
+def linear(states: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., N) from states (..., K) and a matrix (N, K), in that order or plain."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
+    return out

@@ -1,0 +1,36 @@
+"""Packed matrices in compiled graphs: a graph knows them by number, and multiplies by calling back.
+
+They are no tensors that a compiler could look into: FBGEMM's are objects, and oneDNN's Inductor takes only where it
+has packed them itself. Knows nothing of layers and models. Read next: ``packed.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def number(matrix: Any) -> int:
+    """What graphs call ``matrix`` by, as long as somebody holds it. It has ``linear(states, bias)``."""
+    new = next(_numbers)
+    _by_number[new] = matrix
+    return new
+
+
+@torch.library.custom_op("specdec::packed_linear", mutates_args=())
+def packed_linear(states: Tensor, bias: Tensor | None, number: int, rows: int) -> Tensor:
+    """(..., ``rows``) from states (..., K) and the matrix of that number."""
+    out: Tensor = _by_number[number].linear(states, bias)
+    return out
+
+
+@packed_linear.register_fake
+def _(states: Tensor, bias: Tensor | None, number: int, rows: int) -> Tensor:
+    return states.new_empty((*states.shape[:-1], rows))
