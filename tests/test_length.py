@@ -471,3 +471,78 @@ def test_rows_that_are_alike_are_one_row_many_times():
     alone, weights = Rows().pace(survival)
     assert alone == pytest.approx(tokens_per_round(survival))
     assert weights == pytest.approx(np.ones((5, 1)))
+
+
+# --- what was timed badly, and what another text says -------------------------------------------------
+
+
+def test_a_width_that_once_was_slow_is_tried_again():
+    timings = Timings()
+    for width, seconds in ((0, 1.0), (1, 1.2), (2, 9.0), *[(0, 1.0), (1, 1.2)] * 40):
+        timings.add(width, seconds)
+    assert timings.table(4).tolist() == pytest.approx([1.0, 1.2, 1.4, 1.6, 1.8])
+    for _ in range(400):
+        timings.add(0, 1.0)
+    assert timings.table(1)[1] == pytest.approx(1.2), "the narrowest stays priced"
+
+
+def test_one_slow_width_does_not_stop_what_pays_beyond_it():
+    """Guesses cost a fifth and are kept; rounds of two guesses were timed beside a neighbour."""
+    rule = Adaptive(Timings())
+    for width, seconds in ((0, 1.0), (0, 1.0), (1, 1.2), (2, 2.9), (3, 1.6), (4, 1.8), (4, 1.8), (4, 1.8)):
+        rule.next(16)
+        if width:
+            rule.goes_on(np.array([0.97]))
+        rule._asked = width
+        rule.observe(outcome(width, np.array([width])), seconds)
+    made = 0
+    assert rule.next(16) > 4
+    while rule.goes_on(np.array([0.97])):
+        made += 1
+    assert made >= 3
+
+
+def test_a_guess_of_a_model_is_never_free():
+    """Plain rounds were slow at first, so a round with a guess seems to take no longer."""
+    rule, chances = Adaptive(Timings()), 0
+    rule.fed(3.0, 1, 8)
+    for width in (0, 0, 1, 1):
+        if rule.next(40):
+            assert rule.begins(Opening(0.3, 0.25)) or width == 0
+            rule.goes_on(np.array([0.9]))
+        rule.observe(outcome(width, np.array([width])), 1.0)
+    assert rule.next(40) > 0
+    while rule.goes_on(np.array([0.5])):
+        chances += 1
+    assert chances <= 4
+
+
+def test_what_earlier_texts_kept_is_what_to_expect_of_another():
+    expected = []
+    for rate in (0.05, 0.9):
+        acceptance = Acceptance(4)
+        for text in range(6):
+            acceptance.another_text()
+            if text:
+                expected.append(float(acceptance.survival()[0]))
+            for seed in range(20):
+                acceptance.add(1, np.array([1]), np.array([int(np.random.default_rng(seed).random() < rate)]), [])
+        assert abs(acceptance.survival()[0] - rate) < 0.2
+    assert expected[:5] == sorted(expected[:5], reverse=True)
+    assert 0.5 > expected[0] > 0.2, "one text says little of the next"
+    assert expected[4] < 0.15
+    assert expected[9] > 0.8
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_text_that_gained_nothing_does_not_speak_for_the_next(seed):
+    """A draft that was given up in one text is used at once in the next, where others were guessed well."""
+    memory = Memory()
+    for acceptance in (0.9, 0.9, 0.1, 0.9):
+        rule, rig = memory.recall(1, False), Rig(0.45, tells=True, seed=seed)
+        rule.fed(3.0, 1, 60)
+        while rig.tokens < 96:
+            if not rule._steps and rule.next(96 - int(rig.tokens)):
+                rule.begins(Opening(0.3, 0.25))
+            rig.round(rule, acceptance)
+    assert np.mean([guesses > 0 for guesses, _ in rig.rounds]) > 0.9

@@ -12,6 +12,7 @@ FADE = 0.93  # what a round is worth after the next one: a memory of about fourt
 PRIOR, PRIOR_WEIGHT = 0.7, 1.5  # before anything is known, in rounds
 ROUND_WEIGHT = 4  # rows of a batch are alike: together they count no more than this many rounds of one row
 DOUBT = 2.0  # rounds that are still believed once drafting has been switched off
+TEXTS, TEXT_WEIGHT = 0.7, 3.0  # what a text is worth after the next one, and at most, in guesses
 BINS, BIN_WEIGHT = 8, 4.0
 
 
@@ -25,6 +26,7 @@ class Acceptance:
         self._asked = np.zeros(most)  # rounds that asked for it
         self._wide = np.zeros(most)  # of these: some row submitted it
         self._judged = np.zeros(2)  # guesses submitted, all before them kept; of these: kept
+        self._earlier = np.zeros(2)  # of earlier texts: tried, kept
         self._sure = np.zeros(BINS)  # guesses by their own chance, all guesses before them kept
         self._right = np.zeros(BINS)  # of these: kept
 
@@ -57,6 +59,14 @@ class Acceptance:
             np.add.at(self._sure, bins, weight)
             np.add.at(self._right, bins, weight * (accepted[judged] > place))
 
+    def another_text(self) -> None:
+        """Texts differ: what was kept of the last ones is what to expect, and no more than that."""
+        tried, kept = float(self._tried.sum()), float(self._kept.sum())
+        weight = min(1.0, TEXT_WEIGHT / max(tried, 1e-9))
+        self._earlier = TEXTS * self._earlier + weight * np.array([tried, kept])
+        for counts in self._beliefs:
+            counts *= 0
+
     def doubt(self) -> None:
         """Drafting was switched off: believe little of the past, so that a few good probes are enough."""
         share = min(1.0, DOUBT / max(float(self._tried[0]), 1e-9))
@@ -68,14 +78,19 @@ class Acceptance:
         return self._tried, self._kept, self._judged, self._sure, self._right
 
     @property
+    def _prior(self) -> float:
+        tried, kept = self._earlier
+        return float((kept + PRIOR_WEIGHT * PRIOR) / (tried + PRIOR_WEIGHT))
+
+    @property
     def overall(self) -> float:
         """Chance that a submitted guess is kept when all before it were, whatever its position."""
         judged, kept = self._judged
-        return float((kept + PRIOR_WEIGHT * PRIOR) / (judged + PRIOR_WEIGHT))
+        return float((kept + PRIOR_WEIGHT * self._prior) / (judged + PRIOR_WEIGHT))
 
     def survival(self) -> np.ndarray:
         """(most,) chance that the guess at each position is submitted and kept, if it is asked for."""
-        usual = (self._kept.sum() + PRIOR_WEIGHT * PRIOR) / (self._tried.sum() + PRIOR_WEIGHT)
+        usual = (self._kept.sum() + PRIOR_WEIGHT * self._prior) / (self._tried.sum() + PRIOR_WEIGHT)
         chances = (self._kept + PRIOR_WEIGHT * usual) / (self._tried + PRIOR_WEIGHT)
         return np.cumprod(chances)
 

@@ -33,6 +33,7 @@ WARMING = 3  # plain rounds that a prompt takes whatever its length: more than a
 PREMIUM = 1.5  # what a draft's prompt must promise to earn for its price: that is certain, and acceptance a guess
 FORESEEN = 256  # tokens: how long a text becomes nobody knows, and the most that it may is often far away
 STALE, THIN = 48, 1.25  # a plain round is timed again after so many others; after 4 times as many for larger gains
+CHEAPEST = 0.5  # of what a draft's pass reads, in a plain round: no guess of a model is timed as cheaper than that
 STAKE = 0.03  # of the gain, that every plain round which a round takes longer must bring
 ROW_MARGIN = 0.03  # for every doubling of the rows: 6 to 9 % of the rounds of eight rows waited for the last one
 LAG = 4  # rounds after which a draft has so much to catch up on that the seconds of the next say nothing
@@ -60,6 +61,11 @@ class Learnt:
         """What a round belongs to."""
         return [self.every, self.told] if told else [self.every]
 
+    def another_text(self) -> None:
+        """A call begins."""
+        for _, acceptance in (self.every, self.told):
+            acceptance.another_text()
+
     def doubt(self) -> None:
         """Believe less of what was kept."""
         for _, acceptance in (self.every, self.told):
@@ -76,7 +82,7 @@ class Memory:
     def recall(self, batch: int, do_sample: bool) -> Adaptive:
         """A controller for a call with ``batch`` rows that goes on from earlier calls of the kind."""
         learnt = self._known.setdefault((batch, do_sample), Learnt(Timings()))
-        learnt.doubt()
+        learnt.another_text()
         return Adaptive(learnt)
 
 
@@ -107,6 +113,7 @@ class Adaptive:
         self._alive: np.ndarray | float = 1.0  # chance that all of them are kept, a row
         self._prompt = 0.0  # seconds that the target took for the prompt
         self._beyond = 0  # tokens of the prompt but the first of every row
+        self._least = 0.0  # plain rounds that a guess of the draft model takes at least
         self._opened = 0.0  # seconds that a draft's own prompt should take in the running round
         self._missed = 0.0  # plain rounds that a draft needs to catch up on one, as the last probe had it
         self._grown = 0.0  # tokens that a row has got since
@@ -131,7 +138,9 @@ class Adaptive:
             best, gain = 0, 1.0
         self._table, self._rate, self._weights = table, gain / float(table[0]), weights[best]
         told = self._learnt.told[0].table(self.most)
-        self._prices = table if told is None else told
+        prices = table if told is None else told
+        # early plain rounds are slow, and a guess beside them seems free
+        self._prices = np.maximum(prices, prices[0] * (1 + self._least * np.arange(len(prices))))
         self._probing = best == 0 and self._due()
         if best and self._timings.age >= self._timings.known * (STALE if gain < THIN else 4 * STALE):
             self._asked = 0  # a plain round, to know again what one takes
@@ -187,7 +196,7 @@ class Adaptive:
             return False
         _, acceptance = self._learnt.told
         self._alive = self._alive * acceptance.of_chance(chances)
-        return self._pays(float(np.sum(self._alive * self._weights)) / self._rows * acceptance.overall, drafted)
+        return self._pays(float(np.sum(self._alive * self._weights)) / self._rows, acceptance.overall, drafted)
 
     def begins(self, opening: Opening | None = None) -> bool:
         """See ``DraftLength.begins``: where a draft is alone and its prompt is fed, ``next`` has decided."""
@@ -200,9 +209,9 @@ class Adaptive:
             if not self._opens(opening):
                 self._refused = True
                 return False
-            self._opened = opening.work * self._prompt
+            self._opened, self._least = opening.work * self._prompt, CHEAPEST * opening.reading
         timings, acceptance = self._learnt.told
-        if not self._others or self._probing or not timings.priced or self._pays(acceptance.overall, 0):
+        if not self._others or self._probing or not timings.priced or self._pays(1.0, acceptance.overall, 0):
             return True
         self._idle += 1
         return self._idle > LONGEST_WAIT
@@ -222,9 +231,15 @@ class Adaptive:
         saved = min(self._left, FORESEEN) * (plain - self._least_gain / rate)
         return price <= max(saved / PREMIUM, PROBES * self._since * plain)
 
-    def _pays(self, gain: float, drafted: int) -> bool:
-        """``gain`` tokens a row are worth the seconds of one guess behind ``drafted``, at the present rate."""
-        return gain > self._rate * float(self._prices[drafted + 1] - self._prices[drafted])
+    def _pays(self, alive: float, kept: float, drafted: int) -> bool:
+        """The next guess behind ``drafted``, or some next ones, are worth their seconds at the present rate.
+
+        All before them are kept with the chance ``alive``, or in so many rows, each of them in turn with ``kept``.
+        Single widths are timed badly: one that happened to be slow shall not stop what pays beyond it.
+        """
+        prices = self._prices[drafted:]
+        gains = alive * np.cumsum(kept ** np.arange(1, len(prices)))
+        return bool((gains > self._rate * (prices[1:] - prices[0])).any())
 
     def within(self) -> Adaptive:
         """See ``DraftLength.within``."""

@@ -17,6 +17,7 @@ import numpy as np
 # first try is a short one.
 UNTIMED_GUESS = 0.5
 REMEMBERED = 5  # timings a width: few, so that a growing context or a busier machine is noticed
+OUTDATED = 48  # rounds after which a width that does not come again loses a timing: it may have been a neighbour's
 
 
 def tokens_per_round(survival: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -55,11 +56,22 @@ class Timings:
         """Nothing is measured yet."""
         self._seen: dict[int, deque[float]] = {}
         self.age = 0  # rounds since a plain one was timed
+        self._rounds = 0
+        self._came: dict[int, int] = {}  # the round in which a width came last, or lost a timing
 
     def add(self, width: int, seconds: float) -> None:
         """A round whose widest row guessed ``width`` tokens took ``seconds``."""
         self.age = self.age + 1 if width else 0
         self._seen.setdefault(width, deque(maxlen=REMEMBERED)).append(seconds)
+        self._rounds += 1
+        self._came[width] = self._rounds
+        # the narrowest stays priced: probes time it again
+        for other in sorted(self._seen.keys() - {0})[1:]:
+            if self._rounds - self._came[other] >= OUTDATED:
+                self._seen[other].popleft()
+                self._came[other] = self._rounds
+                if not self._seen[other]:
+                    del self._seen[other]
 
     def afresh(self) -> Timings:
         """The same kind, with nothing measured yet."""
