@@ -238,11 +238,24 @@ def test_packed_layers_in_graphs(monkeypatch, backend, form):
         model.bfloat16()
         monkeypatch.setattr(packed, "_blocks", lambda dtype: False)
     states = torch.randn(3, 32, dtype=model[0].weight.dtype)
+    kind = half.HalfMatrix if form == "half" else packed._Blocked
+    calls, right = [], kind.linear
+    monkeypatch.setattr(kind, "linear", lambda *args: calls.append(1) or right(*args))
     with torch.no_grad(), pack_weights(model) as packing:
         assert packing.layers == 2
         graph = torch.compile(lambda states: model(states), fullgraph=True, backend=backend)
         assert torch.equal(graph(states), model(states))
-        assert torch.equal(graph(states + 1), model(states + 1))
+        calls.clear()
+        again = graph(states + 1)
+        assert len(calls) == 2, "the packed matrices, and not the plain ones"
+        assert torch.equal(again, model(states + 1))
+        number = model[0].weight.form.number
+        assert torch.equal(
+            packed.graphs.packed_linear(states, None, number, 16), right(model[0].weight.form, states, None)
+        )
+    del graph
+    with pytest.raises(UnsupportedModel, match="compile it again"):
+        packed.graphs.packed_linear(states, None, 10**9, 16)
 
 
 # --- full blocks -----------------------------------------------------------------------------------

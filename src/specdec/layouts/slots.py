@@ -227,7 +227,8 @@ class Slots:
         self.forwards += 1
         if self._steps is not None:
             graphs = self._steps.graphs
-            scores = self._steps.run(self._model, inputs, self._cache, span(plan.fed)[1])
+            with self._thin.compiled:
+                scores = self._steps.run(self._model, inputs, self._cache, span(plan.fed)[1])
             self.forwards += self._steps.graphs > graphs  # a new graph is compared with an eager pass
             if scores is not None:
                 return CausalLMOutputWithPast(logits=scores)

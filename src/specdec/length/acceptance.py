@@ -6,6 +6,8 @@ borrows from its neighbours and all from a prior. Knows no clock. Read next: ``a
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 
 FADE = 0.93  # what a round is worth after the next one: a memory of about fourteen rounds
@@ -26,7 +28,7 @@ class Acceptance:
         self._asked = np.zeros(most)  # rounds that asked for it
         self._wide = np.zeros(most)  # of these: some row submitted it
         self._judged = np.zeros(2)  # guesses submitted, all before them kept; of these: kept
-        self._earlier = np.zeros(2)  # of earlier texts: tried, kept
+        self._earlier = np.zeros((2, 2))  # of earlier texts: tried and kept; judged and kept
         self._sure = np.zeros(BINS)  # guesses by their own chance, all guesses before them kept
         self._right = np.zeros(BINS)  # of these: kept
 
@@ -59,13 +61,20 @@ class Acceptance:
             np.add.at(self._sure, bins, weight)
             np.add.at(self._right, bins, weight * (accepted[judged] > place))
 
-    def another_text(self) -> None:
-        """Texts differ: what was kept of the last ones is what to expect, and no more than that."""
-        tried, kept = float(self._tried.sum()), float(self._kept.sum())
-        weight = min(1.0, TEXT_WEIGHT / max(tried, 1e-9))
-        self._earlier = TEXTS * self._earlier + weight * np.array([tried, kept])
-        for counts in self._beliefs:
-            counts *= 0
+    def another_text(self) -> Acceptance:
+        """What to expect of the next text: what was kept of the last ones, and no more than that, for texts differ.
+
+        A text in which nothing was tried lets the earlier ones fade, too: a draft that was given up is asked again.
+        """
+        other = copy.deepcopy(self)
+        counts = np.array([[self._tried.sum(), self._kept.sum()], self._judged])
+        other._earlier = TEXTS * self._earlier + counts * np.minimum(
+            1, TEXT_WEIGHT / np.maximum(counts[:, :1], 1e-9)
+        )
+        other.doubt()  # how far the draft's own chances can be trusted is the draft's, not the text's
+        for belief in (other._tried, other._kept, other._judged):
+            belief *= 0
+        return other
 
     def doubt(self) -> None:
         """Drafting was switched off: believe little of the past, so that a few good probes are enough."""
@@ -78,19 +87,15 @@ class Acceptance:
         return self._tried, self._kept, self._judged, self._sure, self._right
 
     @property
-    def _prior(self) -> float:
-        tried, kept = self._earlier
-        return float((kept + PRIOR_WEIGHT * PRIOR) / (tried + PRIOR_WEIGHT))
-
-    @property
     def overall(self) -> float:
         """Chance that a submitted guess is kept when all before it were, whatever its position."""
         judged, kept = self._judged
-        return float((kept + PRIOR_WEIGHT * self._prior) / (judged + PRIOR_WEIGHT))
+        return float((kept + PRIOR_WEIGHT * _expected(self._earlier[1])) / (judged + PRIOR_WEIGHT))
 
     def survival(self) -> np.ndarray:
         """(most,) chance that the guess at each position is submitted and kept, if it is asked for."""
-        usual = (self._kept.sum() + PRIOR_WEIGHT * self._prior) / (self._tried.sum() + PRIOR_WEIGHT)
+        expected = _expected(self._earlier[0])
+        usual = (self._kept.sum() + PRIOR_WEIGHT * expected) / (self._tried.sum() + PRIOR_WEIGHT)
         chances = (self._kept + PRIOR_WEIGHT * usual) / (self._tried + PRIOR_WEIGHT)
         return np.cumprod(chances)
 
@@ -103,6 +108,12 @@ class Acceptance:
         bins = _bins(chance)
         kept: np.ndarray = (self._right[bins] + BIN_WEIGHT * chance) / (self._sure[bins] + BIN_WEIGHT)
         return kept
+
+
+def _expected(earlier: np.ndarray) -> float:
+    """Chance that a guess is kept, from (tried, kept) in earlier texts."""
+    tried, kept = earlier
+    return float((kept + PRIOR_WEIGHT * PRIOR) / (tried + PRIOR_WEIGHT))
 
 
 def _bins(chance: np.ndarray) -> np.ndarray:

@@ -2,10 +2,11 @@
 
 Every round it compares draft lengths by tokens a second (``cost.py``), from the seconds that rounds of each width
 took on this machine for this batch, and from how many guesses were kept at each position (``acceptance.py``).
-Where a draft tells its own chance of each guess, one more is drafted only while the gain that is left (the chance
-that it and all before it are kept) outweighs its price at the present rate: SpecDec++'s threshold (2405.19715)
-with measured costs. When nothing pays it drafts nothing, and probes with one guess now and then, so seldom that
-probes cost about a hundredth of plain decoding, and often enough to find a draft again that has become good.
+Where a draft tells its own chance of each guess, more are drafted only while the gain that is left (the chance
+that the next and all before it are kept, or some next ones) outweighs its price at the present rate: SpecDec++'s
+threshold (2405.19715) with measured costs. When nothing pays it drafts nothing, and probes with one guess now and
+then, so seldom that probes cost about a hundredth of plain decoding, and often enough to find a draft again that
+has become good.
 A draft model's prompt is fed with its first guess, so that comes only if what is left of the text may earn it.
 
 Non-anticipating (see ``__init__.py``): ``next`` looks at past rounds, ``goes_on`` at guesses that are submitted
@@ -14,6 +15,7 @@ whatever it says. Knows no model. Read next: ``../processing.py``.
 
 from __future__ import annotations
 
+import copy
 from math import ceil, inf, log2
 
 import numpy as np
@@ -33,7 +35,8 @@ WARMING = 3  # plain rounds that a prompt takes whatever its length: more than a
 PREMIUM = 1.5  # what a draft's prompt must promise to earn for its price: that is certain, and acceptance a guess
 FORESEEN = 256  # tokens: how long a text becomes nobody knows, and the most that it may is often far away
 STALE, THIN = 48, 1.25  # a plain round is timed again after so many others; after 4 times as many for larger gains
-CHEAPEST = 0.5  # of what a draft's pass reads, in a plain round: no guess of a model is timed as cheaper than that
+CHEAPEST = 0.5  # of what a draft's pass reads, in plain rounds: what a guess of a model takes at least, until timed
+CLEARLY_LESS = 0.75  # of the seconds that a width is known to take: those were a neighbour's, or a first pass'
 STAKE = 0.03  # of the gain, that every plain round which a round takes longer must bring
 ROW_MARGIN = 0.03  # for every doubling of the rows: 6 to 9 % of the rounds of eight rows waited for the last one
 LAG = 4  # rounds after which a draft has so much to catch up on that the seconds of the next say nothing
@@ -56,15 +59,19 @@ class Learnt:
         self.told: tuple[Timings | Assumed, Acceptance] = (timings.afresh(), Acceptance(MOST))
         self.undrafted = timings.afresh()
         self.foreseen = np.full(2, PRIOR_WEIGHT)
+        self.least = 0.0  # plain rounds that a guess of the draft model takes at least
 
     def of(self, told: bool) -> list[tuple[Timings | Assumed, Acceptance]]:
         """What a round belongs to."""
         return [self.every, self.told] if told else [self.every]
 
-    def another_text(self) -> None:
-        """A call begins."""
-        for _, acceptance in (self.every, self.told):
-            acceptance.another_text()
+    def another_text(self) -> Learnt:
+        """For a call that begins: the same seconds, and counts of its own; another call may be under way."""
+        other = copy.copy(self)
+        other.every, other.told = (
+            (timings, acceptance.another_text()) for timings, acceptance in (self.every, self.told)
+        )
+        return other
 
     def doubt(self) -> None:
         """Believe less of what was kept."""
@@ -81,8 +88,8 @@ class Memory:
 
     def recall(self, batch: int, do_sample: bool) -> Adaptive:
         """A controller for a call with ``batch`` rows that goes on from earlier calls of the kind."""
-        learnt = self._known.setdefault((batch, do_sample), Learnt(Timings()))
-        learnt.another_text()
+        kind = batch, do_sample
+        learnt = self._known[kind] = self._known.get(kind, Learnt(Timings())).another_text()
         return Adaptive(learnt)
 
 
@@ -113,7 +120,6 @@ class Adaptive:
         self._alive: np.ndarray | float = 1.0  # chance that all of them are kept, a row
         self._prompt = 0.0  # seconds that the target took for the prompt
         self._beyond = 0  # tokens of the prompt but the first of every row
-        self._least = 0.0  # plain rounds that a guess of the draft model takes at least
         self._opened = 0.0  # seconds that a draft's own prompt should take in the running round
         self._missed = 0.0  # plain rounds that a draft needs to catch up on one, as the last probe had it
         self._grown = 0.0  # tokens that a row has got since
@@ -137,10 +143,8 @@ class Adaptive:
         if gain < self._least_gain:
             best, gain = 0, 1.0
         self._table, self._rate, self._weights = table, gain / float(table[0]), weights[best]
-        told = self._learnt.told[0].table(self.most)
-        prices = table if told is None else told
-        # early plain rounds are slow, and a guess beside them seems free
-        self._prices = np.maximum(prices, prices[0] * (1 + self._least * np.arange(len(prices))))
+        told = self._learnt.told[0].table(self.most, least=self._learnt.least)
+        self._prices = table if told is None else told
         self._probing = best == 0 and self._due()
         if best and self._timings.age >= self._timings.known * (STALE if gain < THIN else 4 * STALE):
             self._asked = 0  # a plain round, to know again what one takes
@@ -209,7 +213,8 @@ class Adaptive:
             if not self._opens(opening):
                 self._refused = True
                 return False
-            self._opened, self._least = opening.work * self._prompt, CHEAPEST * opening.reading
+            self._opened = opening.work * self._prompt
+            self._learnt.least = CHEAPEST * opening.reading
         timings, acceptance = self._learnt.told
         if not self._others or self._probing or not timings.priced or self._pays(1.0, acceptance.overall, 0):
             return True
@@ -237,7 +242,7 @@ class Adaptive:
         All before them are kept with the chance ``alive``, or in so many rows, each of them in turn with ``kept``.
         Single widths are timed badly: one that happened to be slow shall not stop what pays beyond it.
         """
-        prices = self._prices[drafted:]
+        prices = self._prices[drafted : self._asked + 1]
         gains = alive * np.cumsum(kept ** np.arange(1, len(prices)))
         return bool((gains > self._rate * (prices[1:] - prices[0])).any())
 
@@ -262,8 +267,11 @@ class Adaptive:
             self._asked, self._probing = 0, False
         told = bool(self._chances)
         self._others |= width > 0 and self._asked > 0 and not told
-        if not width or (self._asked and self._since <= LAG):
-            for timings, _ in self._learnt.of(told or not width):
+        for timings, _ in self._learnt.of(told or not width):
+            # behind a pause a draft may have had to catch up: then its seconds say what a round takes at most
+            known = timings.table(self.most) if timings.priced else None
+            less = known is not None and seconds < CLEARLY_LESS * known[min(width, self.most)]
+            if not width or (self._asked and (self._since <= LAG or less)):
                 timings.add(width, seconds)
         if not self._asked:
             self._learnt.undrafted.add(width, seconds)

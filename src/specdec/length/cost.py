@@ -17,7 +17,8 @@ import numpy as np
 # first try is a short one.
 UNTIMED_GUESS = 0.5
 REMEMBERED = 5  # timings a width: few, so that a growing context or a busier machine is noticed
-OUTDATED = 48  # rounds after which a width that does not come again loses a timing: it may have been a neighbour's
+OUTDATED = 48  # rounds with guesses after which a width that does not come again loses a timing: it may have been
+# beside a neighbour's work
 
 
 def tokens_per_round(survival: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -56,14 +57,14 @@ class Timings:
         """Nothing is measured yet."""
         self._seen: dict[int, deque[float]] = {}
         self.age = 0  # rounds since a plain one was timed
-        self._rounds = 0
+        self._rounds = 0  # with guesses
         self._came: dict[int, int] = {}  # the round in which a width came last, or lost a timing
 
     def add(self, width: int, seconds: float) -> None:
         """A round whose widest row guessed ``width`` tokens took ``seconds``."""
         self.age = self.age + 1 if width else 0
         self._seen.setdefault(width, deque(maxlen=REMEMBERED)).append(seconds)
-        self._rounds += 1
+        self._rounds += width > 0
         self._came[width] = self._rounds
         # the narrowest stays priced: probes time it again
         for other in sorted(self._seen.keys() - {0})[1:]:
@@ -91,11 +92,12 @@ class Timings:
         """How well a plain round's seconds are known, from 0 to 1: the first ones of a process are slow."""
         return len(self._seen.get(0, ())) / REMEMBERED
 
-    def table(self, most: int, wider: float = np.inf) -> np.ndarray | None:
+    def table(self, most: int, wider: float = np.inf, least: float = 0.0) -> np.ndarray | None:
         """(most + 1,) seconds of a round by width, never falling; None until a plain round was timed.
 
         Between measured widths the line between them holds, beyond the widest the line from the plain round
-        through it, or one that rises by ``wider`` a guess where that is less; a quarter of the former at least.
+        through it, or one that rises by ``wider`` a guess where that is less; a quarter of the former at least, and
+        ``least`` plain rounds a guess.
         """
         if 0 not in self._seen:
             return None
@@ -107,6 +109,7 @@ class Timings:
         slope = (seconds[-1] - plain) / widest if widest else UNTIMED_GUESS * plain
         # kernels for a few tokens may cost several times that for one, and for more hardly more
         slope = slope if len(seconds) < 2 else max(min(slope, wider), slope / 4)
+        slope = max(slope, least * plain)  # the first plain rounds are slow, and a guess beside them seems free
         asked = np.arange(most + 1)
         table: np.ndarray = np.interp(asked, widths, seconds) + np.maximum(asked - widest, 0) * slope
         return table
@@ -134,7 +137,7 @@ class Assumed:
     def add(self, width: int, seconds: float) -> None:
         """What the clock says is not listened to."""
 
-    def table(self, most: int, wider: float = np.inf) -> np.ndarray:
+    def table(self, most: int, wider: float = np.inf, least: float = 0.0) -> np.ndarray:
         """See ``Timings.table``."""
         return 1 + self._cost * np.arange(most + 1)
 

@@ -58,10 +58,9 @@ def in_blocks(states: Tensor, columns: int, multiply: Callable[[Tensor], Tensor]
 @functools.cache
 def fastest(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
     """How many rows to multiply for 0, 1, ... ``MOST`` of them, with so many threads, the present ones."""
-    packed = reorder(torch.ones(TRIED, dtype=dtype))
-    times = seconds(
-        [functools.partial(linear, torch.ones(rows, TRIED[1], dtype=dtype), packed) for rows in range(1, 1 + MOST)]
-    )
+    packed = reorder(torch.ones(TRIED, dtype=dtype, device="cpu"))
+    states = torch.ones(MOST, TRIED[1], dtype=dtype, device="cpu")
+    times = seconds([functools.partial(linear, states[:rows], packed) for rows in range(1, 1 + MOST)])
     best = 1 + times.index(min(times))
     return 0, *(
         best if rows < best and times[best - 1] < CLEARLY * times[rows - 1] else rows for rows in range(1, 1 + MOST)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.errors import UnsupportedModel
+
 _numbers = itertools.count()
 _by_number: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -27,7 +29,10 @@ def number(matrix: Any) -> int:
 @torch.library.custom_op("specdec::packed_linear", mutates_args=())
 def packed_linear(states: Tensor, bias: Tensor | None, number: int, rows: int) -> Tensor:
     """(..., ``rows``) from states (..., K) and the matrix of that number."""
-    out: Tensor = _by_number[number].linear(states, bias)
+    matrix = _by_number.get(number)
+    if matrix is None:
+        raise UnsupportedModel("a compiled graph's packed weights are gone, or another process'; compile it again")
+    out: Tensor = matrix.linear(states, bias)
     return out
 
 

@@ -1,10 +1,10 @@
 """The weights of linear layers in the order that the processor's kernels read them.
 
 ``torch.nn.functional.linear`` hands a plain matrix to the kernel at every call. Reordered once beforehand
-(oneDNN's blocked layouts), the same kernel reads it faster and computes the same numbers. Where the processor has
-no instructions for the weights' dtype, FBGEMM's half-precision kernels take their place. The layers stay
-``torch.nn.Linear``; only their weight becomes a ``PackedWeight``, which computes from the packed form in
-``linear`` and is the plain matrix to everything else. CPU only. Knows nothing of drafts. Read next: ``half.py``.
+(oneDNN's blocked layouts), the same kernel reads it faster and computes the same numbers (``blocks.py`` has the one
+exception). Where the processor has no instructions for the weights' dtype, FBGEMM's half-precision kernels take
+their place. The layers stay ``torch.nn.Linear``; only their weight becomes a ``PackedWeight``, which computes from
+the packed form in ``linear`` and is the plain matrix to everything else. CPU only. Read next: ``half.py``.
 """
 
 from __future__ import annotations

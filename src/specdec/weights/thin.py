@@ -50,6 +50,7 @@ class ThinProducts:
                         single.append(some[-1])
                     wins(module.weight, TRIED_ROWS)
         self._some, self._single = _Pass(some, is_draft), _Pass(single, is_draft)
+        self.compiled: AbstractContextManager[None] = _Pass([], is_draft)  # what to enter for a pass of a graph
 
     def over(self, tokens: int) -> AbstractContextManager[None]:
         """What to enter for a pass over so many tokens of all rows."""
@@ -99,7 +100,7 @@ def wins(weight: Tensor, rows: int) -> bool:
 
 def _race(weight: Tensor, rows: int) -> bool:
     part = weight.detach()[: max(TRIED_NUMBERS // weight.shape[1], 1)]
-    states = torch.ones(rows, weight.shape[1])
+    states = torch.ones(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     usual, other = race.seconds([partial(kernel, states, part) for kernel in (functional.linear, blocks.linear)])
     return other < race.CLEARLY * usual
 
