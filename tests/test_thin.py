@@ -107,6 +107,30 @@ def test_the_target_a_draft_and_a_part_of_the_target_go_through_it(counted):
         assert 3 in counted
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {"do_sample": True, "seed": 3}], ids=["greedy", "coupled"]
+)
+def test_bits_that_only_a_draft_sees_change_no_text(counted, monkeypatch, options, batch):
+    """Single rows come out wrong by far in the other kernel: the target's must never have been there."""
+    right, texts, wrong = blocks.linear, [], []
+
+    def kernel(states, weight, bias=None):
+        out = right(states, weight, bias)
+        if states.numel() != states.shape[-1]:
+            return out
+        wrong.append(1)
+        return out + 3 * torch.randn(out.shape, generator=torch.Generator().manual_seed(len(wrong)))
+
+    for single in (right, kernel):
+        monkeypatch.setattr(blocks, "linear", single)
+        target = tiny_llama(num_hidden_layers=2)
+        gen = SpeculativeGenerator(target, noisy(target), num_draft_tokens=3, verification="coupled")
+        texts.append(gen.generate(**prompts(batch), max_new_tokens=12, **options).tolist())
+    assert texts[0] == texts[1]
+    assert bool(wrong) == (batch == 1)
+
+
 def test_what_only_fills_up_is_left_out(counted, monkeypatch):
     monkeypatch.setattr("specdec.weights.filling.READING", 1)
     monkeypatch.setattr("specdec.weights.filling.MOVING", 1)

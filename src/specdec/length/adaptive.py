@@ -36,7 +36,6 @@ PREMIUM = 1.5  # what a draft's prompt must promise to earn for its price: that 
 FORESEEN = 256  # tokens: how long a text becomes nobody knows, and the most that it may is often far away
 STALE, THIN = 48, 1.25  # a plain round is timed again after so many others; after 4 times as many for larger gains
 CHEAPEST = 0.5  # of what a draft's pass reads, in plain rounds: what a guess of a model takes at least, until timed
-CLEARLY_LESS = 0.75  # of the seconds that a width is known to take: those were a neighbour's, or a first pass'
 STAKE = 0.03  # of the gain, that every plain round which a round takes longer must bring
 ROW_MARGIN = 0.03  # for every doubling of the rows: 6 to 9 % of the rounds of eight rows waited for the last one
 LAG = 4  # rounds after which a draft has so much to catch up on that the seconds of the next say nothing
@@ -268,11 +267,10 @@ class Adaptive:
         told = bool(self._chances)
         self._others |= width > 0 and self._asked > 0 and not told
         for timings, _ in self._learnt.of(told or not width):
-            # behind a pause a draft may have had to catch up: then its seconds say what a round takes at most
-            known = timings.table(self.most) if timings.priced else None
-            less = known is not None and seconds < CLEARLY_LESS * known[min(width, self.most)]
-            if not width or (self._asked and (self._since <= LAG or less)):
+            if not width or (self._asked and self._since <= LAG):
                 timings.add(width, seconds)
+            elif self._asked:  # the draft may have had to catch up
+                timings.at_most(width, seconds)
         if not self._asked:
             self._learnt.undrafted.add(width, seconds)
             if width:

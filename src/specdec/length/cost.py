@@ -17,6 +17,7 @@ import numpy as np
 # first try is a short one.
 UNTIMED_GUESS = 0.5
 REMEMBERED = 5  # timings a width: few, so that a growing context or a busier machine is noticed
+CLEARLY_LESS = 0.75  # of the seconds that a width is known to take: those were a neighbour's, or a first pass'
 OUTDATED = 48  # rounds with guesses after which a width that does not come again loses a timing: it may have been
 # beside a neighbour's work
 
@@ -73,6 +74,12 @@ class Timings:
                 self._came[other] = self._rounds
                 if not self._seen[other]:
                     del self._seen[other]
+
+    def at_most(self, width: int, seconds: float) -> None:
+        """Such a round and something more took ``seconds``: believed where that is clearly less than is known."""
+        table = self.table(width) if self.priced else None
+        if table is not None and seconds < CLEARLY_LESS * float(table[width]):
+            self.add(width, seconds)
 
     def afresh(self) -> Timings:
         """The same kind, with nothing measured yet."""
@@ -136,6 +143,9 @@ class Assumed:
 
     def add(self, width: int, seconds: float) -> None:
         """What the clock says is not listened to."""
+
+    def at_most(self, width: int, seconds: float) -> None:
+        """Nor here."""
 
     def table(self, most: int, wider: float = np.inf, least: float = 0.0) -> np.ndarray:
         """See ``Timings.table``."""

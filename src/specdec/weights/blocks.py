@@ -4,9 +4,10 @@ oneDNN multiplies a few rows at once; on AVX-512 six of them took 0.82 of the ti
 matrices that caches do not hold. So rows are filled up with zeros to the number that is clearly faster, which is
 timed once a process for each dtype and number of threads.
 
-Beside others a row's sums are what they are beside fewer. A single row is another kernel's, in another order: in
-16 bits the very bits of the plain matrix, which are those of plain ``generate()``. It is therefore filled up for a
-draft alone (``single_rows``), whose scores may end in any bits. Knows no model. Read next: ``packed.py``.
+Two rows and more had the same bits beside more of them, wherever that was looked at (docs/weights.md). A single row
+is another kernel's, in another order: in 16 bits the very bits of the plain matrix, which are those of plain
+``generate()``. It is therefore filled up for a draft alone (``single_rows``), whose scores may end in any bits.
+Knows no model. Read next: ``packed.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class single_rows:
 
 
 def drafting() -> bool:
-    """Whether it does."""
+    """Whether a draft's pass is under way in this thread."""
     return getattr(_here, "single", False)
 
 
