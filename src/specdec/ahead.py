@@ -1,4 +1,4 @@
-"""A generator that runs ahead of its reader, in a thread of its own.
+"""Generators and threads: one that runs ahead of its reader, and what torch keeps for each thread.
 
 For releases on a clock (``shaping.py``): a tick may fall into the middle of a round, so whoever watches the clock
 cannot be the one who generates. Knows no tokens. Read next: ``shaping.py``.
@@ -91,6 +91,27 @@ class Ahead(Generic[Item]):
             self._news.set()
 
 
+def resumed(items: Generator[Item, None, Any]) -> Generator[Item, None, Any]:
+    """``items`` and their result; every step sees what torch keeps for each thread as it is now."""
+    return _resumed(items, surroundings())
+
+
+def _resumed(
+    items: Generator[Item, None, Any], within: Callable[[], AbstractContextManager[Any]]
+) -> Generator[Item, None, Any]:
+    try:
+        while True:
+            with within():
+                try:
+                    item = next(items)
+                except StopIteration as end:
+                    return end.value
+            yield item
+    finally:
+        with within():
+            items.close()
+
+
 def surroundings() -> Callable[[], AbstractContextManager[Any]]:
     """What torch keeps for each thread, as it is in this one: a maker of the same for another thread."""
     inference = torch.is_inference_mode_enabled()
@@ -101,10 +122,12 @@ def surroundings() -> Callable[[], AbstractContextManager[Any]]:
 
     def within() -> ExitStack:
         stack = ExitStack()
-        if inference:
-            stack.enter_context(torch.inference_mode())
-        for kind, dtype in casts.items():
-            stack.enter_context(torch.autocast(kind, dtype=dtype))
+        if inference != torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(inference))
+        for kind in kinds:
+            if kind in casts or torch.is_autocast_enabled(kind):
+                dtype = casts.get(kind)
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None))
         if stream is not None:
             stack.enter_context(torch.cuda.stream(stream))  # and with it the device
         return stack

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from specdec.abroad import home_of, taken_abroad
+from specdec.ahead import resumed
 from specdec.assistance import Assistance, read_assistance
 from specdec.attaching import attached, healing_with, own_settings
 from specdec.call import Request, follow_call, run_call
@@ -296,7 +297,7 @@ class SpeculativeGenerator:
 
         def run(request: Request, model: Any, input_ids: Tensor, **prepared: Any) -> Generator[Any, None, Any]:
             records = follow(request, model, input_ids, **prepared)
-            return records if release is None else shaped(records, len(input_ids), tokenizer, release)
+            return resumed(records) if release is None else shaped(records, len(input_ids), tokenizer, release)
 
         ours = {"seed": seed, "tokenizer": tokenizer, "prediction": prediction, "tenant": tenant}
         records: Generator[Any, None, Any] = self._enter(run, inputs, kwargs, streamer=None, **ours)

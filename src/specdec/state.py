@@ -19,6 +19,9 @@ from specdec.errors import InvalidScores
 from specdec.records import Proposal, Round, States
 from specdec.transfer import to_device, to_host
 
+ROOM = 4096  # columns made for tokens to come
+FOREVER = 1 << 40  # columns: a limit beyond it is none
+
 
 class State:
     """Committed tokens, lengths and live rows of a batch of B rows.
@@ -35,6 +38,7 @@ class State:
         vocabulary: entries of the target's scores, once the prompt was fed.
         starts: (B,) the first column of a row's prompt that is no padding.
         max_length: columns at which every row ends.
+        reserve: columns that there are behind the longest row, whatever its length: a round's guesses and two more.
         host_copies: copies from device to host made so far.
     """
 
@@ -50,10 +54,11 @@ class State:
     ) -> None:
         """Start with ``prompt`` (B, P) committed; rows end at ``eos_ids`` (n,) or at ``max_length`` columns."""
         batch, self.prompt_length = prompt.shape
-        self.max_length = max_length
+        self.max_length = min(max_length, FOREVER)
         self.pad_id = pad_id
         self.starts = starts
-        capacity = max_length + max_guesses + 2
+        self.reserve = max(min(max_guesses, self.max_length - self.prompt_length), 0) + 2
+        capacity = min(self.max_length, self.prompt_length + ROOM) + self.reserve
         self.tokens = torch.full((batch, capacity), pad_id, dtype=torch.int64, device=prompt.device)
         self.tokens[:, : self.prompt_length] = prompt
         self._is_host = prompt.device.type == "cpu"
@@ -100,9 +105,15 @@ class State:
         """See the class."""
         return self.lengths if self._settled is None else self._settled
 
+    @property
+    def foundation(self) -> int:
+        """Columns that nothing takes back in any row that has not ended: nobody needs to look there again."""
+        return int(self.settled[self.live].min(initial=self.tokens.shape[1]))
+
     def follow(self, other: State, since: int) -> None:
         """Hold the text of ``other``, which is known to be the same below column ``since``, as the settled one."""
         upto = int(other.lengths.max())
+        self._make_room(upto)
         self.host_tokens[:, since:upto] = other.host_tokens[:, since:upto]
         if not self._is_host:
             self.tokens[:, since:upto] = other.tokens[:, since:upto]
@@ -189,7 +200,19 @@ class State:
         if not self._is_host:
             put(self.tokens, self.lengths, to_device(emitted, self.device))
         self.lengths, self.live = self.lengths + counts, np.array(live)
+        self._make_room(span(self.lengths)[1])
         return round_
+
+    def _make_room(self, longest: int) -> None:
+        """``reserve`` columns behind ``longest``, in blocks: few texts become as long as they may."""
+        missing = longest + self.reserve - self.tokens.shape[1]
+        if missing <= 0:
+            return
+        self.tokens = widened(self.tokens, missing + ROOM, self.pad_id)
+        if self._is_host:
+            self.host_tokens = self.tokens.numpy()
+        else:
+            self.host_tokens = widened(torch.from_numpy(self.host_tokens), missing + ROOM, self.pad_id).numpy()
 
     def end_rows(self, rows: np.ndarray, length: int) -> None:
         """End ``rows`` (B,) bool at ``length`` columns; whatever they had beyond is taken back.
@@ -211,6 +234,11 @@ def _unusable(row: int, column: int) -> InvalidScores:
         "the model's dtype and at the logits processors, or pass remove_invalid_values=True; of a "
         "proposer of your own, at the ids and the logits it returns"
     )
+
+
+def widened(buffer: Tensor, columns: int, value: int = 0) -> Tensor:
+    """``buffer`` (B, capacity) with so many more ``columns``, which hold ``value``; itself where that is none."""
+    return buffer if columns <= 0 else torch.nn.functional.pad(buffer, (0, columns), value=value)
 
 
 def in_common(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from specdec.records import Round
 from specdec.state import State
 
 Record = TypeVar("Record")
+LONGEST = 4  # bytes of a character, and so tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class _Teller:
         """Tell of ``state``, in text too if there is a ``tokenizer``."""
         self._told = np.full(state.batch, state.prompt_length, dtype=np.int64)
         self._ended = np.zeros(state.batch, dtype=bool)
-        self._guessed = np.zeros_like(state.host_tokens, dtype=bool)
+        self._guessed: np.ndarray = np.zeros_like(state.host_tokens, dtype=bool)
         self._texts = None if tokenizer is None else [Text(tokenizer) for _ in range(state.batch)]
 
     def tell(self, state: State, round_: Round, final: np.ndarray) -> list[Tokens]:
@@ -99,6 +100,9 @@ class _Teller:
             round_: what was committed.
             final: (B,) columns of each row that nothing will take back.
         """
+        missing = state.host_tokens.shape[1] - self._guessed.shape[1]
+        if missing > 0:
+            self._guessed = np.pad(self._guessed, ((0, 0), (0, missing)))
         for row, (first, kept) in enumerate(zip(round_.before, round_.accepted, strict=True)):
             self._guessed[row, first : first + kept] = True
         records = []
@@ -125,12 +129,20 @@ class Text:
     def add(self, ids: list[int], ended: bool) -> str:
         """What ``ids`` add; ``ended`` gives out what was waiting for the rest of a character."""
         self._ids += ids
-        before = self._decode(self._ids[self._context : self._read])
-        now = self._decode(self._ids[self._context :])
-        if now.endswith("\ufffd") and not ended:
-            return ""  # not a whole character yet
-        self._context, self._read = self._read, len(self._ids)
+        upto = len(self._ids) if ended else self._whole()
+        if upto == self._read:
+            return ""
+        before, now = (self._decode(self._ids[self._context : end]) for end in (self._read, upto))
+        self._context, self._read = self._read, upto
         return now[len(before) :]
+
+    def _whole(self) -> int:
+        """How many tokens are whole characters, or bytes that will never be one: the last three may become one."""
+        end = len(self._ids)
+        for upto in range(end, max(end - LONGEST, self._read), -1):
+            if not self._decode(self._ids[self._context : upto]).endswith("\ufffd"):
+                return upto
+        return max(end - LONGEST + 1, self._read)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)

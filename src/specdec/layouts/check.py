@@ -37,6 +37,7 @@ MODULE_PARTS = {name for name in vars(torch.nn.Module()) if name.startswith("_")
 Candidate = Callable[[Columns], Layout]
 _VERDICTS: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
 METHODS = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+LARGE = 1 << 16  # numbers
 STEPS = 2  # one-token steps that a layout is compared with
 
 
@@ -112,7 +113,7 @@ class Trial:
         Args:
             scores: (B, 1, V) of the prompt's last column.
         """
-        at_prompt = _Mark(self._plain)
+        assert self._at_prompt is not None
         tokens = torch.nn.functional.pad(self._prompt, (0, STEPS))
         for column in range(self._prompt.shape[1], tokens.shape[1]):
             tokens[:, column] = scores[:, -1].argmax(dim=-1)
@@ -121,7 +122,7 @@ class Trial:
             self._plain.settle(column + 1)
             self.see(scores)
         name, _ = self._decided(tokens)
-        at_prompt.put_back()
+        self._at_prompt.put_back()
         return self._candidates[name](self._plain)
 
 
@@ -196,10 +197,29 @@ def close(scores: Tensor, truth: Tensor) -> bool:
     return bool(difference.abs().max() <= FLOAT32_TOLERANCE * scale)
 
 
+class _Very:
+    """An object as part of a key: equal to itself alone, however alike another is, and not kept alive by it."""
+
+    def __init__(self, one: Any) -> None:
+        self._hash = id(one)
+        try:
+            self._one: Callable[[], Any] = weakref.ref(one)
+        except TypeError:  # then it is equal to nothing, and layouts are tried again
+            self._one = lambda: None
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        mine = self._one()
+        return isinstance(other, _Very) and mine is not None and mine is other._one()
+
+
 class _ModuleStates:
     """What modules keep as plain attributes and buffers, and the way back to it.
 
-    recurrent_gemma's state is no part of its cache; a model of the user's may count its steps.
+    recurrent_gemma's state is no part of its cache; a model of the user's may count its steps. Matrices of whole
+    numbers are quantised weights, and not copied.
     """
 
     def __init__(self, model: Any) -> None:
@@ -208,7 +228,7 @@ class _ModuleStates:
             for module in model.modules()
             for place in (vars(module), vars(module)["_buffers"])
             for name, value in place.items()
-            if isinstance(value, KEPT) and name not in MODULE_PARTS
+            if isinstance(value, KEPT) and name not in MODULE_PARTS and not _is_weight(value)
         ]
 
     def put_back(self) -> None:
@@ -223,6 +243,10 @@ class _ModuleStates:
                 value.update(copied)
             if place.get(name) is not value:
                 place[name] = value
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 1 and value.numel() >= LARGE and not value.is_floating_point()
 
 
 def _copied(value: Any) -> Any:
@@ -272,4 +296,4 @@ def _changes(model: Any) -> Iterator[Any]:
             yield from (getattr(hook, "__code__", None) or type(hook) for hook in hooks.values())
         if held.get("gradient_checkpointing"):
             yield "gradient_checkpointing"
-    yield from (id(vars(model)[name]) for name in METHODS if name in vars(model))
+    yield from (_Very(vars(model)[name]) for name in METHODS if name in vars(model))

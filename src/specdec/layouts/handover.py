@@ -69,7 +69,8 @@ def give_back(layer: Any, keys: Tensor, values: Tensor, columns: int) -> None:
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = columns
         keys, values = (t[:, :, -layer.sliding_window + 1 :] for t in (keys, values))
-    layer.keys, layer.values = keys, values
+    # the buffers have columns to spare, in which guesses stand, and may be lent to the next call
+    layer.keys, layer.values = keys.clone(), values.clone()
 
 
 def write_into(given: Any, cache: Any) -> Any:

@@ -134,6 +134,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """Go on in these."""
         self.keys, self.values = self._reserved = keys, values
 
+    def let_go(self) -> None:
+        """Hold nothing any more."""
+        self.hold(self.keys.new_empty(0), self.values.new_empty(0))
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The whole buffer, from column 0."""
         return int(self.keys.shape[-2]), 0

@@ -249,10 +249,8 @@ class Slots:
         native = self._plain.cache
         for layer, slots in zip(own_cache(native).layers, self._cache.layers, strict=True):
             if isinstance(slots, SlotLayer):
-                keys, values = slots.keys, slots.values
-                if self._steps is not None:  # which may lend the buffers to the next call
-                    keys, values = keys.clone(), values.clone()
-                give_back(layer, keys, values, columns + self._hidden)
+                give_back(layer, slots.keys, slots.values, columns + self._hidden)
+                slots.let_go()
         return native
 
     def reach(self, limits: np.ndarray, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:

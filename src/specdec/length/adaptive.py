@@ -258,12 +258,12 @@ class Adaptive:
         """See ``DraftLength.observe``."""
         live = round_.counts > 0
         self._rows = max(int(live.sum()), 1)
-        self._differing.see(self._asked, live, round_.accepted)
         self._grown += float(round_.counts[live].sum()) / self._rows
         lengths, accepted = round_.lengths[live], round_.accepted[live]
         width = int(lengths.max(initial=0))
         if self._refused and not width:
             self._asked, self._probing = 0, False
+        self._differing.see(self._asked, live, round_.accepted)
         told = bool(self._chances)
         self._others |= width > 0 and self._asked > 0 and not told
         for timings, _ in self._learnt.of(told or not width):
@@ -284,7 +284,8 @@ class Adaptive:
         # the one guess of a probe pays where it brings more than its price in plain rounds
         price = self._least_gain * float(self._table[1] / self._table[0])
         if self._probing and self._since > LAG:
-            more = (seconds - self._opened - float(self._table[1])) / float(self._table[0])
+            heard = self._timings.heard(seconds)
+            more = (heard - self._opened - float(self._table[1])) / float(self._table[0])
             self._missed = max(more, 0.0) / self._since
         self._promising = bool(self._probing and live.any() and together(1.0 + accepted) > price)
         if self._probing and not self._promising:

@@ -8,7 +8,6 @@ Leviathan et al. 2023 (2211.17192), theorem 3.8. Knows no model and no clock. Re
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 # Before the first round with guesses was timed, a guess is taken to cost half a plain round: careful, so that the
 # first try is a short one.
 UNTIMED_GUESS = 0.5
+SHORTEST = 1e-9  # seconds of a round
 REMEMBERED = 5  # timings a width: few, so that a growing context or a busier machine is noticed
 CLEARLY_LESS = 0.75  # of the seconds that a width is known to take: those were a neighbour's, or a first pass'
 OUTDATED = 48  # rounds with guesses after which a width that does not come again loses a timing: it may have been
@@ -52,11 +52,14 @@ def ceiling(acceptance: float, cost: float) -> float:
 
 
 class Timings:
-    """Measured seconds of rounds by width, and what they say of widths that were not measured."""
+    """Measured seconds of rounds by width, and what they say of widths that were not measured.
+
+    Calls in several threads may add to the same ones: what is known is exchanged and never written into.
+    """
 
     def __init__(self) -> None:
         """Nothing is measured yet."""
-        self._seen: dict[int, deque[float]] = {}
+        self._seen: dict[int, tuple[float, ...]] = {}
         self.age = 0  # rounds since a plain one was timed
         self._rounds = 0  # with guesses
         self._came: dict[int, int] = {}  # the round in which a width came last, or lost a timing
@@ -64,16 +67,16 @@ class Timings:
     def add(self, width: int, seconds: float) -> None:
         """A round whose widest row guessed ``width`` tokens took ``seconds``."""
         self.age = self.age + 1 if width else 0
-        self._seen.setdefault(width, deque(maxlen=REMEMBERED)).append(seconds)
+        # a clock may stand still, as in a test that freezes it
+        seen = {**self._seen, width: (*self._seen.get(width, ()), max(seconds, SHORTEST))[-REMEMBERED:]}
         self._rounds += width > 0
         self._came[width] = self._rounds
         # the narrowest stays priced: probes time it again
-        for other in sorted(self._seen.keys() - {0})[1:]:
-            if self._rounds - self._came[other] >= OUTDATED:
-                self._seen[other].popleft()
+        for other in sorted(seen.keys() - {0})[1:]:
+            if self._rounds - self._came.get(other, 0) >= OUTDATED:
+                seen[other] = seen[other][1:]
                 self._came[other] = self._rounds
-                if not self._seen[other]:
-                    del self._seen[other]
+        self._seen = {width: timed for width, timed in seen.items() if timed}
 
     def at_most(self, width: int, seconds: float) -> None:
         """Such a round and something more took ``seconds``: believed where that is clearly less than is known."""
@@ -106,12 +109,13 @@ class Timings:
         through it, or one that rises by ``wider`` a guess where that is less; a quarter of the former at least, and
         ``least`` plain rounds a guess.
         """
-        if 0 not in self._seen:
+        seen = self._seen
+        if 0 not in seen:
             return None
-        widths = sorted(self._seen)
+        widths = sorted(seen)
         # the lower median: one slow round is a neighbour's doing, not the width's
-        medians = [sorted(self._seen[width])[(len(self._seen[width]) - 1) // 2] for width in widths]
-        seconds = rising(medians, [len(self._seen[width]) for width in widths])
+        medians = [sorted(seen[width])[(len(seen[width]) - 1) // 2] for width in widths]
+        seconds = rising(medians, [len(seen[width]) for width in widths])
         plain, widest = seconds[0], widths[-1]
         slope = (seconds[-1] - plain) / widest if widest else UNTIMED_GUESS * plain
         # kernels for a few tokens may cost several times that for one, and for more hardly more

@@ -132,6 +132,8 @@ def checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:
             f"a proposer returned logits of shape {tuple(logits.shape)} for tokens of shape "
             f"{tuple(tokens.shape)}; wanted is None, or {state.vocabulary} scores for each guess"
         )
+    if lengths.dtype != np.int64:
+        lengths = lengths.astype(np.int64)
     if (lengths > limits).any():
         lengths = np.minimum(lengths, limits)
     width = span(lengths)[1]

@@ -220,7 +220,7 @@ class _Level:
         if self._text is None:
             prompt = state.tokens[:, : state.prompt_length]
             self._text = State(
-                prompt, max_length=state.max_length, max_guesses=state.tokens.shape[1] - state.max_length - 2,
+                prompt, max_length=state.max_length, max_guesses=state.reserve - 2,
                 eos_ids=state.eos_ids, pad_id=state.pad_id, starts=state.starts,
             )  # fmt: skip
             since = state.prompt_length
@@ -230,7 +230,7 @@ class _Level:
         text.follow(state, since)
         kept = np.minimum(np.minimum(scorer.kept, agree), state.lengths - 1)
         scorer.rollback(self._ids(text), kept, state.live, state.settled - 1)
-        self._settled = int(state.settled.min())
+        self._settled = state.foundation
         return text
 
     def _stop(self, round_: Round, limits: np.ndarray, before: np.ndarray, written: np.ndarray) -> np.ndarray:

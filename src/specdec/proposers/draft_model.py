@@ -25,7 +25,7 @@ from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
 from specdec.proposers.past import Past, warn_refused
 from specdec.records import Proposal, Round
-from specdec.state import State, in_common, put, put_on_host, span
+from specdec.state import State, in_common, put, put_on_host, span, widened
 from specdec.transfer import to_host
 from specdec.weights.adapters import inner_model
 
@@ -164,6 +164,10 @@ class _Run:
         if not old:
             self._tokens = torch.zeros(state.tokens.shape, dtype=torch.int64, device=self._past.device)
             self._fed = self._tokens.numpy() if self._on_cpu else np.zeros(state.tokens.shape, dtype=np.int64)
+        missing = state.tokens.shape[1] - self._tokens.shape[1]
+        if missing > 0:
+            self._tokens = widened(self._tokens, missing)
+            self._fed = (self._tokens if self._on_cpu else widened(torch.from_numpy(self._fed), missing)).numpy()
         if self._drafted is not None:
             if not self._on_cpu:  # where it is, ``write`` has left the guesses
                 before, proposal = self._drafted
@@ -173,7 +177,7 @@ class _Run:
         self._tokens[:, old:upto] = self._past.known(state.tokens[:, old:upto])
         if not self._on_cpu:
             self._fed[:, old:upto] = state.host_tokens[:, old:upto]
-        self._settled, self._drafted = span(state.settled)[0], None
+        self._settled, self._drafted = state.foundation, None
         # the last committed token is always fed again: its scores are what the next guess needs
         self._scorer.rollback(self._tokens, np.minimum(kept, state.lengths - 1), state.live, state.settled - 1)
 

@@ -109,8 +109,7 @@ class DraftPast:
         self._longest = min(int(longest), width + 2 * new + 64)
         if width >= self._longest:
             raise ValueError(f"the prompt has {width} of its tokens, more than it can take")
-        most = state.tokens.shape[1] - state.max_length
-        ids = np.zeros((state.batch, self._longest + most), dtype=np.int64)
+        ids = np.zeros((state.batch, self._longest + state.reserve), dtype=np.int64)
         mask = np.zeros((state.batch, width), dtype=np.int64)
         for b, prompt in enumerate(prompts):
             ids[b, width - len(prompt) : width] = prompt

@@ -32,7 +32,7 @@ from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
-from specdec.state import State, put, span
+from specdec.state import State, put, span, widened
 from specdec.weights.layers import count_layers, with_layers
 
 
@@ -153,8 +153,12 @@ class _Part:
         attention = getattr(target.config, "_attn_implementation", None)
         made = self._made
         if made is None or made[1]() is not target or made[2:] != (attention, keep):
-            made = self._made = (with_layers(target, keep), weakref.ref(target), attention, keep)
+            reference = weakref.ref(target, self._forget)
+            made = self._made = (with_layers(target, keep), reference, attention, keep)
         return made[0]
+
+    def _forget(self, _: Any) -> None:
+        self._made = None
 
 
 class _Run:
@@ -244,9 +248,10 @@ class _InSlots:
         self._limits, self._next = limits, -1
         if not self._known:
             self._tokens = torch.zeros_like(state.tokens)
+        self._tokens = widened(self._tokens, state.tokens.shape[1] - self._tokens.shape[1])
         longest = int(state.lengths.max())
         self._tokens[:, self._known : longest] = state.tokens[:, self._known : longest]
-        self._known = int(state.lengths.min())
+        self._known = state.foundation
         return draft(self, state, limits, self._call, self._confidence, self._goes_on, ahead)
 
     def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:

@@ -134,7 +134,7 @@ class Past:
             columns = np.arange(self._looked, int(state.lengths.max()))
             real = (columns >= state.starts[:, None]) & (columns < state.lengths[:, None])
             self._usable &= ~(real & (state.host_tokens[:, columns] >= self.embeds)).any(axis=1)
-            self._looked = max(int(state.settled.min()) - 1, 0)
+            self._looked = max(state.foundation - 1, 0)
         room = np.maximum(self.longest - state.lengths, 0)
         lowered: np.ndarray = np.minimum(limits, room) * (self._usable & state.live)
         return lowered

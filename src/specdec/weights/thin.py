@@ -16,6 +16,7 @@ models, gradients and autocast go torch's way. Knows no model. Read next: ``pack
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from specdec.weights.filling import on_real
 MOST_ROWS = 64  # more are a prompt, which is computing: another question than the one that is timed
 TRIED_ROWS, TRIED_NUMBERS = 4, 1 << 24  # numbers: more than caches hold, as in a pass
 
+_here = threading.local()  # .passes: of ours that are under way
 _Layer = tuple[dict[str, Any], Any]  # a module's own attributes, and the ``forward`` to put there
 _wins: dict[tuple[int, ...], bool] = {}  # oneDNN's kernel, by the matrix' size, the rows and the threads
 
@@ -44,7 +46,7 @@ class ThinProducts:
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
         if not any(map(_is_compiled, modules)):  # whose graph would be made anew
             for module in modules:
-                if type(module) is torch.nn.Linear and "forward" not in vars(module) and _is_large(module.weight):
+                if type(module) is torch.nn.Linear and _is_as_made(module) and _is_large(module.weight):
                     some.append((vars(module), partial(_forward, module)))
                     if is_draft and wins(module.weight, 1):
                         single.append(some[-1])
@@ -60,18 +62,20 @@ class ThinProducts:
 
 
 class _Pass(AbstractContextManager[None]):
-    """While this lasts, ``layers`` multiply the fast way."""
+    """While this lasts, ``layers`` multiply the fast way in this thread; in others as they always do."""
 
     def __init__(self, layers: list[_Layer], is_draft: bool) -> None:
         self._layers = layers
         self._drafting: AbstractContextManager[None] = blocks.single_rows() if is_draft else nullcontext()
 
     def __enter__(self) -> None:
-        self._drafting.__enter__()
         for own, forward in self._layers:
             own.setdefault("forward", forward)
+        self._drafting.__enter__()
+        _here.passes = getattr(_here, "passes", 0) + 1
 
     def __exit__(self, *_: object) -> None:
+        _here.passes -= 1
         self._drafting.__exit__(None, None, None)
         for own, forward in self._layers:
             if own.get("forward") is forward:  # another thread may have a pass of its own under way
@@ -108,10 +112,16 @@ def _race(weight: Tensor, rows: int) -> bool:
 def _forward(module: torch.nn.Linear, input: Tensor) -> Tensor:
     """In the place of ``Linear.forward``."""
     weight, bias = module.weight, module.bias
-    usual = input.dtype != weight.dtype or type(input) is not Tensor or input.device != weight.device
+    usual = not getattr(_here, "passes", 0)  # another thread's pass has put this here
+    usual |= input.dtype != weight.dtype or type(input) is not Tensor or input.device != weight.device
     if usual or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return functional.linear(input, weight, bias)
     return on_real(input, weight.numel(), lambda states: product(states, weight, bias))
+
+
+def _is_as_made(module: torch.nn.Module) -> bool:
+    own = vars(module).get("forward")  # of another thread's pass, it may be
+    return own is None or getattr(own, "func", None) is _forward
 
 
 def _is_large(weight: Any) -> bool:
