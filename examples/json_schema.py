@@ -3,7 +3,7 @@
     python examples/json_schema.py TARGET DRAFT ["what to describe"]   # hub ids or directories
     python examples/json_schema.py                                     # tiny random models: no download
 
-The same object serves plain generate(). Needs llguidance or xgrammar: pip install 'specdec[llguidance]'.
+The same object serves plain generate(). Needs llguidance or xgrammar: pip install '.[llguidance]'.
 """
 
 import json

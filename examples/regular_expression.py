@@ -4,7 +4,7 @@
     python examples/regular_expression.py             # a tiny random model: no download
 
 No draft at all: what the expression leaves no choice about is guessed, the rest is decoded plainly.
-Needs llguidance or xgrammar: pip install 'specdec[llguidance]'.
+Needs llguidance or xgrammar: pip install '.[llguidance]'.
 """
 
 import re

@@ -1,6 +1,6 @@
 """lm-eval: an ``HFLM`` around a model object whose ``generate`` is attached; a tiny task, without a download.
 
-    python -m pip install specdec lm_eval
+    python -m pip install . lm_eval
     python integrations/lm_eval_task.py
 
 Only tasks that generate call ``model.generate()``; tasks of log-likelihoods call the model itself: nothing changes

@@ -1,6 +1,6 @@
 """``transformers serve``, the server itself, with a target that generates speculatively.
 
-    python -m pip install specdec 'transformers[serving]'
+    python -m pip install . 'transformers[serving]'
     python integrations/serve.py TARGET [DRAFT] [--port 8000]
 
 DRAFT is a hub id or folder, or a word ("ngram", "suffix", "self-int8"; default: suffix). The server calls

@@ -1,6 +1,6 @@
 """TRL's rollouts: ``GRPOTrainer`` with ``with generator.attached():`` around ``train()``, and nothing else changed.
 
-    python -m pip install specdec trl
+    python -m pip install . trl
     python integrations/trl_rollouts.py
 
 Trains a tiny model twice for a few steps. Completions are sampled with ``verification="coupled"`` and a seed, so

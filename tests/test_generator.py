@@ -129,6 +129,41 @@ def test_loading(monkeypatch):
     assert loaded == [("org/big", model), ("org/big", tokenizer), ("org/small", model), ("org/small", tokenizer)]
 
 
+@pytest.mark.parametrize("draft", [None, "ngram", "self"])
+def test_another_default_device_is_no_matter_of_ours(draft):
+    inputs = {**prompts(3), "attention_mask": torch.ones_like(prompts(3)["input_ids"])}
+    expected = llama().generate(**inputs, **GREEDY)
+    gen = SpeculativeGenerator(llama(), llama() if draft == "self" else draft, num_draft_tokens=3)
+    torch.set_default_device("meta")
+    try:
+        assert gen.generate(**inputs, **GREEDY).tolist() == expected.tolist()
+    finally:
+        torch.set_default_device(None)
+
+
+def test_loading_a_list_of_drafts(monkeypatch):
+    tokenizer = byte_tokenizer("a")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **options: llama())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: tokenizer)
+    gen = SpeculativeGenerator.from_pretrained("org/big", ["suffix", "org/small"])
+    assert gen.draft[0] == "suffix"
+    assert isinstance(gen.draft[1], torch.nn.Module)
+    assert SpeculativeGenerator.from_pretrained("org/big", draft="ngram").draft == "ngram"
+
+
+def test_a_misspelt_word_says_what_words_there_are(monkeypatch):
+    def load(name, **options):
+        if name != "org/big":
+            raise OSError("not there")
+        return llama()
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: None)
+    with pytest.raises(OSError, match="not there") as caught:
+        SpeculativeGenerator.from_pretrained("org/big", "sufix")
+    assert "suffix, " in caught.value.__notes__[0]
+
+
 # --- options in the wrong place, and things that are no models ---
 
 

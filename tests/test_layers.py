@@ -1,6 +1,7 @@
 """Drafts that are layers of the target: what they share with it, what they leave alone, what they refuse."""
 
 import copy
+import pickle
 import warnings
 from contextlib import nullcontext
 from functools import cache
@@ -80,6 +81,13 @@ def first_layers(model, number):
     names = set(alone.state_dict())
     alone.load_state_dict({name: weight for name, weight in model.state_dict().items() if name in names})
     return alone
+
+
+def test_a_generator_with_an_exit_can_be_copied_after_a_call():
+    gen = SpeculativeGenerator(deep(), EarlyExit(layers=2), num_draft_tokens=3)
+    text = gen.generate(**prompts(1), **LONG).tolist()
+    for other in (pickle.loads(pickle.dumps(gen)), copy.deepcopy(gen)):
+        assert other.generate(**prompts(1), **LONG).tolist() == text
 
 
 # --- what is shared -------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ After a rollback, row b's cache must agree with a fresh forward pass over its co
 the configs say are tested on models made for it.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -213,6 +215,28 @@ def test_a_model_that_fails_the_self_check_decodes_plainly_and_says_so():
     assert torch.equal(out, tiny_llama().generate(**prompt, max_new_tokens=12, do_sample=False))
     assert gen.stats.layout == "plain"
     assert gen.stats.drafted == 0
+
+
+def test_what_interrupts_the_self_check_is_no_verdict():
+    target, calls = tiny_llama(), []
+    options = {**ragged_prompt(), "max_new_tokens": 12, "do_sample": False}
+    text = target.generate(**options)
+    for number in range(1, 8):
+        model = copy.deepcopy(target)
+
+        def interrupted(*_, number=number):
+            calls.append(1)
+            if len(calls) == number:
+                raise TimeoutError
+
+        calls.clear()
+        handle = model.model.layers[0].register_forward_hook(interrupted)
+        gen = SpeculativeGenerator(model, noisy_copy(target, 0.05), num_draft_tokens=3)
+        with pytest.raises(TimeoutError):
+            gen.generate(**options)
+        handle.remove()
+        assert torch.equal(gen.generate(**options), text)
+        assert gen.stats.layout == "slots"
 
 
 def test_the_check_sees_what_it_is_for():

@@ -487,6 +487,14 @@ def test_counts_are_of_the_text_that_came_out():
     assert (gen.stats.prediction_accepted, gen.stats.prediction_rejected) == (3, 6)
 
 
+def test_a_token_of_the_text_stands_for_one_of_the_prediction():
+    aligned = Alignment(np.array([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3, 7]))
+    for text in ([1, 2, 3], [1, 2, 3, 8], [1, 2, 3, 8, 1, 2, 3], [1, 2, 3, 8, 1, 2, 3, 7, 7, 7]):
+        aligned.follow(np.array(text))
+        assert aligned.appeared.sum() <= len(text)
+    assert aligned.appeared.tolist() == [True] * 3 + [False] * 4 + [True] * 5
+
+
 def test_a_right_prediction_takes_few_rounds():
     text = plain(llama(), prompts(3), max_new_tokens=30)[:, 9:]
     gen = speculative(llama(), None, tokens=14)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from specdec import DraftModel, InvalidInput, Proposal, SpeculativeGenerator, prune_head
+from specdec import DraftModel, InvalidInput, InvalidScores, Proposal, SpeculativeGenerator, prune_head
 from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
 from specdec.processing import Processing
@@ -360,6 +360,7 @@ def test_one_grammar_a_prompt():
         for token in out[row, 9:].tolist() if place else []:
             assert allows(place.mask(), token)
             place = place.after(token)
+    assert Constraint([Constraint(one), None, other]).grammars == mixed.grammars
     with pytest.raises(InvalidInput, match="3 grammars for 1 rows"):
         gen.generate(**ragged_prompt((5,)), **options, logits_processor=[mixed])
 
@@ -400,6 +401,47 @@ def test_prefix_allowed_tokens_fn_is_asked_only_what_plain_might_ask():
             for token in text:
                 assert (token - last * 5 - row * 3 - 1) % 64 < 8
                 last = token
+
+
+def test_prefix_allowed_tokens_fn_is_not_asked_behind_an_end():
+    target = tiny_llama()
+    ids = ragged_prompt((5,))["input_ids"]
+    text = target.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
+    table = {length: [text[length]] for length in range(5, 10)}
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": text[9]}
+    options |= {"prefix_allowed_tokens_fn": lambda row, ids: table[len(ids)]}
+    for draft in (target, None):
+        out = SpeculativeGenerator(target, draft, num_draft_tokens=8).generate(ids, **options, prediction=text[5:])
+        assert out.tolist() == [text[:10]]
+
+
+class NothingFrom(LogitsProcessor):
+    """Allows nothing from some column on."""
+
+    specdec_pure = True
+
+    def __init__(self, column):
+        self.column = column
+
+    def __call__(self, ids, scores):
+        return scores if ids.shape[1] < self.column else torch.full_like(scores, -torch.inf)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "seed": 1}])
+def test_what_is_allowed_behind_a_stop_matters_to_nobody(how, rows):
+    target = tiny_llama()
+    inputs = ragged_prompt((9, 5, 7)[:rows])
+    options = {"max_new_tokens": 12, **how}
+    stop = [lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= 13)]
+    for draft in (target, noisy_copy(target, 0.05), "ngram"):
+        for verification in ("block", "token", "coupled"):
+            gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, verification=verification)
+            free = gen.generate(**inputs, **options, stopping_criteria=stop)
+            bound = {"logits_processor": [NothingFrom(13)], "stopping_criteria": stop}
+            assert gen.generate(**inputs, **options, **bound).shape == free.shape == (rows, 13)
+            with pytest.raises(InvalidScores, match="column 11"):
+                gen.generate(**inputs, **options, logits_processor=[NothingFrom(11)], stopping_criteria=stop)
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -444,6 +486,9 @@ def test_refused_with_what_to_do():
         json_schema(int, tokenizer)
     with pytest.raises(InvalidInput, match="empty list of grammars"):
         Constraint([])
+    for wrong in ("yes|no", [counting().grammars[0]], Constraint([None, None])):
+        with pytest.raises(InvalidInput, match=f"a {type(wrong).__name__} among the grammars"):
+            Constraint([wrong, None])
 
 
 def test_a_library_that_is_not_there_is_named(monkeypatch):

@@ -115,6 +115,15 @@ def test_packing_twice_leaves_what_is_packed():
     assert type(model[0].weight) is torch.nn.Parameter
 
 
+def test_unpacked_weights_learn_again():
+    model = tiny_llama(num_hidden_layers=1).requires_grad_()
+    ids = torch.arange(1, 9)[None]
+    with torch.inference_mode(), pack_weights(model):
+        model(ids)
+    model(ids, labels=ids).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
 def test_shared_weights_stay_shared():
     model = torch.nn.Sequential(Linear(32, 32), Linear(32, 32), Linear(32, 32))
     model[2].weight = model[0].weight
@@ -434,6 +443,20 @@ def test_sizes_that_the_kernel_refuses_stay_as_they_are():
     # torch's kernel would read past the end of such rows, and be wrong or crash
     model.lm_head = Linear(20, 50)
     assert type(quantize_draft(model, "int8").lm_head) is Linear
+
+
+def test_a_draft_with_layers_of_its_own_is_not_saved_as_a_plain_model(tmp_path):
+    model = tiny_llama()
+    for draft in (quantize_draft(model, "int8"), prune_head(model, [], 16)):
+        for one in (draft, copy.deepcopy(draft)):
+            with pytest.raises(UnsupportedModel, match="make the draft anew"):
+                one.save_pretrained(tmp_path)
+        torch.save(draft, tmp_path / "draft")
+        again = torch.load(tmp_path / "draft", weights_only=False)
+        ids = torch.arange(1, 9)[None]
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, draft(ids).logits)
+    model.save_pretrained(tmp_path)
 
 
 def test_models_that_cannot_be_quantised_are_refused():

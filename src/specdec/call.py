@@ -114,7 +114,7 @@ def follow_call(
     # the prompt draws the first token, and a guess needs room for itself and one more
     room = state.max_length - state.prompt_length > 2
     collector = Collector(generation_config, state, model, model_kwargs)
-    processing = Processing(logits_processor, state.tokens[:, : state.prompt_length])
+    processing = Processing(logits_processor, state.tokens[:, : state.prompt_length], state.end_ids)
     guesses = processing.foresees or not isinstance(request.proposer, Nothing)
     speculates = room and guesses and length.most > 0 and not collector.takes_steps
     length = length if speculates else Fixed(0)

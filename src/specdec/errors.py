@@ -13,6 +13,9 @@ Imports nothing of ours. Read next: ``state.py``.
 
 from __future__ import annotations
 
+# what a model raises about inputs that it was not made for; anything else (a timeout, a cancellation) is its user's
+FAULTS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
 
 class SpecdecError(Exception):
     """Base of every error that this library raises on purpose."""

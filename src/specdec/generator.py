@@ -148,12 +148,12 @@ class SpeculativeGenerator:
         return _made, (settings,), {"stats": self.stats}
 
     @classmethod
-    def from_pretrained(cls, target_id: str, draft_id: str | None = None, **kwargs: Any) -> SpeculativeGenerator:
+    def from_pretrained(cls, target_id: str, draft: Any = None, **kwargs: Any) -> SpeculativeGenerator:
         """Load target, draft and their tokenizers by hub id or path, safetensors only.
 
         Args:
             target_id: the target.
-            draft_id: the draft; None and the words of ``draft`` ("ngram", ...) are taken as they are.
+            draft: that of the constructor, with an id or a path in the place of a model, in a list too.
             kwargs: those of the constructor, and for ``from_pretrained`` of both models (dtype, device_map, ...).
 
         Raises:
@@ -170,11 +170,23 @@ class SpeculativeGenerator:
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         target = AutoModelForCausalLM.from_pretrained(target_id, **load_kwargs)
         options.setdefault("tokenizer", AutoTokenizer.from_pretrained(target_id, **hub))
-        draft: Any = draft_id
-        if draft_id is not None and draft_id not in NAMES:
-            draft = AutoModelForCausalLM.from_pretrained(draft_id, **load_kwargs)
-            options.setdefault("draft_tokenizer", AutoTokenizer.from_pretrained(draft_id, **hub))
-        return cls(target, draft, **options)
+
+        def made(given: Any) -> Any:
+            if not isinstance(given, str) or given in NAMES:
+                return given
+            try:
+                model = AutoModelForCausalLM.from_pretrained(given, **load_kwargs)
+            except OSError as error:
+                error.add_note(
+                    f"draft={given!r} is none of the words {', '.join(NAMES)} and was taken for a model's id"
+                )
+                raise
+            options.setdefault("draft_tokenizer", AutoTokenizer.from_pretrained(given, **hub))
+            return model
+
+        return cls(
+            target, [made(one) for one in draft] if isinstance(draft, (list, tuple)) else made(draft), **options
+        )
 
     def generate(
         self,

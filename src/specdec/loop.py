@@ -98,23 +98,37 @@ def _verify(
         return verify_in_lockstep(logits.float(), state, proposal, processing, sampling)
     guesses = proposal.lengths * state.live
     scores = processing.target(logits, state.tokens, state.lengths, guesses + state.live)
-    if processing.forbids and sampling.keeps_logits and state.eos_ids is not None:
-        scores = _flat_behind_an_end(scores, proposal.tokens, state.eos_ids)
+    void = _void(scores) if processing.forbids else None
+    if void is not None:
+        scores = scores.masked_fill(void[..., None], 0)
     submitted = to_device(guesses, state.device)
     positions = state.lengths - state.prompt_length
     accepted, next_token = sampling.verify(scores, proposal.tokens, submitted, proposal.logits, positions)
+    if void is not None:
+        accepted, next_token = _up_to(void, proposal.tokens, accepted, next_token)
     return accepted, next_token, scores
 
 
-def _flat_behind_an_end(scores: Tensor, guesses: Tensor, eos_ids: Tensor) -> Tensor:
-    """``scores`` (B, K + 1, V), flat behind a guess (B, K) that ends the text.
+def _void(scores: Tensor) -> Tensor | None:
+    """(B, K + 1) bool, places behind a guess where processors have left ``scores`` (B, K + 1, V) no law.
 
-    Nobody reads what follows, so it may have any law; processors may have left it none.
+    That is an error only if the text comes there and nothing ends it before.
     """
-    ended = torch.nn.functional.pad(torch.isin(guesses, eos_ids).cumsum(dim=1) > 0, (1, 0))
-    if scores.device.type == "cpu" and not ended.any():
-        return scores
-    return scores.masked_fill(ended[..., None], 0)
+    if scores.shape[1] == 1:
+        return None
+    void = ~(scores.amax(dim=-1) > -torch.inf)
+    void[:, 0] = False
+    return None if scores.device.type == "cpu" and not void.any() else void
+
+
+def _up_to(void: Tensor, guesses: Tensor, accepted: Tensor, next_token: Tensor) -> tuple[Tensor, Tensor]:
+    """(accepted, next token) of a text that stops before the first ``void`` place, where the next round begins."""
+    first = torch.where(void.any(dim=1), void.int().argmax(dim=1), void.shape[1])
+    last = (first - 1).clamp(max=guesses.shape[1] - 1)  # the guess before it comes as the token drawn
+    comes = accepted >= first
+    return torch.where(comes, last, accepted), torch.where(
+        comes, guesses.gather(1, last[:, None])[:, 0], next_token
+    )
 
 
 def _limits(state: State, target: Scorer, length: DraftLength, processing: Processing) -> np.ndarray:

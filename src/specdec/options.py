@@ -136,9 +136,9 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
     else:
         sources = (given, config, own_settings(target))
         pad, eos = (first_given(sources, name) for name in ("pad_token_id", "eos_token_id"))
-        ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+        ends = [] if eos is None else torch.as_tensor(eos, device="cpu").flatten().tolist()
         known = isinstance(pad, int) and pad not in ends and ids.shape[0] > 1 and ids.shape[1] > 0
-        padded_right = known and bool(ids[:, -1].eq(torch.tensor(pad)).any())
+        padded_right = known and bool(ids[:, -1].eq(torch.tensor(pad, device=ids.device)).any())
     if padded_right:
         empty = [] if mask is None else (mask == 0).all(dim=1).nonzero().flatten().tolist()
         if empty:

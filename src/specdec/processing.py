@@ -72,12 +72,13 @@ class Processing:
         host_copies: copies from the device, made for processors whose state follows the guesses.
     """
 
-    def __init__(self, processors: Any, prompt: Tensor | None = None) -> None:
+    def __init__(self, processors: Any, prompt: Tensor | None = None, ends: frozenset[int] = frozenset()) -> None:
         """Sort ``processors`` (a ``LogitsProcessorList``) into the five kinds.
 
         Args:
             processors: as ``generate()`` prepared them.
             prompt: (B, P) ids of the call, for processors whose state begins behind it.
+            ends: ids that end a row, behind which such processors are not asked.
         """
         self.processors = processors
         self.host_copies = 0
@@ -90,7 +91,7 @@ class Processing:
             if is_function(processor):
                 self._known.append(processor)
             elif stepwise is not None and prompt is not None:
-                self._walks.append(Walk(stepwise, prompt))
+                self._walks.append(Walk(stepwise, prompt, ends))
                 self._known.append(self._walks[-1])
             else:
                 self.in_lockstep = True

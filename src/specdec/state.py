@@ -31,6 +31,7 @@ class State:
         host_tokens: (B, capacity) the same on the host; only the committed part is to be relied on.
         lengths: (B,) committed columns on the host; neither it nor ``live`` is ever written into.
         eos_ids: (n,) ids that end a row, or None.
+        end_ids: the same on the host.
         settled: (B,) committed columns that nothing takes back: ``lengths``, except where a proposer has rounds
             of its own (``proposers/cascade.py``), whose text the target has yet to judge.
         live: (B,) bool, rows that have not ended.
@@ -71,7 +72,7 @@ class State:
         self._settled: np.ndarray | None = None
         self.live = np.ones(batch, dtype=bool)
         self.eos_ids = eos_ids
-        self._ends = frozenset[int]() if eos_ids is None else frozenset(to_host(eos_ids).reshape(-1).tolist())
+        self.end_ids = frozenset[int]() if eos_ids is None else frozenset(to_host(eos_ids).reshape(-1).tolist())
         self.vocabulary = 0
         self.host_copies = 0
 
@@ -131,7 +132,7 @@ class State:
 
     def ends(self, tokens: np.ndarray) -> np.ndarray:
         """Whether each of ``tokens`` ends a row."""
-        return np.isin(tokens, list(self._ends))
+        return np.isin(tokens, list(self.end_ids))
 
     def write_guesses(self, proposal: Proposal) -> None:
         """Put the guesses behind the committed tokens, so that a forward pass can be fed from one buffer."""
@@ -173,9 +174,13 @@ class State:
         live, before = self.live.tolist(), self.lengths.tolist()
         for row, (*guesses, passed, extra) in enumerate(packed.tolist()):
             tokens = [*guesses[:passed], extra] if live[row] else []
-            end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
+            end = next((place for place, token in enumerate(tokens) if token in self.end_ids), None)
             if end is not None:
                 tokens, live[row] = tokens[: end + 1], False
+            if tokens == [-1] and before[row] > min(
+                other for other, alive in zip(before, self.live, strict=True) if alive
+            ):
+                tokens = []  # the others come up to it first: a stop condition may end all rows here
             if -1 in tokens:
                 raise _unusable(row, before[row] + tokens.index(-1))
             live[row] = live[row] and before[row] + len(tokens) < self.max_length

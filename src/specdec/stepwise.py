@@ -46,9 +46,9 @@ class Stepwise(Protocol):
 class Walk:
     """The states of one processor along the rows of a call."""
 
-    def __init__(self, processor: Stepwise, prompt: Tensor) -> None:
-        """Stand behind the ``prompt`` (B, P)."""
-        self._processor = processor
+    def __init__(self, processor: Stepwise, prompt: Tensor, ends: frozenset[int] = frozenset()) -> None:
+        """Stand behind the ``prompt`` (B, P); behind one of the ids ``ends`` nothing is asked."""
+        self._processor, self._ends = processor, ends
         self._forward = getattr(processor, "forward", None)
         self._rows = [_Row(state, prompt.shape[1]) for state in processor.start(prompt)]
 
@@ -75,7 +75,7 @@ class Walk:
             length, wanted = int(seen.lengths[number]), int(seen.wanted[number])
             here: list[Any] = []
             if wanted:
-                path = row.follow(seen.ids(number, row.column, length + wanted - 1), self._processor)
+                path = row.follow(seen.ids(number, row.column, length + wanted - 1), self._processor, self._ends)
                 begin = length - row.column
                 here = path[begin : begin + wanted]
                 if final:
@@ -93,7 +93,7 @@ class Walk:
             return found
         for number in np.flatnonzero(most).tolist():
             row = self._rows[number]
-            path = row.follow(seen.ids(number, row.column, int(seen.lengths[number])), self._processor)
+            path = row.follow(seen.ids(number, row.column, int(seen.lengths[number])), self._processor, self._ends)
             state = path[int(seen.lengths[number]) - row.column]
             if state is not None:
                 found[number] = list(self._forward(state, int(most[number])))[: int(most[number])]
@@ -132,7 +132,7 @@ class _Row:
         self._ids: list[int] = []  # read behind them
         self._states = [state]  # before, between and after these
 
-    def follow(self, ids: list[int], processor: Stepwise) -> list[Any]:
+    def follow(self, ids: list[int], processor: Stepwise, ends: frozenset[int]) -> list[Any]:
         """The states before, between and after ``ids``, which stand behind the final columns."""
         pairs = zip(ids, self._ids, strict=False)
         same = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
@@ -141,7 +141,8 @@ class _Row:
         for token in ids[len(self._ids) :]:
             state = self._states[-1]
             self._ids.append(token)
-            self._states.append(None if state is None else processor.advance(state, token))
+            over = state is None or token in ends
+            self._states.append(None if over else processor.advance(state, token))
         return self._states[: len(ids) + 1]
 
     def settle(self, column: int) -> None:
@@ -199,4 +200,4 @@ class _Prefix:
     @cached_property
     def allowed(self) -> frozenset[int]:
         """The same as a set."""
-        return frozenset(torch.as_tensor(self.listed).flatten().tolist())
+        return frozenset(torch.as_tensor(self.listed, device="cpu").flatten().tolist())

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.errors import FAULTS
 from specdec.layouts import Layout
 from specdec.layouts.columns import Columns
 from specdec.layouts.forget import own_cache
@@ -92,7 +93,7 @@ class Trial:
             try:
                 layout = make(self._plain)
                 passed = _agrees(layout, tokens, self._prompt.shape[1], self._truth)
-            except Exception as error:
+            except FAULTS as error:
                 # whatever a model does with inputs that it was not made for, it has failed the trial; a full memory
                 # says nothing of the next call
                 passed, sure = False, sure and not isinstance(error, torch.OutOfMemoryError)

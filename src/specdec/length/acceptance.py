@@ -14,7 +14,9 @@ FADE = 0.93  # what a round is worth after the next one: a memory of about fourt
 PRIOR, PRIOR_WEIGHT = 0.7, 1.5  # before anything is known, in rounds
 ROUND_WEIGHT = 4  # rows of a batch are alike: together they count no more than this many rounds of one row
 DOUBT = 2.0  # rounds that are still believed once drafting has been switched off
-TEXTS, TEXT_WEIGHT = 0.7, 3.0  # what a text is worth after the next one, and at most, in guesses
+TEXTS, BEST = 4, 2  # texts that are remembered, and how many of them, the best, say what to expect of the next one
+TEXT_WEIGHT, TEXT_PRIOR = 3.0, 0.5  # guesses that a text counts for at most, and what is believed before any
+TEXT_FADE = 0.9  # what remembered texts are worth after one in which nothing was tried
 BINS, BIN_WEIGHT = 8, 4.0
 
 
@@ -28,7 +30,7 @@ class Acceptance:
         self._asked = np.zeros(most)  # rounds that asked for it
         self._wide = np.zeros(most)  # of these: some row submitted it
         self._judged = np.zeros(2)  # guesses submitted, all before them kept; of these: kept
-        self._earlier = np.zeros((2, 2))  # of earlier texts: tried and kept; judged and kept
+        self._texts: list[np.ndarray] = []  # of each earlier one (2, 2): tried and kept; judged and kept
         self._sure = np.zeros(BINS)  # guesses by their own chance, all guesses before them kept
         self._right = np.zeros(BINS)  # of these: kept
 
@@ -62,15 +64,18 @@ class Acceptance:
             np.add.at(self._right, bins, weight * (accepted[judged] > place))
 
     def another_text(self) -> Acceptance:
-        """What to expect of the next text: what was kept of the last ones, and no more than that, for texts differ.
+        """What to expect of the next text: what was kept of the best of the last ones, and no more than that.
 
-        A text in which nothing was tried lets the earlier ones fade, too: a draft that was given up is asked again.
+        Texts differ, and a first guess that shows one to be good earns more than one that is lost. A text in which
+        nothing was tried lets the earlier ones fade: a draft that was given up is asked again.
         """
         other = copy.deepcopy(self)
         counts = np.array([[self._tried.sum(), self._kept.sum()], self._judged])
-        other._earlier = TEXTS * self._earlier + counts * np.minimum(
-            1, TEXT_WEIGHT / np.maximum(counts[:, :1], 1e-9)
-        )
+        if counts[0, 0]:
+            counts *= np.minimum(1, TEXT_WEIGHT / np.maximum(counts[:, :1], 1e-9))
+            other._texts = [*self._texts, counts][-TEXTS:]
+        else:
+            other._texts = [TEXT_FADE * text for text in self._texts]
         other.doubt()  # how far the draft's own chances can be trusted is the draft's, not the text's
         for belief in (other._tried, other._kept, other._judged):
             belief *= 0
@@ -86,15 +91,22 @@ class Acceptance:
     def _beliefs(self) -> tuple[np.ndarray, ...]:
         return self._tried, self._kept, self._judged, self._sure, self._right
 
+    def _expected(self, which: int) -> float:
+        """Chance that a guess is kept, from what was tried (0) or judged (1) in earlier texts."""
+        known = [
+            (kept + TEXT_PRIOR * PRIOR) / (tried + TEXT_PRIOR) for tried, kept in (t[which] for t in self._texts)
+        ]
+        return float(np.mean(sorted([PRIOR] * (TEXTS - len(known)) + known)[-BEST:]))
+
     @property
     def overall(self) -> float:
         """Chance that a submitted guess is kept when all before it were, whatever its position."""
         judged, kept = self._judged
-        return float((kept + PRIOR_WEIGHT * _expected(self._earlier[1])) / (judged + PRIOR_WEIGHT))
+        return float((kept + PRIOR_WEIGHT * self._expected(1)) / (judged + PRIOR_WEIGHT))
 
     def survival(self) -> np.ndarray:
         """(most,) chance that the guess at each position is submitted and kept, if it is asked for."""
-        expected = _expected(self._earlier[0])
+        expected = self._expected(0)
         usual = (self._kept.sum() + PRIOR_WEIGHT * expected) / (self._tried.sum() + PRIOR_WEIGHT)
         chances = (self._kept + PRIOR_WEIGHT * usual) / (self._tried + PRIOR_WEIGHT)
         return np.cumprod(chances)
@@ -108,12 +120,6 @@ class Acceptance:
         bins = _bins(chance)
         kept: np.ndarray = (self._right[bins] + BIN_WEIGHT * chance) / (self._sure[bins] + BIN_WEIGHT)
         return kept
-
-
-def _expected(earlier: np.ndarray) -> float:
-    """Chance that a guess is kept, from (tried, kept) in earlier texts."""
-    tried, kept = earlier
-    return float((kept + PRIOR_WEIGHT * PRIOR) / (tried + PRIOR_WEIGHT))
 
 
 def _bins(chance: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.errors import InvalidInput, SpecdecError
+from specdec.errors import FAULTS, InvalidInput, SpecdecError
 from specdec.layouts.slots import Slots
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.draft_model import DraftModel, always
@@ -160,6 +160,9 @@ class _Part:
     def _forget(self, _: Any) -> None:
         self._made = None
 
+    def __reduce__(self) -> Any:
+        return _Part, ()  # a copy makes its own
+
 
 class _Run:
     """Drafting during one call; where the keys and values lie is known with the first guess that is asked for."""
@@ -198,7 +201,7 @@ class _Run:
             return self._run.propose(state, limits)
         except SpecdecError:
             raise
-        except Exception as error:
+        except FAULTS as error:
             # layers that need one another in a way that nothing tells: the text must not depend on it
             warnings.warn(
                 f"specdec drafts nothing with {len(self._keep)} layers of {type(self._model).__name__}: {error}",

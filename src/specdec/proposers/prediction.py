@@ -76,16 +76,18 @@ class Alignment:
         self._place = 0
         self._in_step = True
         self._read = 0
+        self._found = np.zeros(0, dtype=bool)  # of the tokens read, which stand for one of the prediction
 
     def follow(self, text: np.ndarray) -> None:
         """Read the tokens of ``text`` (all that was written so far) that are new."""
         if not len(self._expected):
             return
+        self._found = np.concatenate([self._found, np.zeros(len(text) - self._read, dtype=bool)])
         while self._read < len(text):
             token = text[self._read]
             self._read += 1
             if self._in_step and self._place < len(self._expected) and self._expected[self._place] == token:
-                self.appeared[self._place] = True
+                self.appeared[self._place] = self._found[self._read - 1] = True
                 self._place += 1
             else:
                 self._in_step = self._find(text[: self._read][-LONGEST:])
@@ -110,7 +112,10 @@ class Alignment:
         if not matched or not sure:
             return False
         self._place = int(ahead[0] if len(ahead) else found[-1])
-        self.appeared[self._place - matched : self._place] = True
+        # a token of the text stands for one of the prediction only, the first that it was found to be
+        new = ~self._found[self._read - matched : self._read]
+        self.appeared[self._place - matched : self._place] |= new
+        self._found[self._read - matched : self._read] = True
         return True
 
 

@@ -5,8 +5,8 @@
     only = json_schema(schema, tokenizer)
     gen.generate(**inputs, logits_processor=[only])      # or target.generate(...): the same text
 
-Each function compiles for one of two optional libraries, ``pip install 'specdec[llguidance]'`` or
-``'specdec[xgrammar]'``, and returns a ``Constraint``. Read next: ``constraint.py``.
+Each function compiles for one of two optional libraries, ``pip install '.[llguidance]'`` or
+``'.[xgrammar]'``, and returns a ``Constraint``. Read next: ``constraint.py``.
 """
 
 from __future__ import annotations

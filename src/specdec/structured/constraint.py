@@ -67,9 +67,16 @@ class Constraint(LogitsProcessor):  # type: ignore[misc]
     for it, which costs nothing once the grammar is compiled: ``Constraint(old.grammars)``.
     """
 
-    def __init__(self, grammar: Grammar | Sequence[Grammar | None] | None) -> None:
-        """Keep to ``grammar``; or to one each, a sequence with one for each prompt (None: no grammar)."""
-        self.grammars = list(grammar) if isinstance(grammar, Sequence) else [grammar]
+    def __init__(self, grammar: Grammar | Constraint | Sequence[Grammar | Constraint | None] | None) -> None:
+        """Keep to ``grammar``; or to one each, a sequence with one for each prompt (None: no grammar).
+
+        What ``regex`` and its like return is taken as the grammar that it keeps to.
+
+        Raises:
+            InvalidInput: an empty sequence, or something in it that is no grammar.
+        """
+        given = list(grammar) if isinstance(grammar, Sequence) else [grammar]
+        self.grammars: list[Grammar | None] = [_grammar(one) for one in given]
         if not self.grammars:
             raise InvalidInput("an empty list of grammars; give one for all prompts, or one each")
         self._seen: dict[tuple[int, bytes], Matcher | None] = {}  # states by grammar and ids, of the last call
@@ -126,6 +133,18 @@ class Constraint(LogitsProcessor):  # type: ignore[misc]
         if rows % len(self.grammars):
             raise InvalidInput(f"{len(self.grammars)} grammars for {rows} rows; give one for all, or one a prompt")
         return [row * len(self.grammars) // rows for row in range(rows)]
+
+
+def _grammar(given: Any) -> Grammar | None:
+    if isinstance(given, Constraint) and len(given.grammars) == 1:
+        return given.grammars[0]
+    if given is not None and (isinstance(given, Constraint) or not hasattr(given, "start")):
+        raise InvalidInput(
+            f"a {type(given).__name__} among the grammars; give for each prompt what regex(...) or the like "
+            "returns, or None"
+        )
+    found: Grammar | None = given
+    return found
 
 
 def forbidden(masks: Sequence[np.ndarray | None], scores: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def _by_value(scores: Tensor) -> Tensor:
         return scores.argmax(dim=-1)
     # torch goes entry by entry on a CPU, numpy many at a time; a NaN is highest to both
     scores = scores.detach()
-    return torch.as_tensor((scores.float() if scores.dtype in _INFINITY else scores).numpy().argmax(axis=-1))
+    token = (scores.float() if scores.dtype in _INFINITY else scores).numpy().argmax(axis=-1)
+    return torch.as_tensor(token, device="cpu")
 
 
 def _by_bits(scores: Tensor, *, heeds_nan: bool) -> Tensor | None:
@@ -71,7 +72,7 @@ def _by_bits(scores: Tensor, *, heeds_nan: bool) -> Tensor | None:
     # a NaN with a sign, as it comes out of arithmetic, is above all other bits
     if heeds_nan and bits.view("uint16").max() > 0x8000 + infinity:
         return None
-    return torch.as_tensor(tokens)
+    return torch.as_tensor(tokens, device="cpu")
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:

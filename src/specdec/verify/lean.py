@@ -107,5 +107,5 @@ def _residual(
 def _row_at(rows: Tensor, positions: Tensor) -> Tensor:
     """`rows.at_position`, copied row by row instead of entry by entry."""
     batch, count, vocabulary = rows.shape
-    first = torch.arange(0, batch * count, count)
+    first = torch.arange(0, batch * count, count, device="cpu")
     return rows.reshape(batch * count, vocabulary).index_select(0, first + positions)

@@ -43,7 +43,8 @@ def match_on_host(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) 
             kept += 1
         accepted.append(kept)
         following.append(own[kept])
-    return torch.tensor(accepted, dtype=torch.int64), torch.tensor(following, dtype=torch.int64)
+    kept, next_token = torch.tensor([accepted, following], dtype=torch.int64, device="cpu")
+    return kept, next_token
 
 
 def match_on_device(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) -> tuple[Tensor, Tensor]:

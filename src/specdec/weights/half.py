@@ -30,7 +30,7 @@ def available() -> bool:
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
     try:
-        ones = torch.ones(8, 8, dtype=torch.bfloat16)
+        ones = torch.ones(8, 8, dtype=torch.bfloat16, device="cpu")
         made = HalfMatrix.of(ones)
         return made is not None and bool((made.linear(ones, None) == 8).all())
     except (AttributeError, RuntimeError):  # pragma: no cover

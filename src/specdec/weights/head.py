@@ -52,7 +52,7 @@ def frequent_tokens(text_ids: Any, n: Any, vocabulary: int, special: set[int]) -
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= vocabulary:
         raise InvalidInput(f"n={n!r}; give a whole number from 1 to the head's {vocabulary} tokens")
     try:
-        rows = [torch.as_tensor(row).flatten().cpu() for row in _rows(text_ids)]
+        rows = [torch.as_tensor(row, device="cpu").flatten() for row in _rows(text_ids)]
         ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(row for row in rows if row.numel())])
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"text_ids is no token ids ({error}); give a tokenizer's input_ids") from error
@@ -103,5 +103,5 @@ def _special_ids(model: Any) -> set[int]:
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
             value = getattr(holder, name, None)
             if value is not None:
-                found.update(torch.as_tensor(value).flatten().tolist())
+                found.update(torch.as_tensor(value, device="cpu").flatten().tolist())
     return {one for one in found if one >= 0}

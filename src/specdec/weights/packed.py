@@ -201,8 +201,11 @@ class PackedWeight(torch.Tensor):
 
     def restore(self) -> torch.nn.Parameter:
         """The parameter this was made of, if anybody kept it, or one that is equal bit for bit."""
-        kept = self.origin()
-        return kept if kept is not None else torch.nn.Parameter(self.dense(), requires_grad=self.learns)
+        kept: torch.nn.Parameter | None = self.origin()
+        if kept is not None:
+            return kept
+        with torch.inference_mode(False):  # the model shall still learn
+            return torch.nn.Parameter(self.dense(), requires_grad=self.learns)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

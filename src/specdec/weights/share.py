@@ -36,4 +36,15 @@ def shared_copy(model: Any, layers: dict[torch.nn.Module, torch.nn.Module]) -> A
             view = parameter if packed else torch.nn.Parameter(parameter.detach(), requires_grad=False)
             memo[id(parameter)] = view
     memo.update({id(buffer): buffer for buffer in model.buffers()})
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    if layers and hasattr(copied, "save_pretrained"):
+        copied.save_pretrained = _refuse_to_save
+    return copied
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """What was written would be read back as a plain model, its own layers drawn at random."""
+    raise UnsupportedModel(
+        "save_pretrained would lose the layers that were exchanged; make the draft anew from the model, or save "
+        "it with torch.save"
+    )
