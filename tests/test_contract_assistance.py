@@ -39,6 +39,13 @@ def test_the_draft_of_a_call_counts_before_the_generators():
     assert run(gen, assistant_model=noisy(llama())).draft_forwards > 0
 
 
+def test_what_the_draft_of_a_call_teaches_is_kept_apart():
+    gen = SpeculativeGenerator(llama())
+    run(gen, assistant_model=noisy(llama()))
+    assert gen._memories[noisy(llama())]._known
+    assert not gen._memory._known
+
+
 @pytest.mark.parametrize("number", [1, 4])
 def test_guesses_of_a_call(number):
     gen = speculative(llama(), llama(), tokens=2)

@@ -417,6 +417,15 @@ def test_embeddings_that_the_draft_cannot_read():
     assert got.tolist() == plain(llama(), inputs).tolist()
 
 
+def test_embeddings_take_positions_of_the_draft():
+    """They have no ids, so the text seems to begin behind them."""
+    inputs = embedded(gpt2(), 3)
+    gen = speculative(gpt2(), gpt2(positions=24))
+    got = gen.generate(**inputs, max_new_tokens=40, do_sample=False)
+    assert got.tolist() == plain(gpt2(), inputs, max_new_tokens=40).tolist()
+    assert 0 < gen.stats.draft_forwards < 40
+
+
 def test_embeddings_of_an_encoder():
     inputs = embedded(t5(), 3)
     wanted = plain(t5(), inputs)
@@ -430,9 +439,9 @@ def test_embeddings_of_an_encoder():
 
 
 @cache
-def gpt2():
+def gpt2(positions=64):
     config = GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=None,
+        vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=positions, bos_token_id=1, eos_token_id=None,
         pad_token_id=0,
     )  # fmt: skip
     return lively(GPT2LMHeadModel(config).eval())

@@ -234,6 +234,12 @@ def failing(ids, scores):
     raise RuntimeError("on purpose")
 
 
+def test_stop_strings_leave_the_users_list_of_criteria_as_it_is():
+    given = StoppingCriteriaList([lambda ids, scores: False])
+    assert_stops_alike(1, stop_strings=["abab"], tokenizer=tokenizer(), stopping_criteria=given)
+    assert len(given) == 1
+
+
 def test_stop_strings_need_a_tokenizer():
     with Counted(llama()) as counted, pytest.raises(InvalidInput, match=r"stop_strings.*tokenizer="):
         speculative(llama(), "noisy").generate(**prompts(1), stop_strings="ab")

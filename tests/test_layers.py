@@ -1,8 +1,10 @@
 """Drafts that are layers of the target: what they share with it, what they leave alone, what they refuse."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from contextlib import nullcontext
 from functools import cache
 
@@ -179,6 +181,28 @@ def test_the_part_follows_the_models_weights():
     gen.generate(**prompts(3), **LONG)
     pack_weights(packed)
     assert gen.generate(**prompts(3), **LONG).tolist() == plain(packed, prompts(3), max_new_tokens=90).tolist()
+
+
+@pytest.mark.parametrize("name", ["exit", "first left out"])
+def test_one_draft_follows_each_of_two_targets(name):
+    shared = DRAFTS[name]()
+    for target in (deep(), tiny_llama(1, num_hidden_layers=4)):
+        accepted = []
+        for draft in (shared, DRAFTS[name]()):
+            gen = SpeculativeGenerator(target, draft, num_draft_tokens=3, layout="slots")
+            gen.generate(**prompts(3), max_new_tokens=40, do_sample=False)
+            accepted.append(gen.stats.accepted)
+        assert accepted[0] == accepted[1] > 0
+
+
+@pytest.mark.parametrize("name", ["exit", "first left out"])
+def test_a_draft_keeps_no_target_alive(name):
+    target, draft = copy.deepcopy(deep()), DRAFTS[name]()
+    SpeculativeGenerator(target, draft, num_draft_tokens=3).generate(**prompts(1), **LONG)
+    weights = weakref.ref(target.get_input_embeddings())
+    del target
+    gc.collect()
+    assert weights() is None
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

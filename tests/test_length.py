@@ -195,17 +195,30 @@ def test_what_was_learnt_serves_the_next_call():
     assert memory.recall(1, True).next(16) == 0
 
 
-def test_assumed_costs_do_not_listen_to_the_clock():
-    lengths = []
-    for slow in (1.0, 50.0):
-        rule, rig = Adaptive(Assumed(0.2)), Rig(0.2, seed=3)
-        for _ in range(60):
+@pytest.mark.parametrize("acceptance", [0.0, 0.7])
+def test_assumed_costs_do_not_listen_to_the_clock(acceptance):
+    found = []
+    for slow in (0.01, 1.0, 50.0):
+        rule, rig, lengths = Adaptive(Assumed(0.2)), Rig(0.2, seed=3), []
+        rule.fed(slow, 1, 10)
+        for _ in range(200):
             asked = rule.next(16)
-            accepted = (rig.random.random((1, 16)) < 0.7).cumprod(axis=1).sum(axis=1).clip(max=asked)
+            accepted = (rig.random.random((1, 16)) < acceptance).cumprod(axis=1).sum(axis=1).clip(max=asked)
             rule.observe(outcome(asked, accepted), slow)
             lengths.append(asked)
-    assert lengths[:60] == lengths[60:]
-    assert max(lengths) > 0
+        found.append(lengths)
+    assert found[0] == found[1] == found[2]
+    assert sum(asked > 0 for asked in found[0]) > 3
+
+
+def test_where_costs_are_assumed_a_prompt_may_take_as_long_as_it_likes():
+    begins = []
+    for slow in (0.01, 1e4):
+        rule = Adaptive(Assumed(0.2))
+        rule.fed(slow, 1, 10)
+        rule.next(16)
+        begins.append(rule.begins(Opening(0.1, 0.1)))
+    assert begins == [True, True]
 
 
 def test_never_more_than_there_is_room_for():
@@ -363,6 +376,12 @@ def test_what_a_draft_was_not_asked_is_not_held_against_it():
     for _ in range(5):
         assert not opened(memory.recall(1, False), room=8, rounds=8)
     assert opened(memory.recall(1, False), room=200)[0] == 0
+
+
+def test_a_draft_that_was_told_not_to_guess_was_not_tried_in_any_row():
+    rule = Adaptive(Timings())
+    assert not opened(rule, room=8, rounds=8, rows=2)
+    assert not rule._differing._tried.any()
 
 
 def test_a_draft_known_to_be_useless_is_not_fed_again_for_a_probe():

@@ -174,9 +174,10 @@ def test_a_row_is_guessed_for_from_its_own_text_only():
     assert run.propose(State, np.array([4, 4])).lengths.tolist() == [0, 0]
 
 
-def test_a_decoder_may_copy_what_its_encoder_read():
+@pytest.mark.parametrize(("mask", "guess"), [([1] * 6, [13, 14, 15]), ([1, 1, 1, 1, 0, 0], [13, 14])])
+def test_a_decoder_may_copy_what_its_encoder_read(mask, guess):
     ids = torch.tensor([[11, 12, 13, 14, 15, 1]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([mask])}
     run = Suffix().begin(Call(t5(), torch.tensor([[0]]), inputs, 64, call_for(ids).processing, None))
 
     class State:
@@ -186,7 +187,21 @@ def test_a_decoder_may_copy_what_its_encoder_read():
         starts = np.array([0])
         vocabulary = 64
 
-    assert run.propose(State, np.array([3])).tokens.tolist() == [[13, 14, 15]]
+    assert run.propose(State, np.array([3])).tokens.tolist() == [guess]
+
+
+def test_padding_is_no_text_to_copy_from():
+    ids = torch.tensor([[0, 0, 7, 5, 0]])
+    run = Suffix().begin(call_for(ids))
+
+    class State:
+        device = torch.device("cpu")
+        host_tokens = ids.numpy()
+        lengths = settled = np.array([5])
+        starts = np.array([2])
+        vocabulary = 64
+
+    assert run.propose(State, np.array([4])).lengths.tolist() == [0]
 
 
 # --- the store: walls ---------------------------------------------------------------------------------
@@ -311,6 +326,16 @@ def test_rows_of_different_tenants_in_one_batch():
         # row 2 is nobody's yet: it knows its own text only
         own = set(prompts(3)["input_ids"][2].tolist())
         assert set(guesses[2]) & theirs <= own | set(plain(llama(), prompts(3))[2, 9:].tolist())
+
+
+def test_padding_behind_rows_that_have_ended_is_not_kept():
+    eos = int(plain(llama(), prompts(3))[0, 11])
+    store = Store()
+    gen = SpeculativeGenerator(llama(), Suffix(store=store))
+    gen.generate(**prompts(3), max_new_tokens=9, do_sample=False, eos_token_id=eos, tenant=["a", "b", "c"])
+    kept = [store.tokens(tenant) - 1 for tenant in "abc"]
+    assert kept == gen.stats.row_emitted.tolist()
+    assert kept[0] < max(kept)
 
 
 def test_a_call_that_fails_leaves_the_store_alone():
@@ -545,14 +570,16 @@ def test_a_text_needs_a_tokenizer_of_the_call_or_of_the_generator():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{i}": i for i in range(64)}
-    words["[UNK]"] = 64
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")))
+    def words(ids):
+        words = {**{f"w{i}": one for i, one in enumerate(ids)}, "[UNK]": 64}
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")))
+
+    tokenizer, other = words(range(64)), words(range(63, -1, -1))
     text = plain(llama(), prompts(1))[0, 9:].tolist()
     first = f"w{text[0]}"
-    for where in ("call", "generator"):
-        gen = speculative(llama(), None, **({"tokenizer": tokenizer} if where == "generator" else {}))
-        given_ = {"tokenizer": tokenizer} if where == "call" else {}
+    for of_generator, of_call in ((None, tokenizer), (tokenizer, None), (other, tokenizer)):
+        gen = speculative(llama(), None, tokenizer=of_generator)
+        given_ = {"tokenizer": of_call} if of_call is not None else {}
         gen.generate(**prompts(1), max_new_tokens=9, do_sample=False, prediction=first, **given_)
         assert gen.stats.prediction_accepted == 1
 

@@ -5,6 +5,7 @@ That no law is bent is shown in `laws`; here: is it what it says it is, and does
 
 import copy
 import re
+from itertools import accumulate, cycle
 
 import numpy as np
 import pytest
@@ -98,6 +99,15 @@ def test_a_cascade_in_every_layout(make, layout):
     assert stats.draft_layout == layout
     if layout == "slots":  # rows far ahead wait in columns, a round sooner or later
         assert stats.accepted_at == alone.accepted_at
+
+
+def test_a_level_below_in_columns_with_a_window():
+    """What a window has pushed out cannot be taken back, so the layout is told what is settled."""
+    model = noisy(mistral())
+    lower = DraftModel(other(model), layout="columns")
+    got, stats = run(mistral(), Cascade(lower, model), prompts(3), layout="auto")
+    assert got == plain(mistral(), prompts(3), max_new_tokens=LONG).tolist()
+    assert stats.accepted > 0
 
 
 @pytest.mark.parametrize("make", [mamba2, qwen3_next])
@@ -229,6 +239,18 @@ def test_a_cascade_with_the_controller_and_with_confidence():
     gen = SpeculativeGenerator(llama(), draft, num_draft_tokens=8)
     gen.generate(**prompts(1), max_new_tokens=60, do_sample=False)
     assert max(gen.stats.drafted_at) > gen.stats.drafted_at[-1]  # some rounds ended early
+
+
+def test_a_seeded_text_does_not_depend_on_how_long_a_level_takes(monkeypatch):
+    target = tiny_llama()
+    gen = SpeculativeGenerator(target, Cascade("ngram", noisy_copy(target, 0.1)))
+    found = []
+    for seconds in ([0.001], [0.001, 0.004, 0.02], [0.05, 0.001, 0.001, 0.001, 0.2]):
+        now = accumulate(cycle(seconds))
+        monkeypatch.setattr(cascade, "clock", lambda now=now: next(now))
+        text = gen.generate(**prompts(1), max_new_tokens=120, do_sample=True, seed=7)
+        found.append((text.tolist(), gen.stats.drafting))
+    assert found[0] == found[1] == found[2]
 
 
 def test_what_is_below_guesses_itself_where_the_model_does_not_pay(monkeypatch):

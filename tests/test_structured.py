@@ -23,6 +23,7 @@ from specdec.structured import Constraint, ebnf, json_schema, lark, regex
 from specdec.structured.constraint import allows, forbidden, mask_of, single
 from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
+from .contract import Guesses
 from .grammars import Automaton, counting, json_tokenizer
 from .proposers import PROPOSERS
 
@@ -442,6 +443,17 @@ def test_what_is_allowed_behind_a_stop_matters_to_nobody(how, rows):
             assert gen.generate(**inputs, **options, **bound).shape == free.shape == (rows, 13)
             with pytest.raises(InvalidScores, match="column 11"):
                 gen.generate(**inputs, **options, logits_processor=[NothingFrom(11)], stopping_criteria=stop)
+
+
+def test_a_guess_behind_which_nothing_may_stand_is_only_a_guess():
+    target, inputs = tiny_llama(), ragged_prompt()
+    options = {"max_new_tokens": 9, "do_sample": False}
+    text = target.generate(**inputs, **options)
+    end = next(token for token in range(64) if token not in text)
+    gen = SpeculativeGenerator(target, Guesses(lambda *_: end), num_draft_tokens=2)
+    options["prefix_allowed_tokens_fn"] = lambda row, ids: [] if ids[-1] == end else range(64)
+    assert torch.equal(gen.generate(**inputs, **options), text)
+    assert gen.stats.drafted > 0
 
 
 # --- masks ----------------------------------------------------------------------------------------

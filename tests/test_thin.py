@@ -192,6 +192,13 @@ def test_a_forward_of_the_users_is_left_alone(counted):
     assert head.forward is own
 
 
+def test_a_forward_that_is_put_there_during_a_pass_stays(counted):
+    layer, own = torch.nn.Linear(8, 8), lambda input: input
+    with ThinProducts(layer).over(3):
+        layer.forward = own
+    assert layer.forward is own
+
+
 @pytest.mark.parametrize("by", ["the model", "its forward"])
 def test_compiled_models_keep_their_graphs(counted, by):
     target = copy.deepcopy(llama())

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from specdec import EarlyExit, LayerSkip, SpeculativeGenerator
-from specdec.attaching import having, own_settings
+from specdec.attaching import having, healing_with, own_settings
 from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import assert_untouched, fingerprint
@@ -113,6 +113,15 @@ def test_loans_that_overlap_leave_nothing(target, first_out):
     stacks[1 - first_out].close()
     assert target.generation_config is own_settings(target) is own
     assert_untouched(target, before)
+
+
+def test_tokens_are_healed_with_the_tokenizer_of_the_thread(target):
+    used = []
+    target.heal_tokens = lambda ids, tokenizer=None: used.append(tokenizer)
+    with healing_with(target, "ours"), ThreadPoolExecutor(1) as pool:
+        target.heal_tokens(1)
+        pool.submit(target.heal_tokens, 1, "theirs").result(WAIT)
+    assert used == ["ours", "theirs"]
 
 
 def test_attached_blocks_that_overlap(target):

@@ -396,6 +396,16 @@ def test_vocabularies_with_nothing_in_common():
     assert gen.generate(prompt, max_new_tokens=8, do_sample=False).tolist() == plain.tolist()
 
 
+def test_a_tokenizer_may_have_more_ids_than_the_target_has_scores():
+    target, draft = tiny_llama(vocabulary=3), tiny_llama(1, vocabulary=4)
+    proposer = TranslatedDraft(draft, characters("abcd"), characters("abcd"), method="tokens", confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
+    prompt = torch.tensor([[0, 1, 2]])
+    plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert gen.generate(prompt, max_new_tokens=8, do_sample=False).tolist() == plain.tolist()
+    assert gen.stats.drafted > 0
+
+
 def test_a_draft_that_is_too_short_for_the_text():
     target = tiny_llama(vocabulary=300)
     draft = tiny_llama(1, vocabulary=345, max_position_embeddings=24)

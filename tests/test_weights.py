@@ -137,6 +137,14 @@ def test_shared_weights_stay_shared():
     assert same(plain(model), before)
 
 
+def test_weights_learn_again_as_they_did():
+    model = torch.nn.Sequential(Linear(32, 16), Linear(16, 16).requires_grad_(False))
+    with pack_weights(model):
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for one in (model, *copies):
+        assert [weight.requires_grad for weight in one.parameters()] == [True, True, False, False]
+
+
 def test_packed_weights_refuse_to_be_written_and_read_as_plain():
     model = torch.nn.Sequential(Linear(32, 16))
     before = plain(model)
@@ -517,6 +525,20 @@ def test_what_cannot_be_pruned_is_refused():
             prune_head(model, ids, 8)
     with pytest.raises(UnsupportedModel, match="Prune before quantising"):
         prune_head(quantize_draft(model, "int8"), [], 8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_is_kept(form):
+    model = tiny_llama()
+    model.lm_head = Linear(32, 64)
+    with torch.no_grad(), pack_weights(model):
+        model.lm_head.bias.copy_(10 * torch.randn(64))
+        draft = FORMS[form](model)
+        for tokens in (1, 40):  # few, and as many as go through the given weights
+            states = torch.randn(tokens, 32)
+            got = draft.lm_head(states)
+            wanted = model.lm_head(states).where(got.isfinite(), -torch.inf)
+            torch.testing.assert_close(got, wanted, atol=0.5, rtol=0)
 
 
 # --- just drafts -----------------------------------------------------------------------------------
