@@ -16,7 +16,7 @@ QUEUES = frozenset({"cuda"})
 
 
 def to_host(tensor: Tensor) -> np.ndarray:
-    """The only place where the loop waits for the device; counted in tests."""
+    """Where the loop waits for the device, once a round; counted in tests. Proposers may wait too (``confidence=``)."""
     array: np.ndarray = tensor.cpu().numpy()
     return array
 

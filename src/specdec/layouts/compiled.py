@@ -32,8 +32,8 @@ from specdec.layouts.check import close
 from specdec.layouts.handover import cached_columns
 from specdec.layouts.slot_cache import SlotCache
 
-# one token; one or two for a draft that has not seen its own last guess; guesses + 1 for a verify step
 MOST_ENCODED = 3  # lengths of an encoder's input: Whisper has one, a translator any number
+# one token; one or two for a draft that has not seen its own last guess; guesses + 1 for a verify step
 WIDTHS = (1, 2, 3, 5, 9, 17)
 # room is rounded up to this many columns, so that calls of similar length share their graphs
 ROOM = 256

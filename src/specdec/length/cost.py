@@ -27,7 +27,7 @@ def tokens_per_round(survival: Sequence[float] | np.ndarray) -> np.ndarray:
     return 1 + np.concatenate(([0.0], np.cumsum(np.asarray(survival, dtype=np.float64))))
 
 
-def speed(acceptance: float, cost: float, guesses: int, *, verify: float = 1.0, overhead: float = 0.0) -> float:
+def speed(acceptance: float, cost: float, guesses: int, *, verify: float = 1.0) -> float:
     """Expected speed against plain decoding, every guess being kept with the same chance.
 
     Args:
@@ -35,10 +35,9 @@ def speed(acceptance: float, cost: float, guesses: int, *, verify: float = 1.0, 
         cost: seconds of a draft step over seconds of a one-token pass of the target.
         guesses: k >= 0.
         verify: seconds of a (k + 1)-token pass of the target over those of a one-token pass.
-        overhead: seconds of the rest of a round, in the same unit.
     """
     tokens = float(tokens_per_round(acceptance ** np.arange(1, guesses + 1))[-1])
-    return tokens / (guesses * cost + verify + overhead)
+    return tokens / (guesses * cost + verify)
 
 
 def best_length(tokens: np.ndarray, seconds: np.ndarray) -> int:
