@@ -96,6 +96,14 @@ def test_returned_cache_where_rows_end_far_apart(layout):
         assert gen.stats.target_forwards <= counted.calls <= gen.stats.rounds + 9
 
 
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_a_returned_cache_has_no_columns_to_spare(make):
+    got = speculative(make(), "noisy", layout="slots").generate(**prompts(3), **DICT)
+    for held in states(got.past_key_values):
+        assert held.is_contiguous()
+        assert held.untyped_storage().nbytes() == held.nbytes
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("make", [mamba2, qwen3_next, t5, bart])
 def test_returned_cache_of_other_kinds(make, batch):

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, SynthIDTextWatermarkingConfig, Waterma
 from .contract import (
     DRAFTS,
     NEW,
+    Guesses,
     assert_agrees,
     llama,
     noisy,
@@ -113,6 +114,30 @@ def test_remove_invalid_values(batch):
     text = plain(broken, prompts(batch))
     assert (text[:, -NEW:] == 5).all()  # without the option NaN wins every argmax
     assert_agrees(broken, prompts(batch), drafts=(clean, "ngram", None), remove_invalid_values=True)
+
+
+def test_remove_invalid_values_where_all_that_is_allowed_is_suppressed():
+    """What was forbidden is a number again, and follows after all: the function is asked behind it."""
+    options = {"prefix_allowed_tokens_fn": lambda row, ids: [7, 9], "suppress_tokens": [7, 9]}
+    guesses = Guesses(lambda row, column, state: 7)
+    assert_agrees(llama(), prompts(1), drafts=(guesses,), remove_invalid_values=True, **options)
+
+
+def test_processors_are_given_what_bfloat16_holds_in_float32():
+    asked = {"repetition_penalty": 1.3, "output_scores": True, "return_dict_in_generate": True}
+    target = llama(0, torch.bfloat16)
+    wanted = plain(target, prompts(1), **asked)
+    got = speculative(target, None).generate(**prompts(1), max_new_tokens=NEW, do_sample=False, **asked)
+    for ours, theirs in zip(got.scores, wanted.scores, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_only_float64_tells_apart_is_a_tie():
+    target = copy.deepcopy(llama(0, torch.float64))
+    head = target.lm_head.weight
+    with torch.no_grad():
+        head[1::2] = head[::2] * (1 + 1e-10)
+    assert_agrees(target, prompts(1), drafts=("ngram", None))
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import LogitsProcessor
 
 from specdec import DraftModel, InvalidInput, SpeculativeGenerator
 from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
@@ -128,9 +129,16 @@ def test_two_copies_of_a_prompt_differ():
     assert got[1].tolist() != got[0].tolist()
 
 
+class Warmer(LogitsProcessor):
+    """For all that the library knows, it has a state."""
+
+    def __call__(self, input_ids, scores):
+        return scores * 0.9
+
+
 def test_processors_with_a_state_leave_the_coupling_as_it_is():
     """Verification one position after the other draws the same tokens."""
-    options = {**WARM, "prefix_allowed_tokens_fn": lambda row, ids: list(range(40))}
+    options = {**WARM, "max_new_tokens": 24, "logits_processor": [Warmer()]}
     found = [
         speculative(target(), draft(name), verification="coupled", seed=3).generate(**inputs(4), **options).tolist()
         for name in ("none", "ngram", "noisy", "self")
@@ -218,6 +226,24 @@ def test_shared_noise_of_an_encoder_decoder_model_is_keyed_by_what_the_encoder_r
     assert together.tolist() == turned.flip(0).tolist()
     alone = {name: value[:1] for name, value in inputs.items()}
     assert gen.generate(**alone, **options)[0].tolist() == together[0].tolist()
+
+
+def test_samples_of_one_prompt_are_keyed_by_what_the_encoder_reads():
+    """Whatever other prompts there are."""
+    ids = prompts(3)["input_ids"][:2, -3:]
+    options = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 12, "seed": 5}
+    gen = speculative(t5(), "ngram", verification="coupled")
+    together = gen.generate(ids, **options)
+    assert together[2:].tolist() == gen.generate(ids[1:], **options).tolist()
+
+
+def test_padding_of_embeddings_is_no_part_of_the_key():
+    ids, mask = inputs(2).values()
+    embeds = target().get_input_embeddings()(ids)
+    gen = speculative(target(), "ngram", verification="coupled", seed=7)
+    together = gen.generate(inputs_embeds=embeds, attention_mask=mask, **WARM)
+    alone = gen.generate(inputs_embeds=embeds[1:, -6:], attention_mask=mask[1:, -6:], **WARM)
+    assert together[1:].tolist() == alone.tolist()
 
 
 @pytest.mark.parametrize("rule", ["block", "token", "coupled"])

@@ -138,6 +138,12 @@ def test_max_new_tokens_wins_over_max_length(batch):
     assert text.shape[1] == START + 5
 
 
+@pytest.mark.parametrize("limit", [{"max_new_tokens": 10**12}, {"max_new_tokens": None, "max_length": int(1e30)}])
+def test_a_limit_that_no_memory_holds(limit):
+    eos = int(free_text(1)[0, START + 5])
+    assert_stops_alike(1, **limit, eos_token_id=eos)
+
+
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning")
 def test_without_a_limit_twenty_tokens():
     wanted = llama().generate(**prompts(3), do_sample=False)

@@ -354,6 +354,15 @@ def test_rows_ended_from_outside():
     assert (state.tokens[1, START + 2 :] == 0).all()
 
 
+def test_rows_that_have_ended_do_not_hold_back_what_nobody_looks_at_again():
+    ids = torch.ones(3, 4, dtype=torch.int64)
+    state = State(ids, max_length=20, max_guesses=3, eos_ids=None, pad_id=0, starts=np.zeros(3, dtype=np.int64))
+    state.lengths = np.array([5, 9, 7])
+    for ended, foundation in (((), 5), ((0,), 7), ((0, 2), 9)):
+        state.only(~np.isin(np.arange(3), ended))
+        assert state.foundation == foundation
+
+
 def test_an_empty_prompt_is_refused():
     with Counted(llama()) as counted, pytest.raises(InvalidInput, match="at least one token"):
         SpeculativeGenerator(llama()).generate(torch.zeros(2, 0, dtype=torch.int64), max_new_tokens=2)

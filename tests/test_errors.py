@@ -435,6 +435,21 @@ def test_more_guesses_than_the_limits_are_cut():
     assert len(gen.stats.drafted_at) == 2
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64])
+def test_lengths_are_whole_numbers_of_any_kind(dtype):
+    text = plain(llama(), prompts(3), max_new_tokens=12)
+
+    def propose(state, limits):
+        proposal = oracle(text, wrong={14}).propose(state, limits)
+        return Proposal(proposal.tokens, proposal.lengths.astype(dtype))
+
+    told = []
+    gen = speculative(llama(), SimpleNamespace(propose=propose, observe=told.append))
+    assert gen.generate(**prompts(3), max_new_tokens=12, do_sample=False).tolist() == text.tolist()
+    assert gen.stats.accepted > 0
+    assert {round_.lengths.dtype for round_ in told} == {np.dtype(np.int64)}
+
+
 def test_ids_past_a_rows_length_may_be_anything():
     def spoil(p):
         p.tokens[:, 1:] = 10**6

@@ -1,5 +1,8 @@
 """What fills up a ragged pass is not computed by packed and quantised layers, and nobody notices."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -120,7 +123,7 @@ def test_a_returned_cache_holds_what_plain_generate_leaves():
 
 
 def test_beside_an_encoder_everything_is_computed(monkeypatch, multiplied):
-    target = bart()
+    target = copy.deepcopy(bart())
     inputs = ragged_prompt()
     text = plain(target, inputs, max_new_tokens=NEW, do_sample=False)
     pack_weights(target)
@@ -148,6 +151,18 @@ def test_tokens_that_fill_up_get_the_numbers_of_the_one_before():
     with filling.leaving_out_filling(fed, 3, ~live):  # nobody is left: as it is
         assert torch.equal(filling.on_real(states, 1, double), 2 * states)
     assert torch.equal(filling.on_real(states, 1, double), 2 * states)
+
+
+def test_what_fills_up_in_one_thread_is_real_in_another():
+    states = torch.ones(3, 4, 8)
+
+    def multiplied():
+        return filling.on_real(states, 1, lambda rows: 0 * rows + rows[..., 0].numel()).unique().tolist()
+
+    with filling.leaving_out_filling(np.array([4, 2, 1]), 4, np.ones(3, dtype=bool)):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(multiplied).result() == [12]
+        assert multiplied() == [7]
 
 
 def test_small_matrices_and_short_passes_are_computed_whole(monkeypatch):

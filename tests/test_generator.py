@@ -329,6 +329,16 @@ def test_what_combines_others_has_no_model_of_its_own(monkeypatch, below):
     assert gen.stats.draft_forwards == 0
 
 
+@pytest.mark.parametrize(
+    "draft", ["noisy", "auto", Mixture("ngram", noisy(llama())), Cascade("ngram", noisy(llama()))]
+)
+def test_a_clock_may_stand_still(monkeypatch, draft):
+    monkeypatch.setattr("specdec.layouts.compiled.perf_counter", lambda: 1.0)
+    gen = speculative(llama(), draft, tokens="auto")
+    got = gen.generate(**prompts(3), max_new_tokens=30, do_sample=False)
+    assert got.tolist() == plain(llama(), prompts(3), max_new_tokens=30).tolist()
+
+
 def test_a_mixture_does_not_count_its_readers_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(mixture_room, "RECENT", 1.0)

@@ -6,6 +6,8 @@ the configs say are tested on models made for it.
 """
 
 import copy
+import functools
+import weakref
 
 import numpy as np
 import pytest
@@ -239,6 +241,48 @@ def test_what_interrupts_the_self_check_is_no_verdict():
         assert gen.stats.layout == "slots"
 
 
+def forward_of(model, change):
+    """A ``forward`` for ``model`` that changes the scores of passes over several tokens."""
+    right = type(model).forward
+
+    @functools.wraps(right)
+    def forward(*args, **kwargs):
+        out = right(model, *args, **kwargs)
+        if out.logits.shape[1] > 1:
+            out.logits = change(out.logits)
+        return out
+
+    return forward
+
+
+def test_another_forward_at_the_place_of_a_dead_one_is_tried_anew(monkeypatch):
+    monkeypatch.setattr(check, "id", lambda one: 7, raising=False)
+    model, prompt = tiny_llama(5), ragged_prompt((6,))
+    wanted = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+    model.forward = forward_of(model, lambda scores: scores)
+    assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
+    assert gen.stats.layout == "slots"
+    model.forward = forward_of(model, torch.neg)
+    with pytest.warns(UserWarning, match="plainly"):
+        assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
+    assert gen.stats.layout == "plain"
+
+
+def test_a_key_is_of_one_object_and_does_not_keep_it(monkeypatch):
+    monkeypatch.setattr(check, "id", lambda one: 7, raising=False)
+    one, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    key, same, another = (check._Very(made) for made in (one, one, other))
+    assert hash(key) == hash(same) == hash(another)
+    assert key == same
+    assert key != another
+    alive = weakref.ref(one)
+    del one
+    assert alive() is None
+    assert key not in {same, another}
+    assert check._Very(object()) != check._Very(object())  # of which nobody can tell whether it is alive
+
+
 def test_the_check_sees_what_it_is_for():
     truth = torch.randn(3, 50)
     assert check.close(truth + 1e-5, truth)
@@ -265,6 +309,18 @@ def test_frequencies_that_change_at_a_boundary(rope, prompt, longest, plain):
     model.config.max_position_embeddings = 64
     model.config.rope_parameters = {"rope_theta": 1e4, **rope}
     assert bool(one_token_reason(model, prompt, longest)) == plain
+
+
+def test_embeddings_are_columns_before_the_boundary_as_well():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    model = tiny_llama(rope_parameters={**rope, "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 20.0]})
+    ids, mask = ragged_prompt((20,)).values()
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+    wanted = model.generate(**inputs, max_new_tokens=25, do_sample=False)
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+    with pytest.warns(UserWarning, match="longrope"):
+        assert torch.equal(gen.generate(**inputs, max_new_tokens=25, do_sample=False), wanted)
+    assert gen.stats.layout == "plain"
 
 
 def test_masks_of_other_callers_are_left_alone():

@@ -3,6 +3,7 @@
 No model here: a round's outcome is drawn from a given acceptance, its seconds come from given costs.
 """
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from specdec.length import Opening
 from specdec.length.acceptance import Acceptance
 from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
-from specdec.length.cost import Assumed, Timings, best_length, ceiling, rising, speed, tokens_per_round
+from specdec.length.cost import OUTDATED, Assumed, Timings, best_length, ceiling, rising, speed, tokens_per_round
 from specdec.length.rows import Rows
 from specdec.records import Proposal, Round
 
@@ -67,6 +68,20 @@ def test_timings_interpolate_and_extrapolate():
     for seconds in (1.4, 9.0, 1.4):  # one of them disturbed
         timings.add(2, seconds)
     assert timings.table(4) == pytest.approx([1.0, 1.2, 1.4, 1.6, 1.8])
+
+
+def test_what_one_thread_reads_no_other_writes_into():
+    timings = Timings()
+    for width in range(6):
+        timings.add(width, 1.0 + width)
+    read = timings._seen
+    before = copy.deepcopy(read)
+    for _ in range(2 * OUTDATED):
+        timings.add(1, 2.0)
+    timings.add(0, 2.0)
+    timings.add(9, 2.0)
+    assert read == before
+    assert timings._seen.keys() == {0, 1, 9}, "what does not come again is let go"
 
 
 # --- the controller -------------------------------------------------------------------------------

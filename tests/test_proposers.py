@@ -8,6 +8,7 @@ import torch
 
 import specdec.state as state_room
 from specdec import EarlyExit, Fallback, LayerSkip, Recycling, SpeculativeGenerator, Store, Suffix
+from specdec.length.fixed import Fixed
 from specdec.proposers import draft_model as draft_model_room
 from specdec.proposers import suffix as suffix_room
 from specdec.proposers.prediction import Prediction
@@ -80,6 +81,49 @@ def test_encoder_decoder(name, make):
     gen = SpeculativeGenerator(make(), draft)
     got = gen.generate(**prompts(3), max_new_tokens=NEW, do_sample=False, **given)
     assert got.tolist() == plain(make(), prompts(3)).tolist()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_a_text_that_outgrows_the_room_made_for_it(name, batch, monkeypatch):
+    monkeypatch.setattr("specdec.state.ROOM", 5)
+    gen, given = built(name, llama(), batch)
+    got = gen.generate(**prompts(batch), max_new_tokens=24, do_sample=False, **given)
+    assert got.tolist() == plain(llama(), prompts(batch), max_new_tokens=24).tolist()
+
+
+@pytest.mark.parametrize("name", ["model", "cascade", "early exit"])
+def test_a_text_that_outgrows_its_room_where_the_host_has_a_copy_of_it(name, monkeypatch):
+    """As on an accelerator."""
+    made, begun = state_room.State.__init__, draft_model_room._Run.__init__
+
+    def apart(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self._is_host, self.host_tokens = False, self.host_tokens.copy()
+
+    def elsewhere(self, *args, **kwargs):
+        begun(self, *args, **kwargs)
+        self._on_cpu = False
+
+    monkeypatch.setattr(state_room, "ROOM", 5)
+    monkeypatch.setattr(state_room.State, "__init__", apart)
+    monkeypatch.setattr(draft_model_room._Run, "__init__", elsewhere)
+    gen, given = built(name, llama(), 3)
+    got = gen.generate(**prompts(3), max_new_tokens=24, do_sample=False, **given)
+    assert got.tolist() == plain(llama(), prompts(3), max_new_tokens=24).tolist()
+    assert gen.stats.accepted > 0
+
+
+@pytest.mark.parametrize("name", ["model", "cascade", "layer skip", "mixture, model"])
+def test_a_draft_that_begins_when_the_text_has_outgrown_the_room_made_for_it(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr("specdec.state.ROOM", 5)
+    monkeypatch.setattr(Fixed, "begins", lambda *_: asked.append(1) or len(asked) > 14)
+    gen, given = built(name, llama(), 3)
+    got = gen.generate(**prompts(3), max_new_tokens=36, do_sample=False, **given)
+    assert got.tolist() == plain(llama(), prompts(3), max_new_tokens=36).tolist()
+    assert gen.stats.draft_forwards > 0
+    assert len(asked) > 15
 
 
 @pytest.mark.parametrize("tokens", [1, 6])

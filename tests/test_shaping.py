@@ -8,6 +8,7 @@ import gc
 import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec import Chunk, InvalidInput, ShapedRelease, SpeculativeGenerator, Tokens, shaping, unpad
+from specdec.ahead import surroundings
 from specdec.shaping import on_a_clock
 
 from .contract import NEW, llama, oracle, plain, prompts, speculative
@@ -507,6 +509,22 @@ def test_other_threads_see_what_torch_keeps_for_each(door):
     with torch.inference_mode():
         run()
     assert set(seen) == {(False, False, False), (True, False, False), (False, True, False)}
+
+
+def test_another_thread_casts_to_what_this_one_casts_to():
+    """Also where that is not what a device casts to by itself, and to nothing where nothing was cast."""
+    plainly = surroundings()
+    with torch.autocast("cpu", dtype=torch.float16):
+        within = surroundings()
+        with plainly():
+            assert not torch.is_autocast_enabled("cpu")
+
+    def look():
+        with within():
+            return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(look).result() == (True, torch.float16)
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 import asyncio
 import gc
+import random
 import weakref
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, StaticCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec import SpeculativeGenerator, Tokens, UnsupportedOption
@@ -15,6 +16,8 @@ from specdec.layouts.columns import Columns
 from specdec.layouts.slots import SlotCache
 from specdec.scorer import Scorer
 from specdec.state import State
+from specdec.streaming import Text
+from specdec.testing import byte_tokenizer
 
 from .contract import (
     NEW,
@@ -171,6 +174,29 @@ def test_text(tokenizer):
     assert ids.shape == (1, 10)
 
 
+def test_bytes_that_are_no_characters_are_not_waited_for():
+    """A character may need three bytes more, and no more than these wait."""
+    tokenizer = byte_tokenizer()
+    text, byte = Text(tokenizer), tokenizer.encode("é")[0]
+    told = "".join(text.add([byte], ended=False) for _ in range(20))
+    assert told == 17 * "\ufffd"
+    assert text.add([byte], ended=True) == 4 * "\ufffd"
+
+
+def test_pieces_of_text_with_stray_bytes_are_the_whole_text():
+    tokenizer, chance = byte_tokenizer(), random.Random(0)
+    characters = [tokenizer.encode(character) for character in "aé€😀"]
+    stray = [[byte] for character in characters for byte in character]
+    for _ in range(200):
+        ids = [byte for _ in range(30) for byte in chance.choice(chance.choice([characters, stray]))]
+        text, told, start = Text(tokenizer), "", 0
+        while start < len(ids):
+            end = start + chance.randint(1, 5)
+            told += text.add(ids[start:end], ended=end >= len(ids))
+            start = end
+        assert told == tokenizer.decode(ids)
+
+
 def test_without_a_tokenizer_no_text():
     records, _ = drain(speculative(llama(), "noisy").stream(**prompts(3), **GREEDY))
     assert {record.text for record in records} == {None}
@@ -197,6 +223,48 @@ def test_options_are_judged_at_once():
 def test_gradients_are_off_inside_and_as_they_were_outside():
     for _ in speculative(llama(), "noisy").stream(**prompts(1), **GREEDY):
         assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("draft", ["noisy", "auto"])
+def test_a_stream_goes_on_in_the_mode_that_it_was_begun_in(draft, inference):
+    gen, modes = speculative(llama(), draft), set()
+    options = {**prompts(3), "max_new_tokens": 24, "do_sample": False}
+    wanted = plain(llama(), prompts(3), max_new_tokens=24).tolist()
+    look = llama().register_forward_pre_hook(lambda *_: modes.add(torch.is_inference_mode_enabled()))
+    with torch.inference_mode(inference):
+        stream = gen.stream(**options)
+        next(stream)
+    with torch.inference_mode(not inference):
+        _, out = drain(stream)
+    look.remove()
+    assert out.tolist() == wanted
+    assert modes == {inference}
+    assert gen.generate(**options).tolist() == wanted
+
+
+def test_a_stream_is_closed_in_the_mode_that_it_was_begun_in():
+    """Where alone wrong guesses can be taken out of the caller's cache again."""
+    cache = StaticCache(config=llama().config, max_cache_len=START + 24)
+    text = plain(llama(), prompts(1), max_new_tokens=24)
+    gen = speculative(llama(), oracle(text, wrong=range(START, START + 24)), layout="snapshot")
+    with torch.inference_mode():
+        stream = gen.stream(**prompts(1), max_new_tokens=24, do_sample=False, past_key_values=cache)
+        next(stream)
+    told = 1 + sum(len(next(stream).ids) for _ in range(4))
+    stream.close()
+    assert gen.stats.drafted > 0
+    assert START <= int(cache.get_seq_length()) < START + told
+
+
+def test_a_text_that_outgrows_the_room_made_for_it(monkeypatch):
+    monkeypatch.setattr("specdec.state.ROOM", 5)
+    wanted = plain(llama(), prompts(3), max_new_tokens=24)
+    gen = speculative(llama(), oracle(wanted, wrong={12, 13, 20}))
+    records, out = drain(gen.stream(**prompts(3), max_new_tokens=24, do_sample=False))
+    assert out.tolist() == wanted.tolist()
+    assert rows_of(records, 3) == wanted[:, START:].tolist()
+    assert sum(sum(record.from_draft) for record in records) == gen.stats.accepted > 0
 
 
 # --- cancelling -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -173,6 +174,23 @@ def test_overlapping_passes_leave_nothing(counted):
         assert patched(model)
         other.__exit__()
     assert patched(model) == []
+
+
+def test_a_pass_is_none_of_another_threads(counted):
+    layer, states = torch.nn.Linear(8, 8), torch.randn(3, 8)
+
+    @torch.no_grad()
+    def beside():
+        return layer(states), len(ThinProducts(layer).over(3)._layers)
+
+    with ThinProducts(layer).over(3):
+        with ThreadPoolExecutor(1) as pool:
+            got, layers = pool.submit(beside).result()
+        assert counted == []
+        assert torch.equal(got, functional.linear(states, layer.weight, layer.bias))
+        assert layers == 1
+        beside()
+    assert counted == [3]
 
 
 def test_hooks_run_as_ever(counted):

@@ -4,6 +4,7 @@ import copy
 import pickle
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -325,6 +326,12 @@ def test_only_a_drafts_single_rows_are_filled_up(in_sixes, monkeypatch):
             assert torch.equal(gen.generate(**inputs, **GREEDY), text)
         assert (6 in in_sixes) == filled
         assert (in_sixes.count(1) <= 1) == filled, "the prompt's last row is a single one, too"
+
+
+def test_a_draft_of_one_thread_is_none_of_another():
+    with blocks.single_rows(), ThreadPoolExecutor(1) as pool:
+        assert blocks.drafting()
+        assert not pool.submit(blocks.drafting).result()
 
 
 @pytest.mark.parametrize("best", [6, 3, 1])

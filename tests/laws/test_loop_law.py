@@ -19,7 +19,7 @@ from transformers import LogitsProcessor
 
 import specdec.loop
 import specdec.scorer
-from specdec import InvalidScores, Proposal, SpeculativeGenerator
+from specdec import DraftModel, InvalidScores, Mixture, Proposal, SpeculativeGenerator
 from specdec.layouts.slot_cache import SlotLayer
 from specdec.layouts.slots import Slots
 from specdec.length.adaptive import Adaptive
@@ -206,6 +206,13 @@ class Stubborn:
         return Proposal(torch.tensor([tokens]), lengths, torch.stack(rows)[None])
 
 
+class AlwaysOne:
+    """A proposer of one's own: guesses token 1, once a round."""
+
+    def propose(self, state, limits):
+        return Proposal.certain([[1][:limit] for limit in limits], state.device)
+
+
 def law_error(
     rule: str,
     kind: str,
@@ -222,7 +229,14 @@ def law_error(
     target, draft = tables(seed, vocabulary)
     current: list[Script] = []
     pruned = TableModel(without_token(draft.table, vocabulary - 1))
-    drafts = {"self": target, "pruned": pruned, "own": Stubborn(lambda: current[-1], vocabulary)}
+    own = Stubborn(lambda: current[-1], vocabulary)
+    drafts = {
+        "self": target,
+        "pruned": pruned,
+        "sure": DraftModel(draft, confidence=0.5),
+        "own": own,
+        "mixture, own": Mixture(AlwaysOne(), own),
+    }
     options: dict[str, Any] = {}
     if kind in PROPOSERS:
         drafts[kind], options = PROPOSERS[kind](draft, [EXPECTED[:new]])
@@ -261,13 +275,14 @@ def law_error(
 TOLERANCE = 1e-6
 
 
+OURS = ("self", "pruned", "sure", "own", "mixture, own")
 SEVERAL = ("cascade of three", "cascade of models")  # each level asks questions of its own
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize(
     ("kind", "guesses"),
-    [(k, n) for k in ("self", "pruned", "own", *PROPOSERS) for n in SIZES if n < 3 or k not in SEVERAL],
+    [(k, n) for k in (*OURS, *PROPOSERS) for n in SIZES if n < 3 or k not in SEVERAL],
 )
 def test_law_of_whole_texts(rule, kind, guesses):
     assert law_error(rule, kind, guesses) < TOLERANCE

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from specdec import InvalidScores, Proposal, SpeculativeGenerator
+from specdec.length.fixed import Fixed
 from specdec.proposers import translated
 from specdec.proposers.translated import TranslatedDraft
 from specdec.testing import TableModel
@@ -72,6 +73,13 @@ def test_law_of_whole_texts(pair, method, rule):
 @pytest.mark.parametrize("method", ["tokens", "strings"])
 def test_law_without_stopping_where_unsure(method):
     assert law_error("draft knows more", "block", method, confidence=0) < TOLERANCE
+
+
+def test_law_when_a_row_stops_behind_a_guess_that_was_unlikely(monkeypatch):
+    """By its confidence, or because the call's draft length has had enough."""
+    assert law_error("draft knows more", "token", "tokens", confidence=0.6) < TOLERANCE
+    monkeypatch.setattr(Fixed, "goes_on", lambda self, chances: float(chances.max()) >= 0.4)
+    assert law_error("draft knows more", "token", "tokens") < TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["tokens", "strings"])
