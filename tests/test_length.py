@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specdec.length import Opening
-from specdec.length.acceptance import Acceptance
+from specdec.length.acceptance import PRIOR, TEXTS, Acceptance
 from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
 from specdec.length.cost import OUTDATED, Assumed, Timings, best_length, ceiling, rising, speed, tokens_per_round
 from specdec.length.rows import Rows
@@ -401,10 +401,9 @@ def test_a_draft_that_was_told_not_to_guess_was_not_tried_in_any_row():
 
 def test_a_draft_known_to_be_useless_is_not_fed_again_for_a_probe():
     memory = Memory()
-    first = opened(memory.recall(1, False), room=300, acceptance=0.0, rounds=200)
-    again = opened(memory.recall(1, False), room=300, acceptance=0.0, rounds=200)
-    assert first[0] == 1
-    assert not again  # its prompt costs 2.4 plain rounds, and probes may cost a hundredth of all
+    times = [opened(memory.recall(1, False), room=300, acceptance=0.0, rounds=200) for _ in range(TEXTS + 1)]
+    assert times[0][0] == 1
+    assert not times[-1]  # its prompt costs 2.4 plain rounds, and probes may cost a hundredth of all
 
 
 class TwoDrafts:
@@ -577,9 +576,22 @@ def test_what_earlier_texts_kept_is_what_to_expect_of_another():
                 acceptance.add(1, np.array([1]), np.array([int(np.random.default_rng(seed).random() < rate)]), [])
         assert abs(acceptance.survival()[0] - rate) < 0.2
     assert expected[:5] == sorted(expected[:5], reverse=True)
-    assert 0.5 > expected[0] > 0.2, "one text says little of the next"
-    assert expected[4] < 0.15
+    assert expected[1] > 0.6, "one text says little of the next"
+    assert expected[4] < 0.2
     assert expected[9] > 0.8
+
+
+def test_one_good_text_among_bad_ones_is_reason_to_try_the_next():
+    acceptance = Acceptance(4)
+    for kept in (0, 0, 1, 0):
+        for _ in range(20):
+            acceptance.add(1, np.array([1]), np.array([kept]), [])
+        acceptance = acceptance.another_text()
+    hopeful = acceptance.survival()[0]
+    assert hopeful > 0.45
+    for _ in range(20):
+        acceptance = acceptance.another_text()  # nothing was tried: little is known by now
+    assert abs(acceptance.survival()[0] - PRIOR) < 0.1
 
 
 def test_a_call_that_begins_takes_nothing_from_one_that_is_under_way():
