@@ -14,7 +14,10 @@ Imports nothing of ours. Read next: ``state.py``.
 from __future__ import annotations
 
 # what a model raises about inputs that it was not made for; anything else (a timeout, a cancellation) is its user's
-FAULTS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+FAULTS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, NameError,
+    ImportError,
+)  # fmt: skip
 
 
 class SpecdecError(Exception):

@@ -177,9 +177,7 @@ class State:
             end = next((place for place, token in enumerate(tokens) if token in self.end_ids), None)
             if end is not None:
                 tokens, live[row] = tokens[: end + 1], False
-            if tokens == [-1] and before[row] > min(
-                other for other, alive in zip(before, self.live, strict=True) if alive
-            ):
+            if tokens == [-1] and before[row] > int(self.lengths[self.live].min()):
                 tokens = []  # the others come up to it first: a stop condition may end all rows here
             if -1 in tokens:
                 raise _unusable(row, before[row] + tokens.index(-1))
