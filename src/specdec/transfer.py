@@ -16,7 +16,7 @@ QUEUES = frozenset({"cuda"})
 
 
 def to_host(tensor: Tensor) -> np.ndarray:
-    """Where the loop waits for the device, once a round; counted in tests. ``confidence=`` makes drafts wait, too."""
+    """Where the loop waits for the device, once a round; counted in tests. ``confidence=`` makes drafts wait."""
     array: np.ndarray = tensor.cpu().numpy()
     return array
 
