@@ -137,8 +137,8 @@ def not_advanced(monkeypatch):
     """Every guess is judged by the state behind the committed text."""
     right = specdec.stepwise._Row.follow
 
-    def stale(self, ids, processor):
-        path = right(self, ids, processor)
+    def stale(self, ids, *how):
+        path = right(self, ids, *how)
         return path[:1] + path[:1] * len(ids)
 
     monkeypatch.setattr(specdec.stepwise._Row, "follow", stale)
@@ -148,9 +148,9 @@ def not_rolled_back(monkeypatch):
     """What was worked out along a rejected guess is taken for the state of the token that replaced it."""
     right = specdec.stepwise._Row.follow
 
-    def sticky(self, ids, processor):
+    def sticky(self, ids, *how):
         self._ids[: len(ids)] = ids[: len(self._ids)]
-        return right(self, ids, processor)
+        return right(self, ids, *how)
 
     monkeypatch.setattr(specdec.stepwise._Row, "follow", sticky)
 
@@ -159,8 +159,8 @@ def one_place_late(monkeypatch):
     """A guess is judged by the state before the guess before it."""
     right = specdec.stepwise._Row.follow
 
-    def late(self, ids, processor):
-        path = right(self, ids, processor)
+    def late(self, ids, *how):
+        path = right(self, ids, *how)
         return path[:1] + path[:-1]
 
     monkeypatch.setattr(specdec.stepwise._Row, "follow", late)
@@ -170,8 +170,8 @@ def one_place_early(monkeypatch):
     """A guess is judged by the state that it leads to."""
     right = specdec.stepwise._Row.follow
 
-    def early(self, ids, processor):
-        path = right(self, ids, processor)
+    def early(self, ids, *how):
+        path = right(self, ids, *how)
         return [*path[1:], path[-1]]
 
     monkeypatch.setattr(specdec.stepwise._Row, "follow", early)
