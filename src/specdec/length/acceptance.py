@@ -11,7 +11,7 @@ import copy
 import numpy as np
 
 FADE = 0.93  # what a round is worth after the next one: a memory of about fourteen rounds
-PRIOR, PRIOR_WEIGHT = 0.7, 1.5  # before anything is known, in rounds
+PRIOR, PRIOR_WEIGHT = 0.7, 2.0  # before anything is known, in rounds
 ROUND_WEIGHT = 4  # rows of a batch are alike: together they count no more than this many rounds of one row
 DOUBT = 2.0  # rounds that are still believed once drafting has been switched off
 TEXTS, BEST = 4, 2  # texts that are remembered, and how many of them, the best, say what to expect of the next one
