@@ -61,6 +61,7 @@ def test_the_sums_of_transformers(dtype, error, boolean, copies):
 
 
 def test_one_mask_a_pass_and_none_after_it():
+    grouped.install()
     given = arguments(torch.float32, True)
     with grouped.attending():
         for _ in range(3):
