@@ -165,7 +165,7 @@ class State:
             states: passed on to the round.
 
         Raises:
-            InvalidScores: a live row's scores hold NaN or forbid every token.
+            InvalidScores: a live row's scores hold NaN or forbid every token, and no live row is behind it.
         """
         # the one copy of the round: everything the host needs in a single tensor
         packed = to_host(torch.cat([proposal.tokens, accepted[:, None], next_token[:, None]], dim=1))
