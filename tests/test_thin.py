@@ -4,6 +4,7 @@ import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -11,6 +12,7 @@ from torch.nn import functional
 from specdec import EarlyExit, SpeculativeGenerator
 from specdec.testing import tiny_llama
 from specdec.weights import blocks, race, thin
+from specdec.weights.filling import leaving_out_filling
 from specdec.weights.thin import ThinProducts, product
 
 from .contract import bart, gemma, llama, mamba2, noisy, plain, prompts, qwen3_next, speculative, t5
@@ -241,9 +243,22 @@ def test_gradients_and_other_dtypes_go_the_usual_way(counted):
     assert layer.weight.grad is not None
 
 
-def test_other_dtypes_only_leave_out_filling(counted):
+def test_other_dtypes_only_leave_out_filling(counted, monkeypatch):
+    monkeypatch.setattr("specdec.weights.filling.READING", 1)
+    monkeypatch.setattr("specdec.weights.filling.MOVING", 1)
+    multiplied = []
+
+    def counting(states, *rest, linear=functional.linear):
+        multiplied.append(states.shape[:-1].numel())
+        return linear(states, *rest)
+
+    monkeypatch.setattr(functional, "linear", counting)
+    layer = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+    model, states = torch.nn.Sequential(layer), torch.randn(2, 3, 8, dtype=torch.bfloat16)
     with torch.no_grad():
-        layer = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
-        with ThinProducts(layer).over(3):
-            layer(torch.randn(3, 8, dtype=torch.bfloat16))
+        for fed in ([3, 3], [3, 1]):
+            with leaving_out_filling(np.array(fed), 3, np.array([True, True])), ThinProducts(model).over(6):
+                assert bool(patched(model)) == (fed == [3, 1])
+                layer(states)
     assert counted == []
+    assert multiplied == [6, 4]

@@ -20,6 +20,8 @@ def rows_from_the_end(states: Tensor, first: np.ndarray, count: int) -> Tensor:
     gone ahead; outside, the edge is repeated.
     """
     width = states.shape[1]
+    if width == count == 1:
+        return states
     lowest, highest = (width + edge for edge in span(first))
     if lowest == highest:
         if lowest == 0 and width == count:

@@ -64,15 +64,17 @@ def _by_bits(scores: Tensor, *, heeds_nan: bool) -> Tensor | None:
     infinity = _INFINITY.get(scores.dtype)
     if infinity is None or scores.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    bits = scores.detach().view(torch.int16).numpy()
-    tokens = bits.argmax(axis=-1)
-    for row, token in zip(bits.reshape(-1, bits.shape[-1]), tokens.reshape(-1).tolist(), strict=True):
-        if not 0 < row[token] <= infinity:
+    bits = (scores.detach() if scores.requires_grad else scores).view(torch.int16).numpy()
+    rows = bits.reshape(-1, bits.shape[-1])
+    tokens = rows.argmax(axis=-1)
+    for row, token in zip(rows, tokens.tolist(), strict=True):
+        if not 0 < row.item(token) <= infinity:
             return None
     # a NaN with a sign, as it comes out of arithmetic, is above all other bits
     if heeds_nan and bits.view("uint16").max() > 0x8000 + infinity:
         return None
-    return torch.as_tensor(tokens, device="cpu")
+    found = torch.from_numpy(tokens)
+    return found if scores.ndim == 2 else found.view(scores.shape[:-1])
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ def match_on_host(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) 
             kept += 1
         accepted.append(kept)
         following.append(own[kept])
-    kept, next_token = torch.tensor([accepted, following], dtype=torch.int64, device="cpu")
-    return kept, next_token
+    kept_of, next_of = (torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in (accepted, following))
+    return kept_of, next_of
 
 
 def match_on_device(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) -> tuple[Tensor, Tensor]:

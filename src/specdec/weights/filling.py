@@ -51,6 +51,11 @@ class leaving_out_filling:
         _here.picks = self._before
 
 
+def leaves_out() -> bool:
+    """Whether something only fills up the pass that is under way in this thread."""
+    return getattr(_here, "picks", None) is not None
+
+
 def on_real(states: Tensor, size: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
     """``multiply(states)``, (..., N) from (..., K), a matrix of ``size`` numbers, without what only fills up."""
     picks = None if torch.compiler.is_compiling() else getattr(_here, "picks", None)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdec.weights import blocks, race
-from specdec.weights.filling import on_real
+from specdec.weights.filling import leaves_out, on_real
 
 MOST_ROWS = 64  # more are a prompt, which is computing: another question than the one that is timed
 TRIED_ROWS, TRIED_NUMBERS = 4, 1 << 24  # numbers: more than caches hold, as in a pass
@@ -41,24 +41,28 @@ class ThinProducts:
 
     def __init__(self, model: Any, *, is_draft: bool = False) -> None:
         """Find the layers, and time their sizes if this process has not yet."""
-        some: list[_Layer] = []
+        every: list[_Layer] = []  # what only fills up a pass can be left out of all, whatever the dtype
+        few: list[_Layer] = []
         single: list[_Layer] = []
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
         if not any(map(_is_compiled, modules)):  # whose graph would be made anew
             for module in modules:
                 if type(module) is torch.nn.Linear and _is_as_made(module) and _is_large(module.weight):
-                    some.append((vars(module), partial(_forward, module)))
+                    every.append((vars(module), partial(_forward, module)))
                     if is_draft and wins(module.weight, 1):
-                        single.append(some[-1])
-                    wins(module.weight, TRIED_ROWS)
-        self._some, self._single = _Pass(some, is_draft), _Pass(single, is_draft)
+                        single.append(every[-1])
+                    if wins(module.weight, TRIED_ROWS):
+                        few.append(every[-1])
+        self._every, self._few, self._single = (_Pass(layers, is_draft) for layers in (every, few, single))
         self.compiled: AbstractContextManager[None] = _Pass([], is_draft)  # what to enter for a pass of a graph
 
     def over(self, tokens: int) -> AbstractContextManager[None]:
-        """What to enter for a pass over so many tokens of all rows."""
+        """What to enter for a pass over so many tokens of all rows, behind ``leaving_out_filling``."""
         if tokens > MOST_ROWS:
             return nullcontext()
-        return self._single if tokens == 1 else self._some
+        if leaves_out():
+            return self._every
+        return self._single if tokens == 1 else self._few
 
 
 class _Pass(AbstractContextManager[None]):
