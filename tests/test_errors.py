@@ -13,16 +13,22 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from specdec import (
+    EarlyExit,
     InvalidInput,
     InvalidProposal,
     InvalidScores,
+    LayerSkip,
     NGram,
     Proposal,
+    ShapedRelease,
     SpecdecError,
     SpeculativeGenerator,
+    Store,
+    Suffix,
     UnsupportedModel,
     UnsupportedOption,
     VocabularyMismatch,
+    prune_head,
 )
 from specdec.testing import TableModel, tiny_llama
 
@@ -97,10 +103,36 @@ def test_an_encoder_decoder_draft_that_begins_with_another_token():
     assert counted.calls == 0
 
 
-@pytest.mark.parametrize(("longest", "shortest"), [(0, 1), (1, 2), (3, 0), (-1, -1)])
-def test_ngram_sizes(longest, shortest):
-    with pytest.raises(InvalidInput, match=rf"longest={longest}.*1 <= shortest <= longest"):
+@pytest.mark.parametrize(
+    ("longest", "shortest", "message"),
+    [
+        (0, 1, "longest=0; .* >= shortest=1"),
+        (1, 2, "longest=1; .* >= shortest=2"),
+        (2.5, 1, "longest=2.5; .*whole number"),
+        (3, 0, "shortest=0; .* >= 1"),
+        (-1, -1, "shortest=-1; .* >= 1"),
+        (3, True, "shortest=True; .*whole number"),
+    ],
+)
+def test_ngram_sizes(longest, shortest, message):
+    with pytest.raises(InvalidInput, match=message):
         NGram(longest, shortest)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])
+def test_whole_numbers_of_any_kind(kind):
+    two, model = kind(2), tiny_llama()
+    given = {**prompts(1), "max_new_tokens": 9, "do_sample": False}
+    wanted = model.generate(**given)
+    drafts = [NGram(two, two), Suffix(shortest=two), EarlyExit(kind(1)), LayerSkip(skip=[kind(1)])]
+    for draft in (*drafts, Suffix(store=Store(tokens=kind(100), tenants=two), tenant="me")):
+        assert SpeculativeGenerator(model, draft, num_draft_tokens=two).generate(**given).equal(wanted)
+    by_name = {"prompt_lookup_num_tokens": two, "max_matching_ngram_size": two}
+    assert speculative(model, None).generate(**given, **by_name).equal(wanted)
+    told = speculative(model, "ngram").generate(**given, prediction=[kind(5), kind(7), kind(5)])
+    assert told.equal(wanted)
+    assert prune_head(model, range(9), n=kind(20)).generate(**given).shape == wanted.shape
+    assert ShapedRelease(two, 0.1, kind(64), bucket=two) == ShapedRelease(2, 0.1, 64, bucket=2)
 
 
 # --- options of generate() ------------------------------------------------------------------------

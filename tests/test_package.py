@@ -37,6 +37,7 @@ LEVELS = [
     {"layouts"},
     {"sampling", "warpers", "stepwise"},
     {"state", "weights", "structured"},
+    {"whole"},
     {"records", "errors", "verify", "noise", "ahead"},
     {"transfer"},
 ]

@@ -14,6 +14,7 @@ from typing import Any
 from specdec.errors import InvalidInput, UnsupportedOption
 from specdec.proposers.layers import EarlyExit
 from specdec.proposers.ngram import NGram
+from specdec.whole import at_least
 
 # arguments that are read here and that generate() must not see: it would take them for its own assisted decoding
 UNDERSTOOD = (
@@ -71,11 +72,11 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
     if len(asked) > 1:
         raise InvalidInput(f"{' and '.join(asked)} are several drafts; give one of them")
     if lookup is not None:
-        longest = _whole("max_matching_ngram_size", first_given(sources, "max_matching_ngram_size") or MATCHED)
+        longest = at_least(1, "max_matching_ngram_size", first_given(sources, "max_matching_ngram_size") or MATCHED)
         number = lookup if number is None else number
         return Assistance(
             NGram(longest=longest),
-            num_draft_tokens=_whole("prompt_lookup_num_tokens", number),
+            num_draft_tokens=at_least(1, "prompt_lookup_num_tokens", number),
             confidence=confidence,
         )
     if matched is not None:
@@ -87,7 +88,7 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
             "assistant_tokenizer", "give assistant_model with it, or draft_tokenizer to SpeculativeGenerator"
         )
     if early is not None:
-        model = EarlyExit(_whole("assistant_early_exit", early))
+        model = EarlyExit(at_least(1, "assistant_early_exit", early))
     elif model is not None:
         settings = getattr(model, "generation_config", None)
         if number is None:
@@ -96,7 +97,7 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
             confidence = getattr(settings, "assistant_confidence_threshold", None)
     if model is None and number is None and confidence is None:
         return None
-    number = None if number is None else _whole("num_assistant_tokens", number)
+    number = None if number is None else at_least(1, "num_assistant_tokens", number)
     return Assistance(model, given.get("assistant_tokenizer"), number, confidence)
 
 
@@ -107,9 +108,3 @@ def first_given(sources: Sequence[Any], name: str) -> Any:
         if found is not None:
             return found
     return None
-
-
-def _whole(name: str, number: Any) -> int:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise InvalidInput(f"{name}={number!r}; give a whole number >= 1")
-    return number

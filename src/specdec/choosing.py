@@ -26,6 +26,7 @@ from torch import Tensor
 from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.length.cost import speed
 from specdec.weights.layers import count_layers, with_layers
+from specdec.whole import at_least
 
 MOST_GUESSES = 8  # a round is expected to guess what is best of 0 to this many tokens
 PATIENCE = 3  # the search ends after this many changes a layer without a better choice
@@ -71,10 +72,10 @@ def choose_layers(
     depth = count_layers(model)
     if depth < 2:
         raise UnsupportedModel(f"{type(model).__name__} has {depth} layer; some must be left to draft")
-    if not 0 <= least < depth:
-        raise InvalidInput(f"least={least!r}; the model has {depth} layers, give 0 to {depth - 1}")
-    if tokens < 1:
-        raise InvalidInput(f"tokens={tokens!r}; give a whole number >= 1")
+    wanted = f"0 to {depth - 1}, as the model has {depth} layers"
+    least, tokens = at_least(0, "least", least, wanted), at_least(1, "tokens", tokens)
+    if least >= depth:
+        raise InvalidInput(f"least={least}; give {wanted}")
     ids = [_ids(prompt, tokenizer, model.device) for prompt in prompts]
     if not ids:
         raise InvalidInput("no prompts; give a few that are like those to come")

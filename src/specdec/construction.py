@@ -5,7 +5,6 @@ Everything is judged before any work is done. Knows no option of ``generate()``.
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from specdec.proposers.words import WORDS, check_sizes, one_behind_another
 from specdec.sampling import VERIFICATIONS
 from specdec.weights.adapters import inner_model
 from specdec.weights.quantized import has_two_weights, quantize_draft
+from specdec.whole import whole
 
 SELF = {"self-int4": "int4", "self-int8": "int8"}  # the target itself with fewer bits a weight
 # every word that ``draft`` may be
@@ -78,16 +78,6 @@ def check_compile(compile: Any, num_draft_tokens: Any, layout: str) -> None:
         raise InvalidInput(
             f"compile=True needs the layout 'slots', whose shapes stay; layout={layout!r} forces another"
         )
-
-
-def whole(number: Any) -> int | None:
-    """``number`` as Python's own if it is a whole one (numpy's and torch's too), else None."""
-    if isinstance(number, bool) or getattr(number, "dtype", None) in (bool, torch.bool):
-        return None
-    try:
-        return index(number)
-    except TypeError:
-        return None
 
 
 def check_seed(seed: Any) -> int | list[int] | None:

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from specdec.ahead import Ahead
 from specdec.errors import InvalidInput
 from specdec.streaming import Text, Tokens
+from specdec.whole import at_least
 
 HEADER = struct.Struct(">BH")  # flags, bytes of content
 ENDED, IS_TEXT = 1, 2  # flags
@@ -88,9 +89,7 @@ class ShapedRelease:
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         for name, least in (("tokens_per_chunk", 1), ("pad_to", HEADER.size + ID.size), ("bucket", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InvalidInput(f"ShapedRelease({name}={value!r}); give a whole number >= {least}")
+            object.__setattr__(self, name, at_least(least, f"ShapedRelease: {name}", getattr(self, name)))
         if self.pad_to > HEADER.size + 0xFFFF:
             raise InvalidInput(f"ShapedRelease(pad_to={self.pad_to}); give at most {HEADER.size + 0xFFFF}")
         for name, value in (("interval", self.interval), ("first_after", self.first_after)):

@@ -34,6 +34,7 @@ from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
 from specdec.state import State, put, span, widened
 from specdec.weights.layers import count_layers, with_layers
+from specdec.whole import at_least
 
 
 class EarlyExit:
@@ -54,9 +55,7 @@ class EarlyExit:
             InvalidInput: not a whole number >= 1, or a confidence that is no probability.
         """
         check_confidence(confidence)
-        if not _is_number(layers) or layers < 1:
-            raise InvalidInput(f"layers={layers!r}; give a whole number from 1 to one less than the target has")
-        self.layers = layers
+        self.layers = at_least(1, "layers", layers, "a whole number from 1 to one less than the target has")
         self._confidence = confidence
         self._part = _Part()
 
@@ -103,12 +102,10 @@ class LayerSkip:
             InvalidInput: ``skip`` is empty or holds anything but whole numbers >= 0.
         """
         check_confidence(confidence)
-        self.skip = tuple(sorted(set(skip)))
-        if not self.skip or not all(_is_number(layer) and layer >= 0 for layer in self.skip):
-            raise InvalidInput(
-                f"skip={self.skip!r}; give the numbers of the layers to leave out, from 0. Where no choice of "
-                "layers pays, draft=None decodes plainly"
-            )
+        wanted = "the numbers of the layers to leave out, from 0. Where no choice pays, draft=None decodes plainly"
+        self.skip = tuple(sorted({at_least(0, "skip", layer, wanted) for layer in skip}))
+        if not self.skip:
+            raise InvalidInput(f"skip=(); give {wanted}")
         self._confidence = confidence
         self._part = _Part()
 
@@ -136,10 +133,6 @@ class LayerSkip:
         other = copy.copy(self)
         other._confidence = confidence
         return other
-
-
-def _is_number(layer: Any) -> bool:
-    return isinstance(layer, int) and not isinstance(layer, bool)
 
 
 class _Part:

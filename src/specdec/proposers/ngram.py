@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from specdec.errors import InvalidInput
 from specdec.records import Proposal
 from specdec.state import State
+from specdec.whole import at_least
 
 
 class NGram:
@@ -19,8 +19,8 @@ class NGram:
 
     def __init__(self, longest: int = 4, shortest: int = 1) -> None:
         """Match the last ``longest`` tokens, then fewer, down to ``shortest`` >= 1."""
-        if not 1 <= shortest <= longest:
-            raise InvalidInput(f"NGram(longest={longest}, shortest={shortest}): needs 1 <= shortest <= longest")
+        shortest = at_least(1, "NGram: shortest", shortest)
+        longest = at_least(shortest, "NGram: longest", longest, f"a whole number >= shortest={shortest}")
         self._sizes = range(longest, shortest - 1, -1)
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:

@@ -20,6 +20,7 @@ from specdec.errors import InvalidInput
 from specdec.proposers import Call, Proposer, existing, one_a_row
 from specdec.records import Proposal, Stats
 from specdec.state import State
+from specdec.whole import whole
 
 LONGEST = 16  # tokens of the text that are compared when looking for the place to go on
 NEAR = 16  # a match of one token counts only this close behind the place where text and prediction parted
@@ -130,7 +131,7 @@ def read_predictions(given: Any, tokenizer: Any, pad_id: int | None) -> list[np.
     Raises:
         InvalidInput: nothing of that, or a text without a tokenizer.
     """
-    numbers = isinstance(given, (list, tuple)) and len(given) > 0 and all(isinstance(i, int) for i in given)
+    numbers = isinstance(given, (list, tuple)) and len(given) > 0 and None not in map(whole, given)
     if isinstance(given, (torch.Tensor, np.ndarray)):
         given = np.asarray(given.cpu() if isinstance(given, torch.Tensor) else given)
         if given.ndim == 2:

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from specdec.errors import InvalidInput
 from specdec.proposers.automaton import NOTHING, SuffixAutomaton
+from specdec.whole import at_least
 
 FORMAT = "specdec-store-1"
 
@@ -33,14 +34,8 @@ class Store:
 
     def __init__(self, *, tokens: int = 100_000, tenants: int = 64) -> None:
         """Keep at most ``tokens`` tokens a tenant (about 0.5 KB each in memory) and ``tenants`` tenants."""
-        sizes: list[Any] = [tokens, tenants]
-        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
-        if not whole or tokens < 4 or tenants < 1:
-            raise InvalidInput(
-                f"Store(tokens={tokens!r}, tenants={tenants!r}): needs whole numbers, at least 4 and 1"
-            )
-        self._half = tokens // 2
-        self._tenants = tenants
+        self._half = at_least(4, "Store: tokens", tokens) // 2
+        self._tenants = at_least(1, "Store: tenants", tenants)
         self._shelves: OrderedDict[str, _Shelf] = OrderedDict()
         self._lock = Lock()
 

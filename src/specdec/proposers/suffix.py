@@ -18,6 +18,7 @@ from specdec.proposers.store import Reader, Store
 from specdec.records import Proposal, Stats
 from specdec.state import State
 from specdec.transfer import to_host
+from specdec.whole import at_least
 
 FEW = 4  # guesses that the shortest match is worth
 
@@ -41,11 +42,11 @@ class Suffix:
         Raises:
             InvalidInput: a number out of range, or a tenant without a store.
         """
-        if not (shortest >= 1 and per_match >= 0):
-            raise InvalidInput(f"Suffix(shortest={shortest!r}, per_match={per_match!r}): needs >= 1 and >= 0")
+        self._shortest = at_least(1, "Suffix: shortest", shortest)
+        if not per_match >= 0:
+            raise InvalidInput(f"Suffix: per_match={per_match!r}; give a number >= 0")
         if tenant is not None and store is None:
             raise InvalidInput(f"Suffix(tenant={tenant!r}) without a store; give store=Store() as well")
-        self._shortest = shortest
         self._per_match = per_match
         self._store = store
         self._tenant = tenant

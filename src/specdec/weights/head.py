@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.weights.share import shared_copy
+from specdec.whole import at_least
 
 
 def prune_head(model: Any, text_ids: Any, n: int) -> Any:
@@ -49,8 +50,10 @@ def prune_head(model: Any, text_ids: Any, n: int) -> Any:
 
 def frequent_tokens(text_ids: Any, n: Any, vocabulary: int, special: set[int]) -> Tensor:
     """(n,) ids to keep, ascending; see ``prune_head``."""
-    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= vocabulary:
-        raise InvalidInput(f"n={n!r}; give a whole number from 1 to the head's {vocabulary} tokens")
+    wanted = f"a whole number from 1 to the head's {vocabulary} tokens"
+    n = at_least(1, "n", n, wanted)
+    if n > vocabulary:
+        raise InvalidInput(f"n={n}; give {wanted}")
     try:
         rows = [torch.as_tensor(row, device="cpu").flatten() for row in _rows(text_ids)]
         ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(row for row in rows if row.numel())])

@@ -1,0 +1,39 @@
+"""Whole numbers, whoever made them: Python's, numpy's and torch's are the same to a user.
+
+Knows nothing else. Read next: ``errors.py``.
+"""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any
+
+from specdec.errors import InvalidInput
+
+
+def whole(number: Any) -> int | None:
+    """``number`` as Python's own if it is a whole one, else None; True and False are none."""
+    if isinstance(number, bool) or str(getattr(number, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return index(number)
+    except TypeError:
+        return None
+
+
+def at_least(least: int, name: str, number: Any, wanted: str = "") -> int:
+    """``number``, a whole one from ``least`` on.
+
+    Args:
+        least: the smallest that there may be.
+        name: what the caller calls it.
+        number: what came.
+        wanted: said in place of "a whole number >= ``least``".
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    found = whole(number)
+    if found is None or found < least:
+        raise InvalidInput(f"{name}={number!r}; give {wanted or f'a whole number >= {least}'}")
+    return found
