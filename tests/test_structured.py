@@ -416,6 +416,21 @@ def test_prefix_allowed_tokens_fn_is_not_asked_behind_an_end():
         assert out.tolist() == [text[:10]]
 
 
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "seed": 1}])
+def test_what_prefix_allowed_tokens_fn_raises_behind_a_stop_is_nobodys_error(how):
+    target = tiny_llama()
+    table = {length: [length % 7 + 3 * i for i in range(1, 6)] for length in range(9, 13)}
+    options = {**how, "max_new_tokens": 12, "prefix_allowed_tokens_fn": lambda row, ids: table[len(ids)]}
+    stop = [lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= 13)]
+    for rows in (1, 3):
+        inputs = ragged_prompt((9, 5, 7)[:rows])
+        for draft in (target, noisy_copy(target, 0.05), "ngram"):
+            gen = SpeculativeGenerator(target, draft, num_draft_tokens=4)
+            assert gen.generate(**inputs, **options, stopping_criteria=stop).shape == (rows, 13)
+            with pytest.raises(KeyError, match="13"):
+                gen.generate(**inputs, **options)
+
+
 class NothingFrom(LogitsProcessor):
     """Allows nothing from some column on."""
 

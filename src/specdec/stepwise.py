@@ -11,6 +11,7 @@ Knows no model, cache, rule or grammar. Read next: ``structured/__init__.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,6 +51,7 @@ class Walk:
         """Stand behind the ``prompt`` (B, P); behind one of the ids ``ends`` nothing is asked."""
         self._processor, self._ends = processor, ends
         self._forward = getattr(processor, "forward", None)
+        self._require = getattr(processor, "require", None)
         self._rows = [_Row(state, prompt.shape[1]) for state in processor.start(prompt)]
 
     @property
@@ -70,6 +72,7 @@ class Walk:
             final: the first ``seen.lengths[b]`` tokens of row b are committed, for the rows that matter.
         """
         count, vocabulary = scores.shape[1:]
+        slowest = seen.lengths[seen.wanted > 0].min(initial=seen.lengths.max())
         states: list[Any] = []
         for number, row in enumerate(self._rows):
             length, wanted = int(seen.lengths[number]), int(seen.wanted[number])
@@ -80,6 +83,9 @@ class Walk:
                 here = path[begin : begin + wanted]
                 if final:
                     row.settle(length)
+                    # a row that is ahead of others waits for them: a stop condition may end all before it
+                    if self._require is not None and length == slowest and here[0] is not None:
+                        self._require(here[0])
             states += here + [None] * (count - len(here))
         if all(state is None for state in states):
             return scores
@@ -155,7 +161,8 @@ class _Row:
 class Allowed:
     """``prefix_allowed_tokens_fn`` of transformers as a stepwise processor; a state is a row's ids.
 
-    The function is asked only about prefixes that plain ``generate()`` might meet, in their order along a row.
+    The function is asked only about prefixes that plain ``generate()`` might meet, in their order along a row. What
+    it raises about a guess is an error only if the text comes there; until then nothing is allowed behind it.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -169,7 +176,7 @@ class Allowed:
 
     def advance(self, state: _Prefix, token: int) -> _Prefix | None:
         """See ``Stepwise.advance``."""
-        if token not in state.allowed:
+        if not state.answers or token not in state.allowed:
             return None
         return _Prefix(state.row, torch.cat([state.ids, state.ids.new_tensor([token])]), self._ask)
 
@@ -177,13 +184,19 @@ class Allowed:
         """See ``Stepwise.process``; a guess behind which nothing may stand is an error only if it is kept."""
         free = to_device(np.array([state is None for state in states]), scores.device)
         out = torch.where(free[:, None], scores, -torch.inf)
-        known = [(row, state) for row, state in enumerate(states) if state is not None and len(state.listed)]
+        asked = [(row, state) for row, state in enumerate(states) if state is not None]
+        known = [(row, state) for row, state in asked if state.answers and len(state.listed)]
         if known:
             rows = to_device(np.array([row for row, _ in known]), scores.device)
             # the arithmetic is transformers' own: where all that is allowed has no chance, it is equally likely
             own = self._kind(lambda number, _: known[number][1].listed, 1)
             out[rows] = own(rows[:, None], scores[rows])
         return out
+
+
+    def require(self, state: _Prefix) -> None:
+        """The text has come to ``state``: whatever the function raises about it is the caller's."""
+        len(state.listed)
 
 
 class _Prefix:
@@ -196,6 +209,13 @@ class _Prefix:
     def listed(self) -> Any:
         """What may follow, as the function returned it."""
         return self._ask(self.row, self.ids)
+
+    @cached_property
+    def answers(self) -> bool:
+        """The function has something to say."""
+        with suppress(Exception):
+            return len(self.listed) >= 0
+        return False
 
     @cached_property
     def allowed(self) -> frozenset[int]:
