@@ -193,7 +193,6 @@ class Allowed:
             out[rows] = own(rows[:, None], scores[rows])
         return out
 
-
     def require(self, state: _Prefix) -> None:
         """The text has come to ``state``: whatever the function raises about it is the caller's."""
         len(state.listed)
