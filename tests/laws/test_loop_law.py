@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, StoppingCriteriaList
 
 import specdec.loop
 import specdec.scorer
@@ -117,7 +117,10 @@ class Scripted:
         else:
             accept = token_acceptance(target, tokens, lengths, draft)
             scales = torch.ones_like(target[..., 0])
-        kept = [row[:length].clamp(0, 1) for row, length in zip(accept, lengths.tolist(), strict=True)]
+        # a row that waits for another has nothing to draw from, and nothing to be asked
+        waits = scores[:, 0].isneginf().all(dim=-1)
+        judged = (lengths * ~waits).tolist()
+        kept = [row[:length].clamp(0, 1) for row, length in zip(accept, judged, strict=True)]
         uniforms = torch.stack([self.noise(row, tokens.shape[1], longest=draft is not None) for row in kept])
         draft_logits = None if logits is None else logits.double()
         arguments = (scores.double(), tokens, lengths, draft_logits)
@@ -126,6 +129,8 @@ class Scripted:
         weights = residual_weights(target, tokens, lengths, draft, accepted, scales)
         forced = torch.zeros_like(calm)
         for row, chances in enumerate(weights):
+            if waits[row]:
+                continue
             token = self.script.decide(chances)  # the middle of its share
             forced[row] = (chances[: token + 1].sum() - chances[token] / 2) / chances.sum()
         return verify(*arguments, rule=self.rule, uniforms=torch.cat([uniforms, forced], dim=1))
@@ -160,6 +165,18 @@ class NoneBehindAFault(LogitsProcessor):
         new = ids[:, PROMPT.shape[1] :]
         dead = (ids[:, PROMPT.shape[1] - 1 : -1] == new).any(dim=1) | (new == self._eos).any(dim=1)
         return scores.scatter(1, ids[:, -1:], -torch.inf).masked_fill(dead[:, None], -torch.inf)
+
+
+class NothingFrom(LogitsProcessor):
+    """Allows nothing behind texts of ``new`` tokens."""
+
+    specdec_pure = True
+
+    def __init__(self, new: int) -> None:
+        self.columns = PROMPT.shape[1] + new
+
+    def __call__(self, ids, scores):
+        return scores if ids.shape[1] < self.columns else torch.full_like(scores, -torch.inf)
 
 
 def exact(target: TableModel, new: int, eos: int | None, processor: Any = None) -> dict[tuple[int, ...], float]:
@@ -345,10 +362,11 @@ def test_law_when_a_draft_may_not_begin_in_every_round(rule, kind):
     assert {True, False} <= set(Reluctant.said)
 
 
-def error_of_two_rows(rule: str, *, cascaded: bool = False) -> float:
+def error_of_two_rows(rule: str, *, cascaded: bool = False, stopped: bool = False) -> float:
     """The joint law of two rows: one guessed from a prediction and one by a draft model, or both by a cascade.
 
-    The model of the cascade may begin in every second round.
+    The model of the cascade may begin in every second round. Where the texts are ``stopped`` by a criterion, a
+    processor allows nothing behind it, so that a row that is ahead waits for the other one.
     """
     vocabulary, new = 2, 4 if cascaded else 3
     target, draft = tables(1, vocabulary)
@@ -359,13 +377,17 @@ def error_of_two_rows(rule: str, *, cascaded: bool = False) -> float:
     if cascaded:
         gen._length = lambda *_: lambda *_: Reluctant(Assumed(0.15))
     ids = PROMPT.repeat(2, 1)
+    options["max_new_tokens"] = new
+    if stopped:
+        nothing = NothingFrom(new)
+        full = StoppingCriteriaList([lambda ids, _: torch.full((len(ids),), ids.shape[1] >= nothing.columns)])
+        options |= {"max_new_tokens": new + 3, "logits_processor": [nothing], "stopping_criteria": full}
 
     def run(script: Script) -> tuple[int, ...]:
         gen._sampling = lambda *_: Scripted(rule, script)
         out = gen.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=True, top_k=0,
-            pad_token_id=0, **options,
-        )  # fmt: skip
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0, **options
+        )
         return tuple(out[:, PROMPT.shape[1] :].flatten().tolist())
 
     law: dict[tuple[int, ...], float] = defaultdict(float)
@@ -379,6 +401,41 @@ def error_of_two_rows(rule: str, *, cascaded: bool = False) -> float:
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_joint_law_of_rows_with_guesses_of_two_kinds(rule):
     assert error_of_two_rows(rule) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_joint_law_of_rows_behind_whose_end_nothing_is_allowed(rule):
+    assert error_of_two_rows(rule, stopped=True) < TOLERANCE
+
+
+def up_to_the_void_whatever_was_kept(monkeypatch):
+    """Every text comes to the first place without a law, kept or not."""
+    right = specdec.loop._up_to
+
+    def all_the_way(void, guesses, accepted, next_token):
+        return right(void, guesses, torch.full_like(accepted, guesses.shape[1]), next_token)
+
+    monkeypatch.setattr(specdec.loop, "_up_to", all_the_way)
+
+
+def drawn_instead_of_the_guess_before_the_void(monkeypatch):
+    right = specdec.loop._up_to
+
+    def last(void, guesses, accepted, next_token):
+        kept, token = right(void, guesses, accepted, next_token)
+        return kept, torch.where(kept < accepted, next_token.clamp(min=0), token)
+
+    monkeypatch.setattr(specdec.loop, "_up_to", last)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [up_to_the_void_whatever_was_kept, drawn_instead_of_the_guess_before_the_void],
+    ids=lambda mutant: mutant.__name__,
+)
+def test_a_wrong_end_before_a_place_without_a_law_breaks_the_law(mutant, monkeypatch):
+    mutant(monkeypatch)
+    assert error_of_two_rows("block", stopped=True) > 1e-3
 
 
 def test_joint_law_of_rows_of_a_cascade_whose_model_may_not_begin_in_every_round():
