@@ -172,6 +172,8 @@ class PackedWeight(torch.Tensor):
     form: _Blocked | half.HalfMatrix
     origin: TensorWeakRef
     learns: bool
+    kind: torch.dtype  # asking a tensor subclass for its dtype or size takes as long as the rest of ``_linear``
+    numbers: int
 
     @staticmethod
     def __new__(cls, weight: Tensor, form: _Blocked | half.HalfMatrix) -> PackedWeight:
@@ -182,6 +184,7 @@ class PackedWeight(torch.Tensor):
         self.form = form
         self.origin = TensorWeakRef(weight)
         self.learns = weight.requires_grad
+        self.kind, self.numbers = weight.dtype, weight.numel()
         self._is_param = True  # what makes a tensor subclass a torch.nn.Parameter
         return self
 
@@ -236,20 +239,20 @@ class PackedWeight(torch.Tensor):
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` with packed weights, where the packed kernel can serve the call."""
-    if isinstance(weight, PackedWeight) and type(input) is Tensor and input.numel() and _agree(input, bias, weight):
+    if isinstance(weight, PackedWeight) and type(input) is Tensor and input.numel() and _agree(input, bias, weight.kind):
         form = weight.form
         if torch.compiler.is_compiling():
             out: Tensor = graphs.packed_linear(input, bias, form.number, weight.shape[0])
             return out
-        return on_real(input, weight.numel(), lambda states: form.linear(states, bias))
+        return on_real(input, weight.numbers, lambda states: form.linear(states, bias))
     with torch._C.DisableTorchFunctionSubclass():
         input, weight = (t.dense() if isinstance(t, PackedWeight) else t for t in (input, weight))
         return functional.linear(input, weight, bias)
 
 
-def _agree(input: Tensor, bias: Tensor | None, weight: PackedWeight) -> bool:
+def _agree(input: Tensor, bias: Tensor | None, kind: torch.dtype) -> bool:
     """Whether the call is one that the kernel computes: this dtype, the CPU, nothing to be learnt."""
-    if input.dtype != weight.dtype or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if input.dtype != kind or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return not (torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)))
 
