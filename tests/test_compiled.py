@@ -209,6 +209,20 @@ def test_a_compiler_that_fails_or_errs_is_not_used(monkeypatch, backend, reason)
     assert len([one for one in told if reason in str(one.message)]) == 1
 
 
+def test_what_interrupts_a_compiled_pass_is_the_callers(monkeypatch, traced):
+    def late(*_):
+        raise TimeoutError("deadline")
+
+    target, _ = pair()
+    gen = SpeculativeGenerator(target, "ngram", num_draft_tokens=3, compile=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_replay", late)
+        with pytest.raises(TimeoutError, match="deadline"):
+            gen.generate(**ragged_prompt(), **GREEDY)
+    assert torch.equal(gen.generate(**ragged_prompt(), **GREEDY), target.generate(**ragged_prompt(), **GREEDY))
+    assert gen.stats.layout == "slots+compiled"
+
+
 def test_compiling_is_not_what_a_round_costs(monkeypatch):
     def slow(graph, inputs):
         time.sleep(1)

@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from specdec import DraftModel, InvalidInput, NGram, SpeculativeGenerator, UnsupportedOption
+from specdec.testing import byte_tokenizer, tiny_llama
 
 from .contract import NEW, Counted, assert_untouched, fingerprint, llama, noisy, plain, prompts, speculative
 from .test_contract_stopping import text_of
@@ -109,6 +110,12 @@ REFUSED = {
     "an exit and a lookup": (
         {"assistant_early_exit": 1, "prompt_lookup_num_tokens": 3}, InvalidInput, "are several drafts"
     ),
+    "a lookup and a tokenizer": (
+        {"prompt_lookup_num_tokens": 3, "assistant_tokenizer": object()}, UnsupportedOption, "assistant_tokenizer"
+    ),
+    "a draft's tokenizer and not the target's": (
+        {"assistant_model": llama(), "assistant_tokenizer": byte_tokenizer("a")}, InvalidInput, "give `tokenizer`"
+    ),
     "an exit and a tokenizer": (
         {"assistant_early_exit": 1, "assistant_tokenizer": object()}, UnsupportedOption, "assistant_tokenizer"
     ),
@@ -121,6 +128,13 @@ def test_refused(name):
     with Counted(llama()) as counted, pytest.raises(kind, match=message):
         speculative(llama(), "ngram").generate(**prompts(1), **options, **GREEDY)
     assert counted.calls == 0
+
+
+def test_what_an_exit_of_the_models_config_teaches_is_kept():
+    gen = SpeculativeGenerator(tiny_llama())
+    for _ in range(2):
+        gen.generate(**prompts(3), **GREEDY, assistant_early_exit=1)
+    assert len(gen._memories) == 1
 
 
 def test_a_confidence_without_a_model():

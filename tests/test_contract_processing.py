@@ -280,6 +280,31 @@ def test_a_stateful_processor_beside_a_criterion_sees_the_calls_of_plain():
     assert_same_calls(got, wanted, lambda row, length: True)
 
 
+class Flat(LogitsProcessor):
+    """Takes the flat view of ids and scores, which only a tensor that lies side by side has."""
+
+    def __init__(self, pure):
+        self.specdec_pure = pure
+
+    def __call__(self, ids, scores):
+        ids.view(-1), scores.view(-1)
+        return scores
+
+
+@pytest.mark.parametrize("pure", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_processor_and_a_condition_are_shown_whole_tensors(pure, batch):
+    inputs, options = prompts(batch), {"max_new_tokens": NEW, "do_sample": False}
+    for draft in ("noisy", "ngram", None):
+        got = speculative(llama(), draft).generate(
+            **inputs,
+            **options,
+            logits_processor=[Flat(pure)],
+            stopping_criteria=[lambda ids, scores: ids.view(-1)[0] < 0] if pure else None,
+        )
+        assert got.tolist() == plain(llama(), inputs).tolist()
+
+
 def test_guesses_past_a_rows_length_never_reach_the_text_in_lockstep():
     """A row may submit fewer guesses than its neighbour; what stands behind them is no guess."""
     inputs = prompts(3)

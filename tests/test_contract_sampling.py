@@ -8,10 +8,10 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor
 
 from specdec import DraftModel, InvalidInput, SpeculativeGenerator
-from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, noisy, oracle, prompts, speculative, t5
 
@@ -70,6 +70,18 @@ def test_a_row_alone_and_in_company():
         gen = speculative(target(), "noisy", verification="coupled", seed=7)
         alone = gen.generate(ids, attention_mask=torch.ones_like(ids), **WARM)
         assert alone[0].tolist() == together[row, mask.shape[1] - length :].tolist()
+
+
+def test_a_row_with_token_types_alone_and_in_company():
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64, pad_token_id=0)
+    gen = speculative(lively(GPT2LMHeadModel(config).eval()), "ngram", verification="coupled", seed=7)
+    asked = inputs(4)
+    types = asked["input_ids"] % 2 * asked["attention_mask"]
+    together = gen.generate(**asked, token_type_ids=types, **WARM)
+    for row, length in enumerate(LENGTHS):
+        alone = {name: one[row : row + 1, -length:] for name, one in {**asked, "token_type_ids": types}.items()}
+        text = gen.generate(**alone, **WARM)
+        assert text[0].tolist() == together[row, types.shape[1] - length :].tolist()
 
 
 def test_the_order_of_the_rows_does_not_matter():

@@ -151,6 +151,14 @@ def test_loading_a_list_of_drafts(monkeypatch):
     assert SpeculativeGenerator.from_pretrained("org/big", draft="ngram").draft == "ngram"
 
 
+def test_tokenizers_that_are_given_are_not_loaded(monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **options: llama())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    given = {"tokenizer": byte_tokenizer("a"), "draft_tokenizer": byte_tokenizer("a")}
+    gen = SpeculativeGenerator.from_pretrained("org/big", "org/small", **given)
+    assert gen.tokenizer is given["tokenizer"]
+
+
 def test_a_misspelt_word_says_what_words_there_are(monkeypatch):
     def load(name, **options):
         if name != "org/big":

@@ -39,7 +39,7 @@ LEVELS = [
     {"state", "weights", "structured"},
     {"whole"},
     {"records", "errors", "verify", "noise", "ahead"},
-    {"transfer"},
+    {"transfer", "clock"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -431,6 +431,25 @@ def test_what_prefix_allowed_tokens_fn_raises_behind_a_stop_is_nobodys_error(how
                 gen.generate(**inputs, **options)
 
 
+def test_prefix_allowed_tokens_fn_is_asked_once_and_what_it_raised_is_raised():
+    """Also where it was first asked about a guess, and would answer if it were asked again."""
+    target, asked = tiny_llama(), []
+    ids = ragged_prompt((9,))["input_ids"]
+
+    def allows(row, seen):
+        asked.append(tuple(seen.tolist()))
+        if len(seen) == 12 and asked.count(asked[-1]) == 1:
+            raise LookupError("never heard of it")
+        return range(64)
+
+    for draft in (target, None):
+        asked.clear()
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=5)
+        with pytest.raises(LookupError, match="never heard"):
+            gen.generate(ids, max_new_tokens=9, do_sample=False, prefix_allowed_tokens_fn=allows)
+        assert len(asked) == len(set(asked))
+
+
 class NothingFrom(LogitsProcessor):
     """Allows nothing from some column on."""
 

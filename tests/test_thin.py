@@ -13,6 +13,7 @@ from specdec import EarlyExit, SpeculativeGenerator
 from specdec.testing import tiny_llama
 from specdec.weights import blocks, race, thin
 from specdec.weights.filling import leaving_out_filling
+from specdec.weights.share import shared_copy
 from specdec.weights.thin import ThinProducts, product
 
 from .contract import bart, gemma, llama, mamba2, noisy, plain, prompts, qwen3_next, speculative, t5
@@ -193,6 +194,14 @@ def test_a_pass_is_none_of_another_threads(counted):
         assert layers == 1
         beside()
     assert counted == [3]
+
+
+def test_a_draft_can_be_made_while_another_thread_has_a_pass(counted):
+    model = llama()
+    with ThinProducts(model).over(4):
+        draft = shared_copy(model, {})
+    assert patched(draft) == patched(model) == []
+    assert plain(draft, prompts(1)).equal(plain(model, prompts(1)))
 
 
 def test_hooks_run_as_ever(counted):

@@ -71,6 +71,10 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
     asked = [name for name, draft in named.items() if draft is not None]
     if len(asked) > 1:
         raise InvalidInput(f"{' and '.join(asked)} are several drafts; give one of them")
+    if model is None and given.get("assistant_tokenizer") is not None:
+        raise UnsupportedOption(
+            "assistant_tokenizer", "give assistant_model with it, or draft_tokenizer to SpeculativeGenerator"
+        )
     if lookup is not None:
         longest = at_least(1, "max_matching_ngram_size", first_given(sources, "max_matching_ngram_size") or MATCHED)
         number = lookup if number is None else number
@@ -82,10 +86,6 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
     if matched is not None:
         raise UnsupportedOption(
             "max_matching_ngram_size", "give prompt_lookup_num_tokens with it, or draft=NGram(longest=...)"
-        )
-    if model is None and given.get("assistant_tokenizer") is not None:
-        raise UnsupportedOption(
-            "assistant_tokenizer", "give assistant_model with it, or draft_tokenizer to SpeculativeGenerator"
         )
     if early is not None:
         model = EarlyExit(at_least(1, "assistant_early_exit", early))

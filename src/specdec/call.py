@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from specdec.abroad import brought_home
+from specdec.clock import clock
 from specdec.errors import InvalidInput, UnsupportedModel
-from specdec.layouts.compiled import CompiledSteps, clock
+from specdec.layouts.compiled import CompiledSteps
 from specdec.layouts.facts import odd_states
 from specdec.layouts.handover import is_callers
 from specdec.length import DraftLength
@@ -187,8 +188,7 @@ def follow_call(
         target.abandon(state.tokens, state.lengths - 1, state.live)
         raise
     finally:  # a stream may be closed in the middle
-        _count(stats, state, target, proposer)
-        stats.host_copies += processing.host_copies
+        _count(stats, state, target, proposer, processing)
         stats.seconds = perf_counter() - request.start
     if streamer is not None:
         streamer.end()
@@ -253,7 +253,8 @@ def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
             continue
         for row, prompt in enumerate(prompts):
             part = value[row]
-            if name in ("input_ids", "inputs_embeds") and mask is not None and mask.shape == value.shape[:2]:
+            # ids, their types, their embeddings; not what happens to have as many columns
+            if mask is not None and mask.shape == value.shape[:2] and value.ndim <= 3:
                 part = part[mask[row].bool()]
             content = to_host(part.contiguous().flatten().view(torch.uint8)).tobytes()
             prompt.append(int.from_bytes(blake2b(content, digest_size=7).digest(), "big"))
@@ -272,12 +273,12 @@ def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
     }
 
 
-def _count(stats: Stats, state: State, target: Scorer, proposer: Any) -> None:
+def _count(stats: Stats, state: State, target: Scorer, proposer: Any, processing: Processing) -> None:
     """What is known only at the end; stop conditions may have taken tokens back."""
     stats.target_forwards, stats.layout = target.forwards, target.layout.name
     stats.draft_forwards = getattr(proposer, "forwards", 0)
     stats.draft_layout = getattr(proposer, "layout", "")
     stats.drafting = getattr(proposer, "drafting", "")
-    stats.host_copies = state.host_copies
+    stats.host_copies = state.host_copies + processing.host_copies
     stats.row_emitted = state.lengths - state.prompt_length
     stats.emitted = int(stats.row_emitted.sum())

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Any, overload
 from weakref import WeakKeyDictionary
@@ -33,9 +34,10 @@ from specdec.length.cost import Assumed
 from specdec.length.fixed import Fixed
 from specdec.options import check_options, check_prompt, check_tenant, with_stop_strings
 from specdec.proposers.fallback import Fallback
+from specdec.proposers.layers import EarlyExit
 from specdec.proposers.prediction import Prediction, read_predictions
 from specdec.records import Stats
-from specdec.sampling import Sampling, sampling_for
+from specdec.sampling import sampling_for
 from specdec.shaping import Chunk, ShapedRelease, shaped
 from specdec.streaming import Tokens, in_threads, told
 from specdec.weights.adapters import inner_model, needs_its_wrapper
@@ -125,6 +127,7 @@ class SpeculativeGenerator:
         self._proposer = build_proposer(target, draft, tokenizer, draft_tokenizer, compile)
         self._memory = Memory()
         self._memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()  # of drafts given to a call
+        self._exits: dict[int, EarlyExit] = {}  # given to a call, by layers
         self._steps = compiled_steps(target) if compile else None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -169,7 +172,8 @@ class SpeculativeGenerator:
         load_kwargs = {"use_safetensors": True, **kwargs}
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         target = AutoModelForCausalLM.from_pretrained(target_id, **load_kwargs)
-        options.setdefault("tokenizer", AutoTokenizer.from_pretrained(target_id, **hub))
+        if "tokenizer" not in options:
+            options["tokenizer"] = AutoTokenizer.from_pretrained(target_id, **hub)
 
         def made(given: Any) -> Any:
             if not isinstance(given, str) or given in NAMES:
@@ -181,7 +185,8 @@ class SpeculativeGenerator:
                     f"draft={given!r} is none of the words {', '.join(NAMES)} and was taken for a model's id"
                 )
                 raise
-            options.setdefault("draft_tokenizer", AutoTokenizer.from_pretrained(given, **hub))
+            if "draft_tokenizer" not in options:
+                options["draft_tokenizer"] = AutoTokenizer.from_pretrained(given, **hub)
             return model
 
         return cls(
@@ -271,8 +276,8 @@ class SpeculativeGenerator:
     ) -> Generator[Any, None, Any]:
         """Yield tokens as they become final, row by row.
 
-        Options are judged at once, the model runs when the first record is asked for. Closing the generator,
-        or dropping it, ends the call in the middle and leaves nothing behind.
+        Options are judged at once, and an encoder runs; the model runs when the first record is asked for. Closing
+        the generator, or dropping it, ends the call in the middle and leaves nothing behind.
 
         Args:
             inputs, seed, prediction, tenant, kwargs: as for ``generate()``, without ``streamer``.
@@ -330,7 +335,8 @@ class SpeculativeGenerator:
     ) -> AsyncGenerator[Any, None]:
         """``stream()`` for ``async for``: every round, or wait for a tick, is in a thread of the event loop's pool.
 
-        A task that is cancelled waits for the round or the tick that is under way, no longer.
+        An encoder runs when this is called. A task that is cancelled waits for the round or the tick that is under
+        way, no longer.
         """
         return in_threads(self.stream(inputs, release=release, **kwargs))
 
@@ -376,7 +382,7 @@ class SpeculativeGenerator:
         request = Request(
             proposer=self._behind(prediction, tokenizer, made_of.proposer),
             length=self._length(seed, made_of),
-            sampling=self._sampling,
+            sampling=partial(sampling_for, self.verification),
             layout=self.layout,
             seed=seed,
             streamer=streamer,
@@ -412,10 +418,14 @@ class SpeculativeGenerator:
         if asked.num_draft_tokens is not None:
             drafting = replace(drafting, number=asked.num_draft_tokens)
         if asked.draft is not None:
-            proposer = build_proposer(self.target, asked.draft, tokenizer, asked.tokenizer)
-            memory = Memory()
-            if isinstance(asked.draft, torch.nn.Module):
-                memory = self._memories.setdefault(asked.draft, memory)
+            if asked.tokenizer is not None and tokenizer is None:
+                raise InvalidInput("assistant_tokenizer is compared with the target's; give `tokenizer` as well")
+            draft, memory = asked.draft, Memory()
+            if isinstance(draft, EarlyExit):
+                draft = self._exits.setdefault(draft.layers, draft)
+            if isinstance(draft, (torch.nn.Module, EarlyExit)):
+                memory = self._memories.setdefault(draft, memory)
+            proposer = build_proposer(self.target, draft, tokenizer, asked.tokenizer)
             drafting = replace(drafting, proposer=proposer, memory=memory)
         if asked.confidence is not None:
             if not hasattr(drafting.proposer, "sure"):
@@ -444,16 +454,6 @@ class SpeculativeGenerator:
         if pad_id is None:
             pad_id = self.target.generation_config.pad_token_id
         return Fallback(Prediction(read_predictions(prediction, tokenizer, pad_id)), proposer)
-
-    def _sampling(
-        self,
-        do_sample: bool,
-        seed: int | list[int] | None,
-        device: torch.device,
-        prompts: Callable[[], list[list[int]]],
-    ) -> Sampling:
-        """The way to draw in one call."""
-        return sampling_for(self.verification, do_sample, seed, device, prompts)
 
 
 def _made(settings: dict[str, Any]) -> SpeculativeGenerator:

@@ -42,7 +42,8 @@ def verify_in_lockstep(
     scores = torch.zeros_like(logits)
     step = 0
     while True:
-        rows = processing.processors(state.tokens[:, : length + step], logits[:, step])
+        # plain generate() shows whole tensors, of which a processor may take other views
+        rows = processing.processors(state.tokens[:, : length + step].contiguous(), logits[:, step].contiguous())
         scores[:, step] = rows
         waiting = step < guesses
         here = slice(step, step + 1) if waiting else slice(0, 0)

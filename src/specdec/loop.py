@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.layouts.compiled import clock
+from specdec.clock import clock
 from specdec.length import DraftLength
 from specdec.lockstep import verify_in_lockstep
 from specdec.processing import Processing

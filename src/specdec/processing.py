@@ -185,7 +185,7 @@ def _by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarr
     count = scores.shape[1]
     low, high = span(lengths[wanted > 0])
     if low == high:
-        rows = [processor(tokens[:, : low + i], scores[:, i]) for i in range(count)]
+        rows = [processor(tokens[:, : low + i].contiguous(), scores[:, i].contiguous()) for i in range(count)]
         return torch.stack(rows, dim=1)
     columns = np.unique((lengths[:, None] + np.arange(count))[np.arange(count) < wanted[:, None]])
     at = columns[:, None] - lengths
@@ -195,7 +195,7 @@ def _by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarr
     row = torch.arange(len(lengths), device=scores.device)
     out = torch.nn.functional.pad(scores, (0, 0, 0, 1))
     for length, here, there in zip(columns, read, write, strict=True):
-        out[row, there] = processor(tokens[:, :length], scores[row, here])
+        out[row, there] = processor(tokens[:, :length].contiguous(), scores[row, here])
     return out[:, :count]
 
 

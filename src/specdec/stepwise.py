@@ -11,7 +11,6 @@ Knows no model, cache, rule or grammar. Read next: ``structured/__init__.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.errors import FAULTS
 from specdec.transfer import to_device, to_host
 
 
@@ -176,7 +176,7 @@ class Allowed:
 
     def advance(self, state: _Prefix, token: int) -> _Prefix | None:
         """See ``Stepwise.advance``."""
-        if not state.answers or token not in state.allowed:
+        if token not in state.allowed:
             return None
         return _Prefix(state.row, torch.cat([state.ids, state.ids.new_tensor([token])]), self._ask)
 
@@ -185,7 +185,7 @@ class Allowed:
         free = to_device(np.array([state is None for state in states]), scores.device)
         out = torch.where(free[:, None], scores, -torch.inf)
         asked = [(row, state) for row, state in enumerate(states) if state is not None]
-        known = [(row, state) for row, state in asked if state.answers and len(state.listed)]
+        known = [(row, state) for row, state in asked if state.error is None and len(state.listed)]
         if known:
             rows = to_device(np.array([row for row, _ in known]), scores.device)
             # the arithmetic is transformers' own: where all that is allowed has no chance, it is equally likely
@@ -194,8 +194,9 @@ class Allowed:
         return out
 
     def require(self, state: _Prefix) -> None:
-        """The text has come to ``state``: whatever the function raises about it is the caller's."""
-        len(state.listed)
+        """The text has come to ``state``: whatever the function raised about it is the caller's."""
+        if state.error is not None:
+            raise state.error
 
 
 class _Prefix:
@@ -205,18 +206,26 @@ class _Prefix:
         self.row, self.ids, self._ask = row, ids, ask
 
     @cached_property
+    def _answer(self) -> tuple[Any, Exception | None]:
+        """What the function returned, and what it raised; it is asked once."""
+        try:
+            listed = self._ask(self.row, self.ids)
+            len(listed)  # that it has none is what plain ``generate()`` would raise
+        except FAULTS as error:
+            return (), error
+        return listed, None
+
+    @property
     def listed(self) -> Any:
         """What may follow, as the function returned it."""
-        return self._ask(self.row, self.ids)
+        return self._answer[0]
 
-    @cached_property
-    def answers(self) -> bool:
-        """The function has something to say."""
-        with suppress(Exception):
-            return len(self.listed) >= 0
-        return False
+    @property
+    def error(self) -> Exception | None:
+        """What the function raised instead."""
+        return self._answer[1]
 
     @cached_property
     def allowed(self) -> frozenset[int]:
-        """The same as a set."""
+        """What may follow, as a set."""
         return frozenset(torch.as_tensor(self.listed, device="cpu").flatten().tolist())

@@ -58,7 +58,7 @@ class Watcher:
             self._front += 1
             if self._watched:
                 seen = tuple(scores[: self._front - state.prompt_length]) if scores is not None else None
-                verdict = self._watched(state.tokens[:, : self._front], seen)
+                verdict = self._watched(state.tokens[:, : self._front].contiguous(), seen)
                 ended = torch.as_tensor(verdict).to("cpu").numpy().astype(bool)
                 self._judge(state, np.broadcast_to(ended, (state.batch,)))
             if self._streamer is not None:

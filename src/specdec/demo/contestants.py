@@ -63,7 +63,11 @@ class Contest:
 
     def speculative(self, inputs: Mapping[str, Tensor], **options: Any) -> Run:
         """Ours."""
-        return self._ours(inputs, **options)
+        sequences, seconds = self._timed(lambda: self.generator.generate(**inputs, **options))
+        stats = self.generator.stats
+        acceptance = stats.acceptance_rate if stats.drafted else None
+        emitted = self._emitted(sequences, inputs)
+        return Run(sequences, emitted, seconds, acceptance, stats.tokens_per_round)
 
     def packed(self, inputs: Mapping[str, Tensor], **options: Any) -> Run:
         """Ours with packed weights; packing is not timed, as it is done once for many calls."""
@@ -71,14 +75,7 @@ class Contest:
             for model in (self.target, self.draft):
                 if isinstance(model, torch.nn.Module):
                     packings.enter_context(pack_weights(model))
-            return self._ours(inputs, **options)
-
-    def _ours(self, inputs: Mapping[str, Tensor], **options: Any) -> Run:
-        sequences, seconds = self._timed(lambda: self.generator.generate(**inputs, **options))
-        stats = self.generator.stats
-        acceptance = stats.acceptance_rate if stats.drafted else None
-        emitted = self._emitted(sequences, inputs)
-        return Run(sequences, emitted, seconds, acceptance, stats.tokens_per_round)
+            return self.speculative(inputs, **options)
 
     def parting(self, run: Run, plain: Run, inputs: Mapping[str, Tensor]) -> tuple[int, int, float] | None:
         """Where ``run`` first parts from ``plain``, and how near plain's best two scores are there.

@@ -17,17 +17,16 @@ not been run on a GPU.* Knows nothing of proposals. Read next: ``slots.py``.
 
 from __future__ import annotations
 
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.errors import InvalidInput
+from specdec.clock import happens_once
+from specdec.errors import FAULTS, InvalidInput
 from specdec.layouts.check import close
 from specdec.layouts.handover import cached_columns
 from specdec.layouts.slot_cache import SlotCache
@@ -38,14 +37,6 @@ WIDTHS = (1, 2, 3, 5, 9, 17)
 # room is rounded up to this many columns, so that calls of similar length share their graphs
 ROOM = 256
 BACKEND = "inductor"  # of torch.compile; tests take others, which need no compiler
-
-_left_out = threading.local()
-
-
-def clock() -> float:
-    """Seconds, those spent on compiling in this thread left out: what a round costs is what the next one will."""
-    seconds: float = perf_counter() - getattr(_left_out, "seconds", 0.0)
-    return seconds
 
 
 class CompiledSteps:
@@ -102,8 +93,8 @@ class CompiledSteps:
             if graph is None:
                 return self._first(model, inputs, cache, needed)
             return _replay(graph, model, inputs, cache)
-        except Exception as error:
-            # whatever the compiler met: an eager pass writes the same slots again
+        except FAULTS as error:
+            # whatever the compiler met: an eager pass writes the same slots again; an interruption is the caller's
             self.refuse(model, f"{type(error).__name__}: {_short(error)}")
             return None
 
@@ -130,11 +121,8 @@ class CompiledSteps:
     def _first(self, model: Any, inputs: dict[str, Any], cache: SlotCache, needed: int) -> Tensor | None:
         """Make the graph for a shape and compare its scores with those of an eager pass."""
         eager = _step(model, inputs).clone()
-        start = perf_counter()  # the clock shall see the eager pass only
-        try:
+        with happens_once():  # the clock shall see the eager pass only
             return self._checked(model, inputs, cache, eager[:, :needed])
-        finally:
-            _left_out.seconds = getattr(_left_out, "seconds", 0.0) + perf_counter() - start
 
     def _checked(self, model: Any, inputs: dict[str, Any], cache: SlotCache, eager: Tensor) -> Tensor | None:
         captured = BACKEND == "inductor" and captures(eager.device)

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.clock import clock
 from specdec.errors import InvalidInput
-from specdec.layouts.compiled import clock
 from specdec.length import DraftLength
 from specdec.proposers import Call, Nothing, Proposer, begun, checked
 from specdec.proposers.draft_model import DraftModel, always

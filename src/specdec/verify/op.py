@@ -7,7 +7,7 @@ the rules. Read next: `reference.py`.
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -92,30 +92,15 @@ _verify.register_kernel("cpu")(verify_lean)
 
 
 @_verify.register_kernel("cuda")
-def _verify_cuda(
-    target_logits: Tensor,
-    draft_tokens: Tensor,
-    draft_lengths: Tensor,
-    draft_logits: Tensor | None,
-    rule: str,
-    uniforms: Tensor,
-) -> tuple[Tensor, Tensor]:
-    arguments = (
-        target_logits,
-        draft_tokens,
-        draft_lengths,
-        draft_logits,
-        rule,
-        uniforms,
-    )
+def _verify_cuda(target_logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     if not _has_triton():
-        return verify_reference(*arguments)
+        return verify_reference(target_logits, *others)
 
     from specdec.verify.triton import verify_fused
 
     # Triton launches on the current device, which need not be the one that holds the rows.
     with torch.cuda.device(target_logits.device):
-        return verify_fused(*arguments)
+        return verify_fused(target_logits, *others)
 
 
 @_verify.register_fake

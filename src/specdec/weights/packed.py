@@ -239,7 +239,7 @@ class PackedWeight(torch.Tensor):
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` with packed weights, where the packed kernel can serve the call."""
-    if isinstance(weight, PackedWeight) and type(input) is Tensor and input.numel() and _agree(input, bias, weight.kind):
+    if isinstance(weight, PackedWeight) and _agree(input, bias, weight.kind):
         form = weight.form
         if torch.compiler.is_compiling():
             out: Tensor = graphs.packed_linear(input, bias, form.number, weight.shape[0])
@@ -252,7 +252,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _agree(input: Tensor, bias: Tensor | None, kind: torch.dtype) -> bool:
     """Whether the call is one that the kernel computes: this dtype, the CPU, nothing to be learnt."""
-    if input.dtype != kind or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if type(input) is not Tensor or not input.numel() or input.dtype != kind:
+        return False
+    if input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return not (torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)))
 

@@ -12,6 +12,7 @@ import torch
 
 from specdec.errors import UnsupportedModel
 from specdec.weights.packed import PackedWeight
+from specdec.weights.thin import is_as_made
 
 
 def shared_copy(model: Any, layers: dict[torch.nn.Module, torch.nn.Module]) -> Any:
@@ -24,7 +25,7 @@ def shared_copy(model: Any, layers: dict[torch.nn.Module, torch.nn.Module]) -> A
         UnsupportedModel: the model's forward passes are patched and would run the old layers.
     """
     for module in model.modules():
-        if "forward" in vars(module):
+        if not is_as_made(module):
             raise UnsupportedModel(
                 f"the forward of {type(module).__name__} is patched (as accelerate does to spread a model over "
                 "devices), and a copy would run the old layers; load the draft on one device"
@@ -37,6 +38,8 @@ def shared_copy(model: Any, layers: dict[torch.nn.Module, torch.nn.Module]) -> A
             memo[id(parameter)] = view
     memo.update({id(buffer): buffer for buffer in model.buffers()})
     copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        vars(module).pop("forward", None)  # of a pass that was under way
     if layers and hasattr(copied, "save_pretrained"):
         copied.save_pretrained = _refuse_to_save
     return copied

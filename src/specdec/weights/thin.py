@@ -47,7 +47,7 @@ class ThinProducts:
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
         if not any(map(_is_compiled, modules)):  # whose graph would be made anew
             for module in modules:
-                if type(module) is torch.nn.Linear and _is_as_made(module) and _is_large(module.weight):
+                if type(module) is torch.nn.Linear and is_as_made(module) and _is_large(module.weight):
                     every.append((vars(module), partial(_forward, module)))
                     if is_draft and wins(module.weight, 1):
                         single.append(every[-1])
@@ -123,8 +123,9 @@ def _forward(module: torch.nn.Linear, input: Tensor) -> Tensor:
     return on_real(input, weight.numel(), lambda states: product(states, weight, bias))
 
 
-def _is_as_made(module: torch.nn.Module) -> bool:
-    own = vars(module).get("forward")  # of another thread's pass, it may be
+def is_as_made(module: torch.nn.Module) -> bool:
+    """Nobody has put another ``forward`` into ``module``, apart from a pass of ours, maybe in another thread."""
+    own = vars(module).get("forward")
     return own is None or getattr(own, "func", None) is _forward
 
 
