@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from specdec.layouts import NEVER, Layout
-from specdec.layouts.check import Candidate, Trial
+from specdec.layouts.check import Trial
 from specdec.layouts.choices import choices, inexact, plain
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
@@ -104,12 +104,13 @@ class Scorer:
         self.kept = np.full(prompt.shape[0], prompt.shape[1], dtype=np.int64)
         self._at_prompt, self._speculates = True, speculate
         self._ends = np.full_like(self.kept, NEVER)
-        candidates: dict[str, Candidate] = {"plain": plain}
-        if speculate:
-            candidates, self.reason = choices(self._columns, self._wanted, prompt, self._max_length, self._is_draft)
+        if not speculate:
+            self.layout = plain(self._columns)
+            return scores
+        candidates, self.reason = choices(self._columns, self._wanted, prompt, self._max_length, self._is_draft)
         trial = Trial(self._columns, prompt, candidates)
         known = trial.known()
-        forced = speculate and self._wanted not in ("auto", "plain")
+        forced = self._wanted not in ("auto", "plain")
         if known is None and (self._is_draft or at_once or forced):
             known = trial.decide_at_once(scores)
         if forced and known is not None and known.name == "plain":
@@ -117,7 +118,7 @@ class Scorer:
         if known is None:
             self._trial = trial
         self.layout = known or self._columns
-        if known is not None and speculate:
+        if known is not None:
             self._compile()
         return scores
 
