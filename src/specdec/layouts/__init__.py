@@ -1,7 +1,7 @@
 """Layouts: where a ragged batch keeps its keys and values, and how it forgets rejected tokens.
 
 One file a layout; all answer to the same verbs (``Layout``) and pass the same tests. Which one runs is
-chosen by ``check.py`` from what ``facts.py`` says and from a self-check on the live batch.
+settled by what configs say (``choices.py``, ``facts.py``) and a self-check on the live batch (``check.py``).
 Knows nothing of proposals or verification. Read next: ``columns.py``.
 """
 

@@ -5,8 +5,8 @@ are then worked on in place; the block rule computes only rows that decide somet
 looked at, which costs nothing on a CPU. It can part from the reference where noise is tied to
 rounding.
 
-It does not know the rules: acceptance and selection are those of `token.py` and `block.py`. Read
-`reference.py` first.
+The scales of a block are those of `block.py`; what else there is of the rules is written here once more, for
+rows worked on in place, and the laws are proved of both. Read `reference.py` first.
 """
 
 import torch

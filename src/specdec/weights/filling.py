@@ -1,10 +1,10 @@
-"""Which tokens of a pass mean something: packed layers compute no others.
+"""Which tokens of a pass mean something: large linear layers compute no others.
 
 A pass over a batch is a rectangle: rows that feed fewer tokens than the widest are filled up on the right, and
 rows that have ended are fed as well. Where a pass is computing rather than reading, what fills up costs as much as
-what counts. While a pass of ours runs, it says here which tokens are real; a packed or quantised layer multiplies
-with those, and what fills up gets the numbers of the real token before it. Nobody looks at them, and what they
-leave in the slots is overwritten before it is read.
+what counts. While a pass of ours runs, it says here which tokens are real; a large linear layer, plain, packed or
+quantised, multiplies with those, and what fills up gets the numbers of the real token before it. Nobody looks at
+them, and what they leave in the slots is overwritten before it is read.
 
 Knows no model. Read next: ``packed.py``.
 """
