@@ -3,9 +3,9 @@
 Behind the prompt two tokens are fed one after the other, the model's own way: the first two rounds of a call, which
 so cost nothing. Then the layout under trial goes back to the prompt and feeds the same tokens with wrong guesses
 behind them, rows of different lengths, forgets what is wrong and feeds again. Its scores must agree with those of
-the one-token steps. Two short forwards (three for a batch of one row), once per model and kind of batch; the verdict is kept as long as the model
-lives. A draft makes its steps up, two forwards more. What a short check cannot see is in
-``facts.py``. Knows nothing of proposals. Read next: ``facts.py``.
+the one-token steps. Two short forwards (three for a batch of one row), once per model and kind of batch; the
+verdict is kept as long as the model lives. A draft makes its steps up, two forwards more. What a short check cannot
+see is in ``facts.py``. Knows nothing of proposals. Read next: ``facts.py``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Noise that draft and target share: a Gumbel variable for every row, new token and token id.
 
-Draft and target both take the argmax of their scores plus the same noise (`draw.choose`,
-for a guess `draw.highest`), and `match` keeps what agrees. Every token that comes out is then the target's own choice under that
-noise: the text depends on target, seed and prompt, and not on the draft, the number of guesses or
-the batch (Daliri, Musco and Suresh, arXiv 2408.07978). Somewhat fewer guesses are kept than by
-rejection.
+Draft and target both take the argmax of their scores plus the same noise (`draw.choose`, for a
+guess `draw.highest`), and `match` keeps what agrees. Every token that comes out is then the target's
+own choice under that noise: the text depends on target, seed and prompt, and not on the draft, the
+number of guesses or the batch (Daliri, Musco and Suresh, arXiv 2408.07978). Somewhat fewer guesses
+are kept than by rejection.
 
 The noise is computed from a counter, not drawn from a generator, so any part of it can be had at
 any time and in any order. It does not know models, seeds' origin or padding. Read next:
