@@ -32,7 +32,7 @@ KNOWN = {
     "guidance": MASKS | {f"lockstep.py verify_in_lockstep: {READ}"},
     # a function of the caller's, which reads the ids
     "prefix": {
-        "stepwise.py advance: a tensor of numbers", f"stepwise.py listed: {READ}",
+        "stepwise.py advance: a tensor of numbers", f"stepwise.py _answer: {READ}",
         "stepwise.py process: a tensor of numbers",
     },
     "functions at home": None,
