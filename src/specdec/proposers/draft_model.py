@@ -23,7 +23,7 @@ from specdec.length import Opening
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
-from specdec.proposers.past import Past, warn_refused
+from specdec.proposers.past import Past, tried, warn_refused
 from specdec.records import Proposal, Round
 from specdec.state import State, in_common, put, put_on_host, span, widened
 from specdec.transfer import to_host
@@ -64,16 +64,11 @@ class DraftModel:
     def open(self, call: Call, run: Callable[[DraftModel, Call], Proposer]) -> Proposer:
         """``run(self, call)``, or nothing and a warning where the draft cannot take what the call gives."""
         encodes = self.model.config.is_encoder_decoder
+        name = type(self.model).__name__
         if encodes and self.model.main_input_name not in call.inputs:
-            warn_refused(self.model, f"the call gives no {self.model.main_input_name} for its encoder")
+            warn_refused(name, f"the call gives no {self.model.main_input_name} for its encoder")
             return Nothing()
-        try:
-            return run(self, call)
-        except UnsupportedModel:
-            raise
-        except (TypeError, ValueError) as error:
-            warn_refused(self.model, error)
-            return Nothing()
+        return tried(name, lambda: run(self, call)) or Nothing()
 
     def sure(self, confidence: float) -> DraftModel:
         """The same draft, stopping below ``confidence``."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specdec.layouts.compiled import CompiledSteps
 from specdec.proposers import Call
-from specdec.proposers.past import opening, warn_refused
+from specdec.proposers.past import opening, tried
 from specdec.proposers.prompt import embedded, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
@@ -69,11 +69,9 @@ class DraftPast:
             begins = self._call.begins
             if begins and not begins(self._opening):
                 return none
-            try:
-                self._open(state)
-            except (TypeError, ValueError, IndexError) as error:
-                self._failed, self._scorer = True, None
-                warn_refused(self._model, error)
+            self._scorer = tried(type(self._model).__name__, lambda: self._open(state))
+            if self._scorer is None:
+                self._failed = True
                 return none
         self._translate(state)
         usable = self._active & np.array([row.known for row in self._rows])
@@ -97,7 +95,7 @@ class DraftPast:
         """(B, K) the draft's guesses as they were written, for the next round to compare with; -1 is unknown."""
         self._guesses = guesses.clip(-1, self._embeds - 1)
 
-    def _open(self, state: State) -> None:
+    def _open(self, state: State) -> Scorer:
         """Feed the prompt in the draft's ids."""
         rows = [state.host_tokens[b, state.starts[b] : state.prompt_length] for b in range(state.batch)]
         prompts, unfinished = self._translator.prompts(rows)
@@ -126,13 +124,13 @@ class DraftPast:
             inner, kwargs, config, max_length=longest, layout=self._layout, is_draft=True, steps=self._steps
         )
         scorer.prefill(prepared, speculate=True)
-        self._scorer = scorer
         self._host, self._tokens = ids, to_device(ids.copy(), self.device)
         self._starts = width - mask.sum(axis=1)
         self._rows = [DraftRow(width, rest) for rest in unfinished]
         self.lengths = np.full(state.batch, width, dtype=np.int64)
         self._translated = np.full(state.batch, state.prompt_length, dtype=np.int64)
         self._active = np.ones(state.batch, dtype=bool)
+        return scorer
 
     def _translate(self, state: State) -> None:
         """Say what was committed since in the draft's ids; forget what it was fed and does not fit."""

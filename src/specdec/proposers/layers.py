@@ -15,7 +15,6 @@ Knows nothing of verification. Read next: ``../weights/layers.py``.
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -24,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.errors import FAULTS, InvalidInput, SpecdecError
+from specdec.errors import InvalidInput
 from specdec.layouts.slots import Slots
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.draft_model import DraftModel, always
 from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
+from specdec.proposers.past import tried
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
 from specdec.state import State, put, span, widened
@@ -189,26 +189,22 @@ class _Run:
             return Proposal.empty(state.batch, state.device)
         if self._run is not None:
             return self._run.propose(state, limits)
-        try:
-            self._run = self._begin()
-            return self._run.propose(state, limits)
-        except SpecdecError:
-            raise
-        except FAULTS as error:
-            # layers that need one another in a way that nothing tells: the text must not depend on it
-            warnings.warn(
-                f"specdec drafts nothing with {len(self._keep)} layers of {type(self._model).__name__}: {error}",
-                stacklevel=2,
-            )
-            self._run = Nothing()
-            return Proposal.empty(state.batch, state.device)
+        # layers may need one another in a way that nothing tells
+        name = f"{len(self._keep)} layers of {type(self._model).__name__}"
+        proposal = tried(name, lambda: self._begin().propose(state, limits))
+        if proposal is not None:
+            return proposal
+        self._run = Nothing()
+        return Proposal.empty(state.batch, state.device)
 
     def _begin(self) -> Proposer:
         scorer = self._call.scorer
         slots = None if scorer is None else scorer.share(self._model, self._keep)
         if scorer is None or slots is None:
-            return DraftModel(self._model, confidence=self._confidence).begin(self._call)
-        return _InSlots(slots, scorer, self._call, self._confidence)
+            self._run = DraftModel(self._model, confidence=self._confidence).begin(self._call)
+        else:
+            self._run = _InSlots(slots, scorer, self._call, self._confidence)
+        return self._run
 
 
 class _InSlots:
