@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from specdec import InvalidInput, SpeculativeGenerator, TranslatedDraft, VocabularyMismatch
+from specdec.length.fixed import Fixed
 from specdec.proposers import draft_past
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
 from specdec.proposers.vocabulary import Vocabulary, pair, pieces_of, shared_ids, split_unfinished
@@ -419,6 +420,25 @@ def test_a_draft_that_is_too_short_for_the_text():
     with pytest.warns(UserWarning, match="drafts nothing with LlamaForCausalLM: the prompt has"):
         gen.generate(**long, max_new_tokens=8, do_sample=False)
     assert gen.stats.drafted == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_draft_is_asked_in_every_round_whether_it_shall_guess(method, monkeypatch):
+    target, draft = pair_of_models()
+    prompt = ragged_prompt(vocabulary=400)
+    wanted = target.generate(**prompt, max_new_tokens=40, do_sample=False)
+    fed = []
+
+    def begins(self, opening=None):
+        fed.append(opening is None)
+        return len(fed) % 3 == 0
+
+    monkeypatch.setattr(Fixed, "begins", begins)
+    proposer = TranslatedDraft(draft, tokenizer("bytes 420"), tokenizer("bytes 300"), method=method, confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
+    assert gen.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == wanted.tolist()
+    assert fed == [number >= 3 for number in range(len(fed))]  # its prompt is fed when it may guess at last
+    assert 0 < gen.stats.drafted_at[0] <= prompt["input_ids"].shape[0] * (len(fed) // 3)
 
 
 def test_a_tokenizer_that_refuses_a_text_breaks_nothing(monkeypatch):
