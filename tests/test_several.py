@@ -555,6 +555,22 @@ def test_a_draft_that_cannot_take_the_prompt_breaks_nothing(join, fault, place, 
     assert gen.stats.draft_forwards == 0
 
 
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("join", [DraftModel, lambda model: Cascade("ngram", model), translated])
+def test_nobody_asks_how_likely_a_fixed_number_of_guesses_is(join, asks, monkeypatch):
+    computed = []
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(
+        torch.Tensor, "softmax", lambda *args, **named: computed.append(1) or softmax(*args, **named)
+    )
+    if asks:  # then it shows
+        monkeypatch.setattr(Fixed, "goes_on", lambda self, chances: True)
+    got, stats = run(llama(), join(noisy(llama())), prompts(3))
+    assert got == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
+    assert stats.drafted > 0
+    assert bool(computed) == asks
+
+
 @pytest.mark.parametrize(
     "draft",
     [lambda model: DraftModel(model, layout="nonsense"), lambda model: translated(model, layout="nonsense")],

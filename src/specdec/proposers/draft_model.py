@@ -19,7 +19,6 @@ from torch import Tensor
 
 from specdec.errors import UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps, compiled_steps
-from specdec.length import Opening
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
@@ -91,9 +90,6 @@ class _Run:
         self._past = Past(model, call, layout, steps)
         self._scorer = self._past.scorer
         self._on_cpu = self._past.device.type == "cpu"
-        # scores are looked at where the rounds are
-        self._goes_on = call.goes_on if confidence is None and call.prompt.device.type == "cpu" else None
-        self._begins = call.begins or always
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)  # what the draft was fed, in its own ids
         self._fed = np.zeros(0)  # on the host; on a CPU the same memory, elsewhere -1 where others guessed
         self._settled = 0  # columns of them that nothing takes back
@@ -124,11 +120,12 @@ class _Run:
         if not limits.any():
             return Proposal.empty(state.batch, state.device)
         ahead = Ahead(self._call.processing, state, limits)
-        if ahead.covers(limits) or not self._begins(self._past.opening) or not self._past.feed_prompt():
+        begins = self._call.length.begins
+        if ahead.covers(limits) or not begins(self._past.opening) or not self._past.feed_prompt():
             return ahead.proposal()
         self._sync(state)
         self._limits, self._next = limits, -1
-        proposal = draft(self, state, limits, self._call, self._confidence, self._goes_on, ahead)
+        proposal = draft(self, state, limits, self._call, self._confidence, ahead)
         self._drafted, self._observed = (state.lengths, proposal), None
         return proposal
 
@@ -175,8 +172,3 @@ class _Run:
         self._settled, self._drafted = state.foundation, None
         # the last committed token is always fed again: its scores are what the next guess needs
         self._scorer.rollback(self._tokens, np.minimum(kept, state.lengths - 1), state.live, state.settled - 1)
-
-
-def always(opening: Opening | None) -> bool:
-    """Nobody decides whether a draft guesses: it does."""
-    return True

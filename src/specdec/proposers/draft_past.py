@@ -65,8 +65,7 @@ class DraftPast:
         none = np.zeros_like(limits)
         if self._failed or not limits.any():
             return none
-        begins = self._call.begins
-        if begins and not begins(self._opening if self._scorer is None else None):
+        if not self._call.length.begins(self._opening if self._scorer is None else None):
             return none
         if self._scorer is None:
             self._scorer = tried(type(self._model).__name__, lambda: self._open(state))

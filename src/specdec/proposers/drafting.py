@@ -45,7 +45,6 @@ def draft(
     limits: np.ndarray,
     call: Call,
     confidence: float | None,
-    goes_on: Callable[[np.ndarray], bool] | None,
     ahead: Ahead,
 ) -> Proposal:
     """Up to ``limits[b]`` (B,) guesses for row b, at least one for some row.
@@ -54,14 +53,14 @@ def draft(
         steps: what drafts.
         state: the committed tokens.
         limits: (B,) guesses that a row may submit.
-        call: how tokens are drawn.
-        confidence: a row stops after a guess whose own chance is below this; None or 0 never stops.
-        goes_on: told the chance (B,) of each guess, says whether one more pays; None always goes on.
+        call: how tokens are drawn, and whether one more guess pays.
+        confidence: a row stops after a guess whose own chance is below this, 0 never stops; None asks the call.
         ahead: what is foreseen.
     """
     guesses: list[Tensor] = []
     rows: list[Tensor] = []
     places = state.lengths - state.prompt_length
+    goes_on = asked(call, confidence, state.device)
     asks = True  # until the call's draft length has had enough: then only what is foreseen is guessed
     for step in range(span(limits)[1]):
         known = ahead.at(step, limits, steps.history)
@@ -113,6 +112,14 @@ def _guess(
     if known is not None and (known >= 0).any():
         guess, scores = mixed(guess, scores, to_device(known, state.device))
     return guess, scores
+
+
+def asked(call: Call, confidence: float | None, device: torch.device) -> Callable[[np.ndarray], bool] | None:
+    """What says whether one more guess pays (``DraftLength.goes_on``), told chances that are on ``device``.
+
+    None where nothing does, ``confidence`` does, or there would be a device to wait for.
+    """
+    return call.length.goes_on if confidence is None and device.type == "cpu" else None
 
 
 def check_confidence(confidence: float | None) -> None:

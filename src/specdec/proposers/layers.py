@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor
 from specdec.errors import InvalidInput
 from specdec.layouts.slots import Slots
 from specdec.proposers import Call, Nothing, Proposer
-from specdec.proposers.draft_model import DraftModel, always
+from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
 from specdec.proposers.past import tried
@@ -215,10 +215,6 @@ class _InSlots:
     def __init__(self, slots: Slots, scorer: Scorer, call: Call, confidence: float | None) -> None:
         self._slots, self._scorer, self._call = slots, scorer, call
         self._confidence = confidence
-        self._goes_on: Callable[[np.ndarray], bool] | None = None
-        if confidence is None and call.prompt.device.type == "cpu":
-            self._goes_on = call.goes_on
-        self._begins = call.begins or always
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._known = 0  # columns of ``_tokens`` that are committed in every row
         self._limits = np.zeros(0, dtype=np.int64)
@@ -233,7 +229,7 @@ class _InSlots:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
         ahead = Ahead(self._call.processing, state, limits)
-        if ahead.covers(limits) or not self._begins(None):
+        if ahead.covers(limits) or not self._call.length.begins(None):
             return ahead.proposal()
         # the target's next pass begins at these columns and writes every one that is written here, or sees none
         self._slots.stand_at(self._scorer.kept.copy(), state.live)
@@ -244,7 +240,7 @@ class _InSlots:
         longest = int(state.lengths.max())
         self._tokens[:, self._known : longest] = state.tokens[:, self._known : longest]
         self._known = state.foundation
-        return draft(self, state, limits, self._call, self._confidence, self._goes_on, ahead)
+        return draft(self, state, limits, self._call, self._confidence, ahead)
 
     def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
         """See ``Steps``. A row that has all its guesses feeds its last token once more."""

@@ -25,7 +25,7 @@ from specdec.errors import InvalidInput
 from specdec.layouts.compiled import compiled_steps
 from specdec.proposers import Call, Proposer, existing
 from specdec.proposers.draft_past import DraftPast
-from specdec.proposers.drafting import check_confidence
+from specdec.proposers.drafting import asked, check_confidence
 from specdec.proposers.drawn import chance_of, sound
 from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
@@ -123,20 +123,26 @@ class TranslatedDraft:
 
 
 class _Stop:
-    """When a row makes no more guesses in a round; asks nothing where chances are on a ``device`` to wait for."""
+    """When a row makes no more guesses in a round; asks nothing where chances are on a ``device`` to wait for.
+
+    Attributes:
+        reads: numbers on the device may be looked at.
+        looks: the chances of guesses are.
+    """
 
     def __init__(self, call: Call, confidence: float | None, device: torch.device) -> None:
         self._confidence = confidence or 0.0
-        self._goes_on = call.goes_on if confidence is None and device.type == "cpu" else None
+        self._goes_on = asked(call, confidence, device)
         self.looks = bool(self._confidence) or self._goes_on is not None
+        self.reads = self.looks or (confidence is None and device.type == "cpu")
 
     def after(self, limits: np.ndarray, step: int, chance: Tensor) -> np.ndarray:
         """(B,) limits, lowered where the guess at ``step``, of ``chance`` (B,) by the draft, is the last."""
         if self._goes_on is None:
             sure = (chance >= self._confidence).cpu().numpy()
             return np.where(sure, limits, np.minimum(limits, step + 1))
-        asked = np.where(limits > step, chance.double().numpy(), 0.0)
-        return limits if self._goes_on(asked) else np.minimum(limits, step + 1)
+        told = np.where(limits > step, chance.double().numpy(), 0.0)
+        return limits if self._goes_on(told) else np.minimum(limits, step + 1)
 
 
 class _Tokens:
@@ -176,7 +182,8 @@ class _Tokens:
         guesses: list[Tensor] = []
         rows: list[Tensor] = []
         for step in range(most):
-            scores, mass = self._moved(self._past.scores(step).to(state.device), state.vocabulary)
+            logits = self._past.scores(step).to(state.device).float()
+            scores, cut = self._moved(logits, state.vocabulary)
             lengths = state.lengths + step
             scores = self._call.processing.draft(scores, history, lengths, state.vocabulary, limits > step)
             guess = sampling.guess(scores, state.lengths - state.prompt_length + step)
@@ -184,9 +191,11 @@ class _Tokens:
                 rows.append(sound(scores, guess < 0))
             guess = guess.clamp(min=0)
             guesses.append(guess)
-            if self._stop.looks:
+            if self._stop.reads:
                 # settled before the draw: where hardly any of the draft's mass is shared, nothing is submitted
+                mass = (cut.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
                 limits = np.where((mass >= LEAST_MASS).cpu().numpy(), limits, np.minimum(limits, step))
+            if self._stop.looks:
                 limits = self._stop.after(limits, step, chance_of(scores, guess) * mass)
             if step + 1 >= int(limits.max()):
                 break
@@ -197,21 +206,20 @@ class _Tokens:
         width = int(limits.max())
         if width == 0:
             return Proposal.empty(state.batch, state.device)
-        logits = torch.stack(rows, dim=1)[:, :width] if rows else None
-        self._proposal = Proposal(torch.stack(guesses, dim=1)[:, :width], limits, logits)
+        drawn = torch.stack(rows, dim=1)[:, :width] if rows else None
+        self._proposal = Proposal(torch.stack(guesses, dim=1)[:, :width], limits, drawn)
         return self._proposal
 
     def _moved(self, logits: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """The draft's scores (B, V of the draft) at the target's ids, (B, V), and the chance (B,) left on them."""
+        """The draft's scores (B, V of the draft) at the target's ids, (B, V), and those of shared ids (B, n)."""
         if self._ids is None:
             self._map(logits.shape[1], vocabulary, logits.device)
         assert self._ids is not None
         theirs, ours = self._ids
-        logits = logits.float()
         cut = logits.index_select(1, theirs)
         moved = logits.new_full((logits.shape[0], vocabulary), -torch.inf)
         moved.index_copy_(1, ours, cut)
-        return moved, (cut.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
+        return moved, cut
 
     def _map(self, draft_size: int, vocabulary: int, device: torch.device) -> None:
         """The pairs on the device, without ids that a model has no scores for."""
