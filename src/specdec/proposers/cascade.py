@@ -95,7 +95,8 @@ class _Level:
         self._name = type(draft.model).__name__
         self._confidence = draft._confidence
         self._past = Past(draft.model, call, draft._layout, draft._steps)
-        self._goes_on = asked(call, draft._confidence, self._past.device)
+        # this model's scores are looked at where the text is
+        self._goes_on = asked(call, draft._confidence, call.prompt.device)
         self._text: State | None = None
         self._settled = 0  # columns that were settled when last asked, of the shortest row
         self._drafted = self._accepted = 0
