@@ -406,6 +406,8 @@ def test_a_file_that_is_no_store(tmp_path):
         (lambda: Store().add(7, [1]), "int; give a string"),
         (lambda: Suffix(shortest=0), "shortest=0"),
         (lambda: Suffix(per_match=-1.0), "per_match=-1"),
+        (lambda: Suffix(per_match="2"), "per_match='2'; give a number"),
+        (lambda: Suffix(per_match=float("inf")), "per_match=inf; give a number"),
         (lambda: Suffix(tenant="me"), r"without a store"),
         (lambda: generated(Suffix(store=Store())), r"whose text.*tenant="),
         (lambda: generated(Suffix(store=Store()), tenant=["a", "b"]), r"2 of `tenant` for 3 rows"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from specdec import InvalidInput, SpeculativeGenerator, TranslatedDraft, VocabularyMismatch
+from specdec import InvalidInput, SpeculativeGenerator, TranslatedDraft, UnsupportedModel, VocabularyMismatch
 from specdec.length.fixed import Fixed
 from specdec.proposers import draft_past
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
@@ -480,11 +480,16 @@ def test_a_tokenizer_that_refuses_a_text_breaks_nothing(monkeypatch):
     assert len(calls) > 6
 
 
-@pytest.mark.parametrize("options", [{"method": "tli"}, {"confidence": 2}])
+@pytest.mark.parametrize("options", [{"method": "tli"}, {"confidence": 2}, {"confidence": "0.4"}])
 def test_arguments_out_of_range(options):
     _, draft = pair_of_models()
     with pytest.raises(InvalidInput, match=next(iter(options))):
         TranslatedDraft(draft, tokenizer("bytes 420"), tokenizer("bytes 300"), **options)
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(UnsupportedModel, match=r"TranslatedDraft was given a str.*from_pretrained"):
+        TranslatedDraft("gpt2", tokenizer("bytes 420"), tokenizer("bytes 300"))
 
 
 def test_nothing_is_warned_about_an_ordinary_pair():

@@ -17,16 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.errors import UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps, compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.drafting import check_confidence, draft
 from specdec.proposers.foresight import Ahead
-from specdec.proposers.past import Past, tried, warn_refused
+from specdec.proposers.past import Past, model_of, tried, warn_refused
 from specdec.records import Proposal, Round
 from specdec.state import State, in_common, put, put_on_host, span, widened
 from specdec.transfer import to_host
-from specdec.weights.adapters import inner_model
 
 
 class DraftModel:
@@ -46,11 +44,8 @@ class DraftModel:
             layout: forces one, for tests.
             compile: run the model's steps as graphs, as ``SpeculativeGenerator(compile=True)`` does.
         """
-        check_confidence(confidence)
-        if not hasattr(model, "generate") or not hasattr(model, "config"):
-            raise UnsupportedModel(f"DraftModel was given a {type(model).__name__}; wanted is a Hugging Face model")
-        self.model = inner_model(model)
-        self._confidence = confidence
+        self._confidence = check_confidence(confidence)
+        self.model = model_of("DraftModel", model)
         self._layout = layout
         self._steps = compiled_steps(self.model) if compile else None
 
@@ -71,9 +66,8 @@ class DraftModel:
 
     def sure(self, confidence: float) -> DraftModel:
         """The same draft, stopping below ``confidence``."""
-        check_confidence(confidence)
         other = copy.copy(self)
-        other._confidence = confidence
+        other._confidence = check_confidence(confidence)
         return other
 
 

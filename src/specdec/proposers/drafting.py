@@ -8,7 +8,7 @@ Knows no model. Read next: ``draft_model.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from specdec.proposers.foresight import Ahead
 from specdec.records import Proposal
 from specdec.state import State, span
 from specdec.transfer import to_device
+from specdec.whole import real
 
 
 class Steps(Protocol):
@@ -122,7 +123,11 @@ def asked(call: Call, confidence: float | None, device: torch.device) -> Callabl
     return call.length.goes_on if confidence is None and device.type == "cpu" else None
 
 
-def check_confidence(confidence: float | None) -> None:
-    """Refuse a confidence that is no probability."""
-    if confidence is not None and not 0 <= confidence <= 1:
-        raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
+def check_confidence(confidence: Any) -> float | None:
+    """``confidence`` as a number, or None; anything that is no probability is refused."""
+    if confidence is None:
+        return None
+    found = real(confidence)
+    if found is None or not 0 <= found <= 1:
+        raise InvalidInput(f"confidence={confidence!r}; give a probability, a number from 0 to 1, or None")
+    return found

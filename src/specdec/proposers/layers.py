@@ -54,9 +54,8 @@ class EarlyExit:
         Raises:
             InvalidInput: not a whole number >= 1, or a confidence that is no probability.
         """
-        check_confidence(confidence)
         self.layers = at_least(1, "layers", layers, "a whole number from 1 to one less than the target has")
-        self._confidence = confidence
+        self._confidence = check_confidence(confidence)
         self._part = _Part()
 
     def kept(self, depth: int) -> tuple[int, ...]:
@@ -78,9 +77,8 @@ class EarlyExit:
 
     def sure(self, confidence: float) -> EarlyExit:
         """The same draft, stopping below ``confidence``."""
-        check_confidence(confidence)
         other = copy.copy(self)
-        other._confidence = confidence
+        other._confidence = check_confidence(confidence)
         return other
 
 
@@ -101,12 +99,15 @@ class LayerSkip:
         Raises:
             InvalidInput: ``skip`` is empty or holds anything but whole numbers >= 0.
         """
-        check_confidence(confidence)
         wanted = "the numbers of the layers to leave out, from 0. Where no choice pays, draft=None decodes plainly"
-        self.skip = tuple(sorted({at_least(0, "skip", layer, wanted) for layer in skip}))
+        try:
+            layers = list(skip)
+        except TypeError:
+            raise InvalidInput(f"skip={skip!r}; give a list of {wanted}") from None
+        self.skip = tuple(sorted({at_least(0, "skip", layer, wanted) for layer in layers}))
         if not self.skip:
             raise InvalidInput(f"skip=(); give {wanted}")
-        self._confidence = confidence
+        self._confidence = check_confidence(confidence)
         self._part = _Part()
 
     def kept(self, depth: int) -> tuple[int, ...]:
@@ -129,9 +130,8 @@ class LayerSkip:
 
     def sure(self, confidence: float) -> LayerSkip:
         """The same draft, stopping below ``confidence``."""
-        check_confidence(confidence)
         other = copy.copy(self)
-        other._confidence = confidence
+        other._confidence = check_confidence(confidence)
         return other
 
 

@@ -20,6 +20,7 @@ from specdec.proposers import Call
 from specdec.proposers.prompt import embedded, input_table, prepare
 from specdec.scorer import Scorer
 from specdec.state import State, device_of
+from specdec.weights.adapters import inner_model
 
 T = TypeVar("T")
 
@@ -66,6 +67,20 @@ def tried(draft: str, attempt: Callable[[], T]) -> T | None:
     except FAULTS as error:
         warn_refused(draft, error)
         return None
+
+
+def model_of(name: str, draft: Any) -> Any:
+    """The model that writes in the end where ``name`` was given ``draft``.
+
+    Raises:
+        UnsupportedModel: it is no model.
+    """
+    if not hasattr(draft, "generate") or not hasattr(draft, "config"):
+        raise UnsupportedModel(
+            f"{name} was given a {type(draft).__name__}; wanted is a Hugging Face model, such as "
+            "AutoModelForCausalLM.from_pretrained(...) returns"
+        )
+    return inner_model(draft)
 
 
 class Past:

@@ -27,13 +27,13 @@ from specdec.proposers import Call, Proposer, existing
 from specdec.proposers.draft_past import DraftPast
 from specdec.proposers.drafting import asked, check_confidence
 from specdec.proposers.drawn import chance_of, sound
+from specdec.proposers.past import model_of
 from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
 from specdec.records import Proposal, Round
 from specdec.sampling import Greedy
 from specdec.state import State, device_of
 from specdec.transfer import to_device, to_host
-from specdec.weights.adapters import inner_model
 
 METHODS = ("auto", "tokens", "strings")
 # below this part of the smaller vocabulary the draft's rows lose too much by being cut to the shared ids
@@ -77,8 +77,8 @@ class TranslatedDraft:
         """
         if method not in METHODS:
             raise InvalidInput(f"method={method!r} does not exist; use one of {METHODS}")
-        check_confidence(confidence)
-        self.model = inner_model(model)
+        self._confidence = check_confidence(confidence)
+        self.model = model_of("TranslatedDraft", model)
         self.shared = shared_ids(tokenizer, draft_tokenizer)
         self._translator = Translator(Vocabulary(tokenizer), Vocabulary(draft_tokenizer), self.shared)
         self._part = max(self.shared.of_draft, self.shared.of_target)  # of the smaller vocabulary
@@ -89,15 +89,13 @@ class TranslatedDraft:
                 stacklevel=2,
             )
         self._method = method
-        self._confidence = confidence
         self._layout = layout
         self._steps = compiled_steps(self.model) if compile else None
 
     def sure(self, confidence: float) -> TranslatedDraft:
         """The same draft, stopping below ``confidence``."""
-        check_confidence(confidence)
         other = copy.copy(self)
-        other._confidence = confidence
+        other._confidence = check_confidence(confidence)
         return other
 
     def choose(self, *, greedy: bool) -> tuple[str, str]:
