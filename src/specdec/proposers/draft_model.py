@@ -9,7 +9,6 @@ next one. Knows nothing of verification. Read next: ``past.py``.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from specdec.layouts.compiled import CompiledSteps, compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
-from specdec.proposers.drafting import check_confidence, draft
+from specdec.proposers.drafting import Sure, draft
 from specdec.proposers.foresight import Ahead
 from specdec.proposers.past import Past, model_of, tried, warn_refused
 from specdec.records import Proposal, Round
@@ -27,7 +26,7 @@ from specdec.state import State, in_common, put, put_on_host, span, widened
 from specdec.transfer import to_host
 
 
-class DraftModel:
+class DraftModel(Sure):
     """Any Hugging Face causal LM (or encoder-decoder, for such a target) that shares the token ids."""
 
     def __init__(
@@ -44,7 +43,7 @@ class DraftModel:
             layout: forces one, for tests.
             compile: run the model's steps as graphs, as ``SpeculativeGenerator(compile=True)`` does.
         """
-        self._confidence = check_confidence(confidence)
+        super().__init__(confidence)
         self.model = model_of("DraftModel", model)
         self._layout = layout
         self._steps = compiled_steps(self.model) if compile else None
@@ -63,12 +62,6 @@ class DraftModel:
             warn_refused(name, f"the call gives no {self.model.main_input_name} for its encoder")
             return Nothing()
         return tried(name, lambda: run(self, call)) or Nothing()
-
-    def sure(self, confidence: float) -> DraftModel:
-        """The same draft, stopping below ``confidence``."""
-        other = copy.copy(self)
-        other._confidence = check_confidence(confidence)
-        return other
 
 
 class _Run:

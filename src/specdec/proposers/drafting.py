@@ -7,8 +7,9 @@ Knows no model. Read next: ``draft_model.py``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -123,11 +124,22 @@ def asked(call: Call, confidence: float | None, device: torch.device) -> Callabl
     return call.length.goes_on if confidence is None and device.type == "cpu" else None
 
 
-def check_confidence(confidence: Any) -> float | None:
-    """``confidence`` as a number, or None; anything that is no probability is refused."""
-    if confidence is None:
-        return None
-    found = real(confidence)
-    if found is None or not 0 <= found <= 1:
-        raise InvalidInput(f"confidence={confidence!r}; give a probability, a number from 0 to 1, or None")
-    return found
+class Sure:
+    """A draft whose rows stop behind a guess that it is not sure of."""
+
+    def __init__(self, confidence: Any) -> None:
+        """Stop below ``confidence``; None leaves it to the call.
+
+        Raises:
+            InvalidInput: it is no probability.
+        """
+        found = None if confidence is None else real(confidence)
+        if confidence is not None and (found is None or not 0 <= found <= 1):
+            raise InvalidInput(f"confidence={confidence!r}; give a probability, a number from 0 to 1, or None")
+        self._confidence = found
+
+    def sure(self, confidence: float) -> Self:
+        """The same draft, stopping below ``confidence``."""
+        other = copy.copy(self)
+        Sure.__init__(other, confidence)
+        return other

@@ -14,7 +14,6 @@ Knows nothing of verification. Read next: ``../weights/layers.py``.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -27,7 +26,7 @@ from specdec.errors import InvalidInput
 from specdec.layouts.slots import Slots
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.draft_model import DraftModel
-from specdec.proposers.drafting import check_confidence, draft
+from specdec.proposers.drafting import Sure, draft
 from specdec.proposers.foresight import Ahead
 from specdec.proposers.past import tried
 from specdec.records import Proposal, Round
@@ -37,7 +36,29 @@ from specdec.weights.layers import count_layers, with_layers
 from specdec.whole import at_least
 
 
-class EarlyExit:
+class OwnLayers(Sure):
+    """Some layers of the target draft; which, its children say."""
+
+    def __init__(self, confidence: float | None) -> None:
+        """See ``Sure``."""
+        super().__init__(confidence)
+        self._part = _Part()
+
+    def kept(self, depth: int) -> tuple[int, ...]:
+        """The layers of a target of ``depth`` layers that draft."""
+        raise NotImplementedError
+
+    def check(self, target: Any) -> None:
+        """Refuse a target that does not have these layers, or whose layers cannot be told from the rest."""
+        self.kept(count_layers(target))
+
+    def begin(self, call: Call) -> Proposer:
+        """A drafting run for one call."""
+        keep = self.kept(count_layers(call.target))
+        return _Run(self._part.of(call.target, keep), keep, call, self._confidence)
+
+
+class EarlyExit(OwnLayers):
     """The first layers of the target draft, with its norm and head.
 
     Example:
@@ -54,35 +75,19 @@ class EarlyExit:
         Raises:
             InvalidInput: not a whole number >= 1, or a confidence that is no probability.
         """
+        super().__init__(confidence)
         self.layers = at_least(1, "layers", layers, "a whole number from 1 to one less than the target has")
-        self._confidence = check_confidence(confidence)
-        self._part = _Part()
 
     def kept(self, depth: int) -> tuple[int, ...]:
-        """The layers of a target of ``depth`` layers that draft."""
+        """See ``OwnLayers``."""
         if self.layers >= depth:
             raise InvalidInput(
                 f"an exit after {self.layers} layers, and the target has {depth}; give 1 to {depth - 1}"
             )
         return tuple(range(self.layers))
 
-    def check(self, target: Any) -> None:
-        """Refuse a target that does not have these layers, or whose layers cannot be told from the rest."""
-        self.kept(count_layers(target))
 
-    def begin(self, call: Call) -> Proposer:
-        """A drafting run for one call."""
-        keep = self.kept(count_layers(call.target))
-        return _Run(self._part.of(call.target, keep), keep, call, self._confidence)
-
-    def sure(self, confidence: float) -> EarlyExit:
-        """The same draft, stopping below ``confidence``."""
-        other = copy.copy(self)
-        other._confidence = check_confidence(confidence)
-        return other
-
-
-class LayerSkip:
+class LayerSkip(OwnLayers):
     """The target without some of its layers drafts; ``choose_layers`` finds which.
 
     Example:
@@ -99,6 +104,7 @@ class LayerSkip:
         Raises:
             InvalidInput: ``skip`` is empty or holds anything but whole numbers >= 0.
         """
+        super().__init__(confidence)
         wanted = "the numbers of the layers to leave out, from 0. Where no choice pays, draft=None decodes plainly"
         try:
             layers = list(skip)
@@ -107,32 +113,15 @@ class LayerSkip:
         self.skip = tuple(sorted({at_least(0, "skip", layer, wanted) for layer in layers}))
         if not self.skip:
             raise InvalidInput(f"skip=(); give {wanted}")
-        self._confidence = check_confidence(confidence)
-        self._part = _Part()
 
     def kept(self, depth: int) -> tuple[int, ...]:
-        """The layers of a target of ``depth`` layers that draft."""
+        """See ``OwnLayers``."""
         keep = tuple(layer for layer in range(depth) if layer not in self.skip)
         if self.skip[-1] >= depth or not keep:
             raise InvalidInput(
                 f"skip={self.skip!r}, and the target's layers are 0 to {depth - 1}; leave out some of them, not all"
             )
         return keep
-
-    def check(self, target: Any) -> None:
-        """Refuse a target that does not have these layers, or whose layers cannot be told from the rest."""
-        self.kept(count_layers(target))
-
-    def begin(self, call: Call) -> Proposer:
-        """A drafting run for one call."""
-        keep = self.kept(count_layers(call.target))
-        return _Run(self._part.of(call.target, keep), keep, call, self._confidence)
-
-    def sure(self, confidence: float) -> LayerSkip:
-        """The same draft, stopping below ``confidence``."""
-        other = copy.copy(self)
-        other._confidence = check_confidence(confidence)
-        return other
 
 
 class _Part:

@@ -13,7 +13,6 @@ Neither way looks at the running round. Knows nothing of verification. Read next
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -25,7 +24,7 @@ from specdec.errors import InvalidInput
 from specdec.layouts.compiled import compiled_steps
 from specdec.proposers import Call, Proposer, existing
 from specdec.proposers.draft_past import DraftPast
-from specdec.proposers.drafting import asked, check_confidence
+from specdec.proposers.drafting import Sure, asked
 from specdec.proposers.drawn import chance_of, sound
 from specdec.proposers.past import model_of
 from specdec.proposers.rewriting import LOOK_BEHIND, Translator
@@ -44,7 +43,7 @@ POOR = 0.1
 LEAST_MASS = 0.05
 
 
-class TranslatedDraft:
+class TranslatedDraft(Sure):
     """Any Hugging Face causal LM as a draft for a target with another tokenizer.
 
     Attributes:
@@ -77,7 +76,7 @@ class TranslatedDraft:
         """
         if method not in METHODS:
             raise InvalidInput(f"method={method!r} does not exist; use one of {METHODS}")
-        self._confidence = check_confidence(confidence)
+        super().__init__(confidence)
         self.model = model_of("TranslatedDraft", model)
         self.shared = shared_ids(tokenizer, draft_tokenizer)
         self._translator = Translator(Vocabulary(tokenizer), Vocabulary(draft_tokenizer), self.shared)
@@ -91,12 +90,6 @@ class TranslatedDraft:
         self._method = method
         self._layout = layout
         self._steps = compiled_steps(self.model) if compile else None
-
-    def sure(self, confidence: float) -> TranslatedDraft:
-        """The same draft, stopping below ``confidence``."""
-        other = copy.copy(self)
-        other._confidence = check_confidence(confidence)
-        return other
 
     def choose(self, *, greedy: bool) -> tuple[str, str]:
         """The method for a call, "tokens" or "strings", and why."""
