@@ -649,13 +649,3 @@ def test_rows_do_not_teach_each_other():
     run._from_prompt(16)
     assert (run._table[:, 1] % 16).tolist() == [2, 9]
     assert int(run._table[0, 9]) == int(run._table[1, 2]) == -1
-
-
-def test_recycling_says_that_it_wants_scores():
-    assert recycling._Run.wants_scores
-    from specdec import Fallback
-
-    both = Fallback(Suffix(), Recycling()).begin(call_for(torch.tensor([[1, 2]])))
-    assert both.wants_scores
-    neither = Fallback(Suffix(), Suffix()).begin(call_for(torch.tensor([[1, 2]])))
-    assert not neither.wants_scores

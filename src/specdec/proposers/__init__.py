@@ -5,9 +5,8 @@ of the running round. It may have more, each asked for once when a call starts:
 
 * ``begin(call)`` returns the proposer to use for this call, so that what a call needs (a cache, a table)
   lives as long as the call and nothing is left behind, exception or not;
-* ``observe(round)`` sees every finished round. One that reads ``round.scores`` there says so with an attribute
-  ``wants_scores = True``; a round may go without them where nobody wants them. With ``wants_hidden = True`` there
-  are the target's last hidden states as well, ``round.hidden``;
+* ``observe(round)`` sees every finished round. With an attribute ``wants_hidden = True`` there are the target's
+  last hidden states as well, ``round.hidden``;
 * ``foresees = True`` says that it asks ``call.processing.foresee`` itself; for others that is done before them
   (``jump.py``);
 * ``finish(state, stats)`` is told when a call is over and has not failed: ``state`` holds what came out, stop

@@ -103,7 +103,6 @@ class _Level:
         self._chances = np.zeros((0, 0))  # this model's own, of the tokens of the running proposal
         self._told = 0  # positions whose chances were told to the level above
         self._hands_down = False  # in the running round
-        self.wants_scores = bool(getattr(below, "wants_scores", False))
 
     @property
     def forwards(self) -> int:

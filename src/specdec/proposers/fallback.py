@@ -62,7 +62,7 @@ class _Run:
 
     def __init__(self, first: Any, second: Any) -> None:
         self._parts = (first, second)
-        self.wants_scores, self.wants_hidden = wishes(self._parts)
+        self.wants_hidden = wants_hidden(self._parts)
         self.has_model = any(map(has_model, self._parts))
         self._proposals: tuple[Proposal, Proposal] | None = None
         self._of_first = np.zeros(0, dtype=bool)
@@ -142,10 +142,9 @@ def show(part: Any, own: np.ndarray, proposal: Proposal | None, round_: Round) -
         part.observe(round_)
 
 
-def wishes(parts: Sequence[Any]) -> tuple[bool, bool]:
-    """Whether one of ``parts`` wants the target's scores, and whether one wants its hidden states."""
-    scores = any(getattr(part, "wants_scores", False) for part in parts)
-    return scores, any(getattr(part, "wants_hidden", False) for part in parts)
+def wants_hidden(parts: Sequence[Any]) -> bool:
+    """Whether one of ``parts`` wants the target's hidden states."""
+    return any(getattr(part, "wants_hidden", False) for part in parts)
 
 
 def has_model(part: Any) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 from specdec.errors import InvalidInput
 from specdec.length.adaptive import ASSUMED_COST, FIRST_WAIT, LAG, LONGEST_WAIT, MOST
 from specdec.proposers import Call, Proposer, begun, checked
-from specdec.proposers.fallback import first_layout, has_model, merged, passes, show, wishes
+from specdec.proposers.fallback import first_layout, has_model, merged, passes, show, wants_hidden
 from specdec.proposers.words import named
 from specdec.records import Proposal, Round, Stats
 from specdec.state import State
@@ -72,7 +72,7 @@ class _Run:
 
     def __init__(self, parts: list[Any], names: list[str], call: Call) -> None:
         self._parts, self._names, self._clock = parts, names, call.clock
-        self.wants_scores, self.wants_hidden = wishes(parts)
+        self.wants_hidden = wants_hidden(parts)
         self._has_model = np.array([has_model(part) for part in parts])
         self.has_model = bool(self._has_model.any())
         # guesses on an accelerator are not looked at but where they were used
