@@ -85,13 +85,13 @@ class _Run:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``; both are asked in every round, the second for the rows that are left."""
         first = checked(self._parts[0].propose(state, limits), state, limits)
-        self._of_first = np.asarray(first.lengths) > 0
+        self._of_first = first.lengths > 0
         limits = np.where(self._of_first, 0, limits)
         second = checked(self._parts[1].propose(state, limits), state, limits)
         self._proposals = (first, second)
         if not self._of_first.any():
             return second
-        if not np.asarray(second.lengths).any():
+        if not second.lengths.any():
             return first
         return merged(first, second, self._of_first, state.vocabulary)
 

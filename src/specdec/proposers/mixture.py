@@ -120,7 +120,7 @@ class _Run:
             proposals[number] = here = checked(part.propose(state, limits), state, limits)
             # a guess that was drawn may be long or short by its own value: what was asked for counts
             drawn = here.logits is not None
-            lengths[number] = np.where(np.asarray(here.lengths) > 0, limits, 0) if drawn else here.lengths
+            lengths[number] = np.where(here.lengths > 0, limits, 0) if drawn else here.lengths
         choice = self._choose(lengths, most)
         for number, part in enumerate(self._parts):
             if self._has_model[number]:
@@ -254,6 +254,6 @@ class Record:
 
 def _cut(proposal: Proposal, rows: np.ndarray) -> Proposal:
     """``proposal`` for ``rows`` (B,) bool alone."""
-    if rows[np.asarray(proposal.lengths) > 0].all():
+    if rows[proposal.lengths > 0].all():
         return proposal
     return Proposal(proposal.tokens, np.where(rows, proposal.lengths, 0), proposal.logits)
