@@ -49,18 +49,14 @@ class Fallback:
 
     def begin(self, call: Call) -> Proposer:
         """Begin both."""
-        return behind(begun(self._first, call), begun(self._second, call))
+        return Behind(begun(self._first, call), begun(self._second, call))
 
 
-def behind(first: Any, second: Any) -> Proposer:
-    """``second`` behind ``first``, both begun."""
-    return _Run(first, second)
-
-
-class _Run:
-    """Both proposers during one call."""
+class Behind:
+    """One proposer behind another during a call."""
 
     def __init__(self, first: Any, second: Any) -> None:
+        """``second`` behind ``first``, both begun."""
         self._parts = (first, second)
         self.wants_hidden = wants_hidden(self._parts)
         self.has_model = any(map(has_model, self._parts))
