@@ -9,7 +9,12 @@ weights; here the leader is taken, so that nothing random is added to a greedy t
 
 Non-anticipating: the choice looks at committed tokens and at how long a guess is that was not drawn; never at a
 drawn token, and never at what the target says in the same round. A row's guesses come from one proposer alone.
-Knows none of them. Read next: ``auto.py``.
+
+``draft="auto"`` is ``Mixture("suffix", "recycling")``, drafts that need nothing but the text and next to no time:
+where the text repeats something, the longest match is copied; where it does not, what the target itself scored best
+is recycled. Whoever knows more should say so: a model of the same family drafts better in free text, and a text
+that is expected goes in as ``prediction``, which comes before any draft.
+Knows none of those that it mixes. Read next: ``../length/__init__.py``.
 """
 
 from __future__ import annotations
