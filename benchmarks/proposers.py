@@ -1,6 +1,6 @@
 """What a draft without a model costs: microseconds of the host for each proposed token.
 
-    python benchmarks/proposers.py [--rounds 200] [--guesses 8] [--vocabulary 32000]
+    python benchmarks/proposers.py [--rounds 200] [--guesses 8] [--vocabulary 32000] [--lengths 256 1024 4096]
 
 No target runs. Rows are the words of this project's own documents and source, numbered; every round commits
 four of them and asks for guesses. For each proposer, batch size and length of text:
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,18 +43,19 @@ def words(vocabulary: int) -> np.ndarray:
     return np.array([numbers.setdefault(word, len(numbers) + 1) % vocabulary for word in found])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--guesses", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    arguments = parser.parse_args()
-    text = words(arguments.vocabulary)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    options = parser.parse_args(arguments)
+    text = words(options.vocabulary)
     print(f"{'proposer':20s} {'batch':>5s} {'length':>6s} {'text':>8s} {'round':>8s} {'token':>8s} {'observe':>8s}")
     for batch in (1, 8):
-        for length in (256, 1024, 4096):
+        for length in options.lengths:
             for name in ("ngram", "suffix", "suffix, store", "recycling", "prediction"):
-                measure(name, text, batch, length, arguments)
+                measure(name, text, batch, length, options)
 
 
 def proposer(name: str, text: np.ndarray, expected: list[Any]) -> Any:
@@ -71,14 +73,14 @@ def proposer(name: str, text: np.ndarray, expected: list[Any]) -> Any:
     return makers[name]()
 
 
-def measure(name: str, text: np.ndarray, batch: int, length: int, arguments: argparse.Namespace) -> None:
-    new = arguments.rounds * COMMITTED
+def measure(name: str, text: np.ndarray, batch: int, length: int, options: argparse.Namespace) -> None:
+    new = options.rounds * COMMITTED
     rows = np.stack([np.roll(text, -7919 * row)[: length + new + 1] for row in range(batch)])
     state = State(
-        torch.from_numpy(rows[:, :length].copy()), max_length=length + new + 1, max_guesses=arguments.guesses,
+        torch.from_numpy(rows[:, :length].copy()), max_length=length + new + 1, max_guesses=options.guesses,
         eos_ids=None, pad_id=0, starts=np.zeros(batch, dtype=np.int64),
     )  # fmt: skip
-    state.vocabulary = arguments.vocabulary
+    state.vocabulary = options.vocabulary
     prompt = state.tokens[:, :length]
     # every twentieth token of the prediction is wrong
     expected = [np.where(np.arange(new) % 20 == 19, 0, row[length : length + new]) for row in rows]
@@ -87,12 +89,12 @@ def measure(name: str, text: np.ndarray, batch: int, length: int, arguments: arg
     if hasattr(drafts, "begin"):
         drafts = drafts.begin(Call(target, prompt, {}, state.max_length, Processing([]), Greedy()))
     observes = hasattr(drafts, "observe") and name == "recycling"
-    scores = torch.zeros(batch, arguments.guesses + 1, arguments.vocabulary)
-    limits = np.full(batch, arguments.guesses)
+    scores = torch.zeros(batch, options.guesses + 1, options.vocabulary)
+    limits = np.full(batch, options.guesses)
     first = spent = observed = 0.0
     proposed = 0
     proposal = Proposal.empty(batch, state.device)
-    for number in range(arguments.rounds):
+    for number in range(options.rounds):
         if observes:
             width = proposal.tokens.shape[1] + 1
             after = rows[:, length + number * COMMITTED : length + number * COMMITTED + width]
@@ -116,8 +118,7 @@ def measure(name: str, text: np.ndarray, batch: int, length: int, arguments: arg
         state.host_tokens[:, done] = rows[:, done]
         state.tokens[:, done] = torch.from_numpy(rows[:, done])
         state.lengths = state.lengths + COMMITTED
-        state.device_lengths = state.device_lengths + COMMITTED
-    rounds = (arguments.rounds - 1) * batch
+    rounds = (options.rounds - 1) * batch
     values = (first / (batch * length), spent / rounds, spent / max(proposed, 1), observed / rounds)
     shown = " ".join(f"{value * 1e6:8.1f}" for value in values)
     print(f"{name:20s} {batch:5d} {length:6d} {shown}", flush=True)

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.generation import logits_process as hf
 
 from specdec import SpeculativeGenerator, TranslatedDraft, transfer
+from specdec.length.fixed import Fixed
 from specdec.state import State
 from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
@@ -103,6 +104,8 @@ CASES |= {
     f"{name}, draft on the host": {"draft": name, "drafts": "host", **RULES["block"]}
     for name in ("model", "cascade", "a list", "mixture, model")
 }
+# the draft length asks after every guess how likely it was, which only the host can tell for free
+CASES["cascade, asked, draft on the host"] = {"draft": "cascade", "drafts": "host", "asks": True}
 # a named layout is refused where it does not fit
 SPLIT = {"split": True, "layout": "slots"}
 CASES |= {f"{name}, split": {"draft": name, **SPLIT} for name in ("model", "suffix", "early exit")}
@@ -158,6 +161,7 @@ def outcome(name):
     inputs = ragged_prompt((9, 6, 3), host.config.vocab_size)
     stay = {key for key in ("inputs", "drafts") if case.pop(key, "") == "host"}
     move = split if case.pop("split", False) else moved
+    Fixed.goes_on = staticmethod(lambda chances: True) if case.pop("asks", False) else None
     ids = []
     for there in (False, True):
         target = move(host) if there else host

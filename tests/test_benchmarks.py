@@ -335,6 +335,21 @@ def test_overhead(saved, capsys):
     assert {f["against"] for f in document["verification"].values()} == {"softmax", "argmax"}
 
 
+def test_drafts_without_a_model(capsys):
+    import proposers
+
+    proposers.main(["--rounds", "3", "--guesses", "4", "--vocabulary", "300", "--lengths", "64"])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["proposer", "batch", "length", "text", "round", "token", "observe"]
+    assert len(lines) == 10
+    for line in lines:
+        *_, batch, length, text, a_round, token, observe = line.split()
+        assert batch in "18"
+        assert length == "64"
+        assert float(observe) >= 0
+        assert min(map(float, (text, a_round, token))) >= 0
+
+
 def test_useless(saved, capsys):
     import useless
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specdec import InvalidInput, LayerSkip, SpeculativeGenerator, UnsupportedModel, choose_layers
-from specdec.testing import tiny_llama
+from specdec.testing import byte_tokenizer, tiny_llama
 
 from .contract import assert_untouched, fingerprint, gemma, mistral, plain, prompts, t5
 
@@ -63,6 +63,8 @@ def test_windows_and_kinds_of_layers(make):
     [
         ({"prompts": []}, "no prompts"),
         ({"prompts": ["a text"]}, "give the tokenizer"),
+        ({"prompts": "a text", "tokenizer": byte_tokenizer()}, r"prompts is a str; .*\[prompt\]"),
+        ({"prompts": prompts(1), "tokenizer": byte_tokenizer()}, r"prompts is a dict; .*list of texts"),
         ({"prompts": [[1]]}, "at least 2"),
         ({"least": 6}, "least=6"),
         ({"tokens": 0}, "tokens=0"),

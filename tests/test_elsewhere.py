@@ -38,6 +38,9 @@ KNOWN = {
     "functions at home": None,
     # what a draft on another device reads and gives
     **{name: None for name in CASES if name.endswith("draft on the host")},
+    "cascade, asked, draft on the host": {
+        "proposers/cascade.py _ids: a copy to the host", "proposers/cascade.py _scores: a copy to the device",
+    },
     "another tokenizer": set(),  # as text, so its guesses are read once more
     # the instrument works
     "reads a value": {f"processing.py _by_length: {READ}", f"processing.py <listcomp>: {READ}"},

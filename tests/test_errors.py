@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from specdec import (
+    DraftModel,
     EarlyExit,
     InvalidInput,
     InvalidProposal,
@@ -35,6 +36,7 @@ from specdec.testing import TableModel, tiny_llama
 from .contract import Counted, bart, llama, noisy, oracle, plain, prompts, speculative, t5
 
 IDS = prompts(1)["input_ids"]
+SHORT = {"max_new_tokens": 9, "do_sample": False}
 
 
 # --- the constructor ------------------------------------------------------------------------------
@@ -117,6 +119,19 @@ def test_an_encoder_decoder_draft_that_begins_with_another_token():
 def test_ngram_sizes(longest, shortest, message):
     with pytest.raises(InvalidInput, match=message):
         NGram(longest, shortest)
+
+
+@pytest.mark.parametrize("confidence", ["0.4", True, float("nan"), 1.5, -0.1, [0.4], torch.ones(2)])
+def test_a_confidence_that_is_no_probability(confidence):
+    for make in (DraftModel, lambda model, **given: DraftModel(model).sure(**given)):
+        with pytest.raises(InvalidInput, match=r"confidence=.*from 0 to 1, or None"):
+            make(llama(), confidence=confidence)
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_a_confidence_of_any_kind(kind):
+    got = speculative(llama(), DraftModel(noisy(llama()), confidence=kind(0.5))).generate(**prompts(1), **SHORT)
+    assert got.equal(plain(llama(), prompts(1), max_new_tokens=9))
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])

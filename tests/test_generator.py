@@ -31,7 +31,7 @@ from specdec import (
     prune_head,
     quantize_draft,
 )
-from specdec.proposers import cascade as cascade_room
+from specdec.length.fixed import Fixed
 from specdec.proposers import mixture as mixture_room
 from specdec.testing import byte_tokenizer, lively, noisy_copy, ragged_prompt, tiny_llama
 
@@ -321,15 +321,8 @@ def test_padding_that_a_draft_does_not_know_loses_no_row():
 @pytest.mark.parametrize("below", [Suffix(), Mixture("suffix", "ngram"), Fallback(Suffix(shortest=4), NGram())])
 def test_what_combines_others_has_no_model_of_its_own(monkeypatch, below):
     """Where a level of a cascade does not pay, what is below it guesses for the target."""
-    monkeypatch.setattr(cascade_room._Level, "_begins", lambda self, opening: False, raising=False)
+    monkeypatch.setattr(Fixed, "begins", lambda self, opening=None: False)
     target = llama()
-    original = cascade_room._Level.__init__
-
-    def reluctant(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self._begins = lambda opening: False
-
-    monkeypatch.setattr(cascade_room._Level, "__init__", reluctant)
     gen = SpeculativeGenerator(target, Cascade(below, noisy(target)), num_draft_tokens=4)
     got = gen.generate(**prompts(1), max_new_tokens=40, do_sample=False)
     assert got.tolist() == plain(target, prompts(1), max_new_tokens=40).tolist()

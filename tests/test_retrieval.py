@@ -406,6 +406,8 @@ def test_a_file_that_is_no_store(tmp_path):
         (lambda: Store().add(7, [1]), "int; give a string"),
         (lambda: Suffix(shortest=0), "shortest=0"),
         (lambda: Suffix(per_match=-1.0), "per_match=-1"),
+        (lambda: Suffix(per_match="2"), "per_match='2'; give a number"),
+        (lambda: Suffix(per_match=float("inf")), "per_match=inf; give a number"),
         (lambda: Suffix(tenant="me"), r"without a store"),
         (lambda: generated(Suffix(store=Store())), r"whose text.*tenant="),
         (lambda: generated(Suffix(store=Store()), tenant=["a", "b"]), r"2 of `tenant` for 3 rows"),
@@ -647,13 +649,3 @@ def test_rows_do_not_teach_each_other():
     run._from_prompt(16)
     assert (run._table[:, 1] % 16).tolist() == [2, 9]
     assert int(run._table[0, 9]) == int(run._table[1, 2]) == -1
-
-
-def test_recycling_says_that_it_wants_scores():
-    assert recycling._Run.wants_scores
-    from specdec import Fallback
-
-    both = Fallback(Suffix(), Recycling()).begin(call_for(torch.tensor([[1, 2]])))
-    assert both.wants_scores
-    neither = Fallback(Suffix(), Suffix()).begin(call_for(torch.tensor([[1, 2]])))
-    assert not neither.wants_scores

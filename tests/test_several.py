@@ -5,6 +5,7 @@ That no law is bent is shown in `laws`; here: is it what it says it is, and does
 
 import copy
 import re
+import string
 from itertools import accumulate, cycle
 
 import numpy as np
@@ -35,6 +36,7 @@ from specdec.state import State
 from specdec.testing import assert_lossless, noisy_copy, tiny_llama
 
 from .contract import llama, mamba2, mistral, noisy, plain, prompts, qwen3_next
+from .parrot import characters
 from .proposers import other
 
 LONG = 24
@@ -528,20 +530,54 @@ def test_a_model_reads_only_real_ids_in_rows_that_others_guessed_for(join, layou
     assert gen.stats.draft_forwards > 0
 
 
+def translated(model, **options):
+    words = characters(string.ascii_letters + string.digits + " .")
+    return TranslatedDraft(model, words, words, **options)
+
+
+@pytest.mark.parametrize("place", ["forward", "_prepare_model_inputs"])
+@pytest.mark.parametrize("fault", [ValueError, AttributeError, torch.OutOfMemoryError])
 @pytest.mark.parametrize(
-    "join", [DraftModel, lambda model: Cascade("ngram", model), lambda model: ["ngram", model]]
+    "join", [DraftModel, lambda model: Cascade("ngram", model), lambda model: ["ngram", model], translated]
 )
-def test_a_draft_that_cannot_take_the_prompt_breaks_nothing(join, monkeypatch):
+def test_a_draft_that_cannot_take_the_prompt_breaks_nothing(join, fault, place, monkeypatch):
     """A multimodal one may want a picture in every pass; its prompt is fed with its first guess."""
     draft = noisy(llama(1))
+    gen = SpeculativeGenerator(llama(), join(draft), num_draft_tokens=5)
 
-    def forward(*args, **kwargs):
-        raise ValueError("give a picture")
+    def fails(*args, **kwargs):
+        raise fault("give a picture")
 
-    monkeypatch.setattr(draft, "forward", forward)
-    with pytest.warns(UserWarning, match="drafts nothing with LlamaForCausalLM: give a picture"):
-        got, _ = run(llama(), join(draft), prompts(3))
+    monkeypatch.setattr(draft, place, fails)
+    with pytest.warns(UserWarning, match="drafts nothing with LlamaForCausalLM: .*give a picture"):
+        got = gen.generate(**prompts(3), max_new_tokens=LONG, do_sample=False)
+    assert got.tolist() == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
+    assert gen.stats.draft_forwards == 0
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("join", [DraftModel, lambda model: Cascade("ngram", model), translated])
+def test_nobody_asks_how_likely_a_fixed_number_of_guesses_is(join, asks, monkeypatch):
+    computed = []
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(
+        torch.Tensor, "softmax", lambda *args, **named: computed.append(1) or softmax(*args, **named)
+    )
+    if asks:  # then it shows
+        monkeypatch.setattr(Fixed, "goes_on", lambda self, chances: True)
+    got, stats = run(llama(), join(noisy(llama())), prompts(3))
     assert got == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
+    assert stats.drafted > 0
+    assert bool(computed) == asks
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [lambda model: DraftModel(model, layout="nonsense"), lambda model: translated(model, layout="nonsense")],
+)
+def test_what_we_refuse_on_purpose_is_no_fault_of_the_draft(draft):
+    with pytest.raises(InvalidInput, match="layout='nonsense'"):
+        run(llama(), draft(noisy(llama())), prompts(1))
 
 
 def test_auto_copies_and_recycles():

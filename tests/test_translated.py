@@ -5,6 +5,7 @@ Its law is in `tests/laws/test_translated_law.py`.
 
 import copy
 import gc
+import string
 import warnings
 import weakref
 from functools import cache
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from specdec import InvalidInput, SpeculativeGenerator, TranslatedDraft, VocabularyMismatch
+from specdec import InvalidInput, SpeculativeGenerator, TranslatedDraft, UnsupportedModel, VocabularyMismatch
+from specdec.length.fixed import Fixed
 from specdec.proposers import draft_past
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
 from specdec.proposers.vocabulary import Vocabulary, pair, pieces_of, shared_ids, split_unfinished
 from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
 
+from .contract import llama, mamba2
 from .parrot import TEXTS, Parrot, byte_level, characters, metaspace
 
 KINDS = {
@@ -421,6 +424,42 @@ def test_a_draft_that_is_too_short_for_the_text():
     assert gen.stats.drafted == 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_draft_is_asked_in_every_round_whether_it_shall_guess(method, monkeypatch):
+    target, draft = pair_of_models()
+    prompt = ragged_prompt(vocabulary=400)
+    wanted = target.generate(**prompt, max_new_tokens=40, do_sample=False)
+    fed = []
+
+    def begins(self, opening=None):
+        fed.append(opening is None)
+        return len(fed) % 3 == 0
+
+    monkeypatch.setattr(Fixed, "begins", begins)
+    proposer = TranslatedDraft(draft, tokenizer("bytes 420"), tokenizer("bytes 300"), method=method, confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
+    assert gen.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == wanted.tolist()
+    assert fed == [number >= 3 for number in range(len(fed))]  # its prompt is fed when it may guess at last
+    assert 0 < gen.stats.drafted_at[0] <= prompt["input_ids"].shape[0] * (len(fed) // 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_room_is_made_as_the_text_grows_not_for_all_that_it_may_become(method, monkeypatch):
+    """A draft that says nothing of its positions, and a limit that stands for none."""
+    monkeypatch.setattr("specdec.proposers.draft_past.ROOM", 5, raising=False)
+    made, pasts = draft_past.DraftPast.__init__, []
+    monkeypatch.setattr(draft_past.DraftPast, "__init__", lambda *args: pasts.append(args[0]) or made(*args))
+    words, target = characters(string.ascii_letters + string.digits + " ."), llama()
+    proposer = TranslatedDraft(mamba2(), words, words, method=method, confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4, layout="slots")
+    options = {**ragged_prompt(), "do_sample": False}
+    options["stopping_criteria"] = [lambda ids, _: torch.full((len(ids),), ids.shape[1] >= 60)]
+    wanted = target.generate(**options, max_new_tokens=60)
+    assert gen.generate(**options, max_new_tokens=10**6).tolist() == wanted.tolist()
+    assert gen.stats.drafted > 100
+    assert 60 < pasts[0]._tokens.shape[1] < 100
+
+
 def test_a_tokenizer_that_refuses_a_text_breaks_nothing(monkeypatch):
     target, draft = pair_of_models()
     theirs = byte_level(300)
@@ -441,11 +480,16 @@ def test_a_tokenizer_that_refuses_a_text_breaks_nothing(monkeypatch):
     assert len(calls) > 6
 
 
-@pytest.mark.parametrize("options", [{"method": "tli"}, {"confidence": 2}])
+@pytest.mark.parametrize("options", [{"method": "tli"}, {"confidence": 2}, {"confidence": "0.4"}])
 def test_arguments_out_of_range(options):
     _, draft = pair_of_models()
     with pytest.raises(InvalidInput, match=next(iter(options))):
         TranslatedDraft(draft, tokenizer("bytes 420"), tokenizer("bytes 300"), **options)
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(UnsupportedModel, match=r"TranslatedDraft was given a str.*from_pretrained"):
+        TranslatedDraft("gpt2", tokenizer("bytes 420"), tokenizer("bytes 300"))
 
 
 def test_nothing_is_warned_about_an_ordinary_pair():

@@ -148,11 +148,9 @@ def follow_call(
                 max_length=state.max_length,
                 processing=processing,
                 sampling=sampling,
-                goes_on=length.goes_on,
-                begins=length.begins,
+                length=length,
                 tenants=request.tenants,
                 clock=None if promised else clock,
-                own_length=length.within,
                 scorer=target,
             ),
         )

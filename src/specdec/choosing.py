@@ -13,7 +13,7 @@ Read next: ``proposers/layers.py``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
@@ -76,6 +76,10 @@ def choose_layers(
     least, tokens = at_least(0, "least", least, wanted), at_least(1, "tokens", tokens)
     if least >= depth:
         raise InvalidInput(f"least={least}; give {wanted}")
+    if isinstance(prompts, (str, Mapping)):
+        raise InvalidInput(
+            f"prompts is a {type(prompts).__name__}; give a list of texts or of lists of ids, such as [prompt]"
+        )
     ids = [_ids(prompt, tokenizer, model.device) for prompt in prompts]
     if not ids:
         raise InvalidInput("no prompts; give a few that are like those to come")

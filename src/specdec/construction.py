@@ -12,9 +12,9 @@ import torch
 from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
 from specdec.layouts.choices import LAYOUTS
 from specdec.proposers import Nothing
-from specdec.proposers.auto import automatic
 from specdec.proposers.draft_model import DraftModel
-from specdec.proposers.layers import EarlyExit, LayerSkip
+from specdec.proposers.layers import OwnLayers
+from specdec.proposers.mixture import Mixture
 from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import WORDS, check_sizes, one_behind_another
 from specdec.sampling import VERIFICATIONS
@@ -97,7 +97,7 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
         return Nothing()
     if isinstance(draft, str):
         if draft == "auto":
-            return automatic()
+            return Mixture("suffix", "recycling")
         if draft in SELF:
             return DraftModel(quantize_draft(target, SELF[draft]), compile=compile)
         if draft not in WORDS:
@@ -113,7 +113,7 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
         )
     if isinstance(draft, type):
         raise UnsupportedModel(f"the draft is the class {draft.__name__}; give an object: {draft.__name__}()")
-    if isinstance(draft, (EarlyExit, LayerSkip)):
+    if isinstance(draft, OwnLayers):
         draft.check(target)
     if hasattr(draft, "propose") or hasattr(draft, "begin"):
         return draft

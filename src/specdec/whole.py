@@ -1,4 +1,4 @@
-"""Whole numbers, whoever made them: Python's, numpy's and torch's are the same to a user.
+"""Numbers, whoever made them: Python's, numpy's and torch's are the same to a user.
 
 Knows nothing else. Read next: ``errors.py``.
 """
@@ -18,6 +18,16 @@ def whole(number: Any) -> int | None:
     try:
         return index(number)
     except TypeError:
+        return None
+
+
+def real(number: Any) -> float | None:
+    """``number`` as Python's own if it is a real one, else None; a text is none, nor are True and False."""
+    if isinstance(number, (bool, str, bytes)):
+        return None
+    try:
+        return float(number)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
 
 

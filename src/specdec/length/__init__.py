@@ -7,6 +7,7 @@ the output). Past rounds, and guesses that are submitted in any case, may be loo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -43,12 +44,12 @@ class DraftLength(Protocol):
         """
         ...
 
-    def goes_on(self, chances: np.ndarray) -> bool:
-        """Whether one more guess pays in the running round, asked by proposers that can tell for free.
+    @property
+    def goes_on(self) -> Callable[[np.ndarray], bool] | None:
+        """Says whether one more guess pays in the running round, to proposers that can ask without waiting.
 
-        Args:
-            chances: (B,) the draft's own chance of the guess that each row has just made; it is submitted
-                whatever the answer.
+        It is told (B,) the draft's own chance of the guess that each row has just made, 0 for rows that made none;
+        that guess is submitted whatever the answer. None: it does not matter, and no chance need be computed.
         """
         ...
 

@@ -11,6 +11,8 @@ from specdec.records import Round
 class Fixed:
     """``most`` guesses in every round."""
 
+    goes_on = None  # whatever the chances of the guesses are
+
     def __init__(self, most: int) -> None:
         """Draft ``most`` >= 0 tokens a round."""
         self.most = most
@@ -22,10 +24,6 @@ class Fixed:
     def free(self, runs: np.ndarray) -> int:
         """See ``DraftLength.free``."""
         return self.most
-
-    def goes_on(self, chances: np.ndarray) -> bool:
-        """See ``DraftLength.goes_on``."""
-        return True
 
     def begins(self, opening: Opening | None = None) -> bool:
         """See ``DraftLength.begins``."""

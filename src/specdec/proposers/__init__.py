@@ -5,9 +5,8 @@ of the running round. It may have more, each asked for once when a call starts:
 
 * ``begin(call)`` returns the proposer to use for this call, so that what a call needs (a cache, a table)
   lives as long as the call and nothing is left behind, exception or not;
-* ``observe(round)`` sees every finished round. One that reads ``round.scores`` there says so with an attribute
-  ``wants_scores = True``; a round may go without them where nobody wants them. With ``wants_hidden = True`` there
-  are the target's last hidden states as well, ``round.hidden``;
+* ``observe(round)`` sees every finished round. With an attribute ``wants_hidden = True`` there are the target's
+  last hidden states as well, ``round.hidden``;
 * ``foresees = True`` says that it asks ``call.processing.foresee`` itself; for others that is done before them
   (``jump.py``);
 * ``finish(state, stats)`` is told when a call is over and has not failed: ``state`` holds what came out, stop
@@ -19,7 +18,7 @@ Read next: ``ngram.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InvalidInput, InvalidProposal
-from specdec.length import DraftLength, Opening
+from specdec.length import DraftLength
 from specdec.length.fixed import Fixed
 from specdec.processing import Processing
 from specdec.records import Proposal
@@ -37,7 +36,6 @@ from specdec.scorer import Scorer
 from specdec.state import State, span
 
 T = TypeVar("T")
-ALWAYS_FOUR: Callable[[], DraftLength] = partial(Fixed, 4)
 
 
 @runtime_checkable
@@ -67,13 +65,10 @@ class Call:
         max_length: columns that a row may reach.
         processing: the call's logits processors.
         sampling: how tokens are drawn.
-        goes_on: told the draft's own chance (B,) of each guess (0 for rows that made none), says whether one more
-            pays; for proposers that can tell without waiting for the device. The guess is submitted anyway.
-        begins: told what a draft model's prompt will cost, None once it is fed, says whether the model shall guess
-            at all in this round (``DraftLength.begins``).
+        length: how many guesses a round; it wants to be asked (``begins``) before a draft model guesses, and told
+            the chances of its guesses (``goes_on``). What it allows a row is in the limits already.
         tenants: whose text a row is, one for all rows or one each; None where nobody said.
         clock: tells the seconds; None where a seed promises one text, which must not depend on them.
-        own_length: makes a rule of draft lengths that knows nothing yet, for a proposer with rounds of its own.
         scorer: the target with its cache, for drafts that are part of it; it belongs to the loop. None in tests.
     """
 
@@ -83,11 +78,9 @@ class Call:
     max_length: int
     processing: Processing
     sampling: Sampling
-    goes_on: Callable[[np.ndarray], bool] | None = None
-    begins: Callable[[Opening | None], bool] | None = None
+    length: DraftLength = field(default_factory=partial(Fixed, 4))
     tenants: list[str] | None = None
     clock: Callable[[], float] | None = None
-    own_length: Callable[[], DraftLength] = ALWAYS_FOUR
     scorer: Scorer | None = None
 
 

@@ -29,7 +29,8 @@ from specdec.clock import clock
 from specdec.errors import InvalidInput
 from specdec.length import DraftLength
 from specdec.proposers import Call, Nothing, Proposer, begun, checked
-from specdec.proposers.draft_model import DraftModel, always
+from specdec.proposers.draft_model import DraftModel
+from specdec.proposers.drafting import asked
 from specdec.proposers.drawn import sound
 from specdec.proposers.fallback import has_model
 from specdec.proposers.past import Past
@@ -76,12 +77,11 @@ class Cascade:
         for model in self._models:
             check_sizes(call.target, model.model)
         # how many guesses are made for a level is a question of its own at each
-        lengths = [call.own_length() for _ in self._models]
         # and the target's cache holds its text, not a level's
-        judges = [replace(call, goes_on=length.goes_on, begins=length.begins, scorer=None) for length in lengths]
+        judges = [replace(call, length=call.length.within(), scorer=None) for _ in self._models]
         run: Proposer = begun(self._first, judges[0])
-        for model, length, judge in zip(self._models, lengths, [*judges[1:], call], strict=True):
-            run = model.open(judge, partial(_Level, below=run, length=length))
+        for model, judge, above in zip(self._models, judges, [*judges[1:], call], strict=True):
+            run = model.open(above, partial(_Level, below=run, length=judge.length))
             if isinstance(run, Nothing):
                 return run
         return run
@@ -95,16 +95,14 @@ class _Level:
         self._name = type(draft.model).__name__
         self._confidence = draft._confidence
         self._past = Past(draft.model, call, draft._layout, draft._steps)
-        on_cpu = self._past.device.type == "cpu"
-        self._goes_on = call.goes_on if draft._confidence is None and on_cpu else None
-        self._begins = call.begins or always
+        # this model's scores are looked at where the text is
+        self._goes_on = asked(call, draft._confidence, call.prompt.device)
         self._text: State | None = None
         self._settled = 0  # columns that were settled when last asked, of the shortest row
         self._drafted = self._accepted = 0
         self._chances = np.zeros((0, 0))  # this model's own, of the tokens of the running proposal
         self._told = 0  # positions whose chances were told to the level above
         self._hands_down = False  # in the running round
-        self.wants_scores = bool(getattr(below, "wants_scores", False))
 
     @property
     def forwards(self) -> int:
@@ -127,7 +125,7 @@ class _Level:
         self._hands_down = False
         if not limits.any():
             return Proposal.empty(state.batch, state.device)
-        if not self._begins(self._past.opening) or not self._past.feed_prompt():
+        if not self._call.length.begins(self._past.opening) or not self._past.feed_prompt():
             # what is below guesses for the level above, unless that is a model too, which would have to be asked
             self._hands_down = not has_model(self._below)
             return (

@@ -9,7 +9,6 @@ next one. Knows nothing of verification. Read next: ``past.py``.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,20 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.errors import UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps, compiled_steps
-from specdec.length import Opening
 from specdec.proposers import Call, Nothing, Proposer
-from specdec.proposers.drafting import check_confidence, draft
+from specdec.proposers.drafting import Sure, draft
 from specdec.proposers.foresight import Ahead
-from specdec.proposers.past import Past, warn_refused
+from specdec.proposers.past import Past, model_of, tried, warn_refused
 from specdec.records import Proposal, Round
 from specdec.state import State, in_common, put, put_on_host, span, widened
 from specdec.transfer import to_host
-from specdec.weights.adapters import inner_model
 
 
-class DraftModel:
+class DraftModel(Sure):
     """Any Hugging Face causal LM (or encoder-decoder, for such a target) that shares the token ids."""
 
     def __init__(
@@ -47,11 +43,8 @@ class DraftModel:
             layout: forces one, for tests.
             compile: run the model's steps as graphs, as ``SpeculativeGenerator(compile=True)`` does.
         """
-        check_confidence(confidence)
-        if not hasattr(model, "generate") or not hasattr(model, "config"):
-            raise UnsupportedModel(f"DraftModel was given a {type(model).__name__}; wanted is a Hugging Face model")
-        self.model = inner_model(model)
-        self._confidence = confidence
+        super().__init__(confidence)
+        self.model = model_of("DraftModel", model)
         self._layout = layout
         self._steps = compiled_steps(self.model) if compile else None
 
@@ -64,23 +57,11 @@ class DraftModel:
     def open(self, call: Call, run: Callable[[DraftModel, Call], Proposer]) -> Proposer:
         """``run(self, call)``, or nothing and a warning where the draft cannot take what the call gives."""
         encodes = self.model.config.is_encoder_decoder
+        name = type(self.model).__name__
         if encodes and self.model.main_input_name not in call.inputs:
-            warn_refused(self.model, f"the call gives no {self.model.main_input_name} for its encoder")
+            warn_refused(name, f"the call gives no {self.model.main_input_name} for its encoder")
             return Nothing()
-        try:
-            return run(self, call)
-        except UnsupportedModel:
-            raise
-        except (TypeError, ValueError) as error:
-            warn_refused(self.model, error)
-            return Nothing()
-
-    def sure(self, confidence: float) -> DraftModel:
-        """The same draft, stopping below ``confidence``."""
-        check_confidence(confidence)
-        other = copy.copy(self)
-        other._confidence = confidence
-        return other
+        return tried(name, lambda: run(self, call)) or Nothing()
 
 
 class _Run:
@@ -96,9 +77,6 @@ class _Run:
         self._past = Past(model, call, layout, steps)
         self._scorer = self._past.scorer
         self._on_cpu = self._past.device.type == "cpu"
-        # scores are looked at where the rounds are
-        self._goes_on = call.goes_on if confidence is None and call.prompt.device.type == "cpu" else None
-        self._begins = call.begins or always
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)  # what the draft was fed, in its own ids
         self._fed = np.zeros(0)  # on the host; on a CPU the same memory, elsewhere -1 where others guessed
         self._settled = 0  # columns of them that nothing takes back
@@ -129,11 +107,12 @@ class _Run:
         if not limits.any():
             return Proposal.empty(state.batch, state.device)
         ahead = Ahead(self._call.processing, state, limits)
-        if ahead.covers(limits) or not self._begins(self._past.opening) or not self._past.feed_prompt():
+        begins = self._call.length.begins
+        if ahead.covers(limits) or not begins(self._past.opening) or not self._past.feed_prompt():
             return ahead.proposal()
         self._sync(state)
         self._limits, self._next = limits, -1
-        proposal = draft(self, state, limits, self._call, self._confidence, self._goes_on, ahead)
+        proposal = draft(self, state, limits, self._call, self._confidence, ahead)
         self._drafted, self._observed = (state.lengths, proposal), None
         return proposal
 
@@ -180,8 +159,3 @@ class _Run:
         self._settled, self._drafted = state.foundation, None
         # the last committed token is always fed again: its scores are what the next guess needs
         self._scorer.rollback(self._tokens, np.minimum(kept, state.lengths - 1), state.live, state.settled - 1)
-
-
-def always(opening: Opening | None) -> bool:
-    """Nobody decides whether a draft guesses: it does."""
-    return True

@@ -14,15 +14,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from specdec.layouts.compiled import CompiledSteps
 from specdec.proposers import Call
-from specdec.proposers.past import opening, warn_refused
+from specdec.proposers.past import opening, tried
 from specdec.proposers.prompt import embedded, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
-from specdec.state import State, device_of
+from specdec.state import ROOM, State, device_of, widened
 from specdec.transfer import to_device
 
 
@@ -65,15 +66,12 @@ class DraftPast:
         none = np.zeros_like(limits)
         if self._failed or not limits.any():
             return none
+        if not self._call.length.begins(self._opening if self._scorer is None else None):
+            return none
         if self._scorer is None:
-            begins = self._call.begins
-            if begins and not begins(self._opening):
-                return none
-            try:
-                self._open(state)
-            except (TypeError, ValueError, IndexError) as error:
-                self._failed, self._scorer = True, None
-                warn_refused(self._model, error)
+            self._scorer = tried(type(self._model).__name__, lambda: self._open(state))
+            if self._scorer is None:
+                self._failed = True
                 return none
         self._translate(state)
         usable = self._active & np.array([row.known for row in self._rows])
@@ -97,7 +95,7 @@ class DraftPast:
         """(B, K) the draft's guesses as they were written, for the next round to compare with; -1 is unknown."""
         self._guesses = guesses.clip(-1, self._embeds - 1)
 
-    def _open(self, state: State) -> None:
+    def _open(self, state: State) -> Scorer:
         """Feed the prompt in the draft's ids."""
         rows = [state.host_tokens[b, state.starts[b] : state.prompt_length] for b in range(state.batch)]
         prompts, unfinished = self._translator.prompts(rows)
@@ -109,13 +107,12 @@ class DraftPast:
         self._longest = min(int(longest), width + 2 * new + 64)
         if width >= self._longest:
             raise ValueError(f"the prompt has {width} of its tokens, more than it can take")
-        ids = np.zeros((state.batch, self._longest + state.reserve), dtype=np.int64)
-        mask = np.zeros((state.batch, width), dtype=np.int64)
+        ids, mask = np.zeros((2, state.batch, width), dtype=np.int64)
         for b, prompt in enumerate(prompts):
-            ids[b, width - len(prompt) : width] = prompt
+            ids[b, width - len(prompt) :] = prompt
             mask[b, width - len(prompt) :] = 1
         ids = ids.clip(0, self._embeds - 1)
-        prompt_ids = to_device(ids[:, :width].copy(), self.device)
+        prompt_ids = to_device(ids, self.device)
         inputs = {"attention_mask": to_device(mask, self.device)}
         call = replace(self._call, target=None, prompt=prompt_ids, inputs=inputs, max_length=self._longest + 1)
         prepared, kwargs, config, inner = prepare(self._model, call, self._embeds)
@@ -126,13 +123,21 @@ class DraftPast:
             inner, kwargs, config, max_length=longest, layout=self._layout, is_draft=True, steps=self._steps
         )
         scorer.prefill(prepared, speculate=True)
-        self._scorer = scorer
-        self._host, self._tokens = ids, to_device(ids.copy(), self.device)
+        self._host, self._tokens = ids, prompt_ids
+        self._make_room(width, state.reserve)
         self._starts = width - mask.sum(axis=1)
         self._rows = [DraftRow(width, rest) for rest in unfinished]
         self.lengths = np.full(state.batch, width, dtype=np.int64)
         self._translated = np.full(state.batch, state.prompt_length, dtype=np.int64)
         self._active = np.ones(state.batch, dtype=bool)
+        return scorer
+
+    def _make_room(self, longest: int, reserve: int) -> None:
+        """``reserve`` columns behind ``longest``, in blocks: few texts become as long as they may."""
+        missing = longest + reserve - self._host.shape[1]
+        if missing > 0:
+            self._tokens = widened(self._tokens, missing + ROOM)
+            self._host = widened(torch.from_numpy(self._host), missing + ROOM).numpy()
 
     def _translate(self, state: State) -> None:
         """Say what was committed since in the draft's ids; forget what it was fed and does not fit."""
@@ -156,6 +161,7 @@ class DraftPast:
             if start + len(now) > self._longest:
                 self._active[b] = False
                 continue
+            self._make_room(start + len(now), state.reserve)
             self._host[b, start : start + len(now)] = now
             self.lengths[b] = start + len(now)
             # the last id is always fed again: its scores are what the next guess needs

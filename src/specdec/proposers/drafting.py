@@ -7,8 +7,9 @@ Knows no model. Read next: ``draft_model.py``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from specdec.proposers.foresight import Ahead
 from specdec.records import Proposal
 from specdec.state import State, span
 from specdec.transfer import to_device
+from specdec.whole import real
 
 
 class Steps(Protocol):
@@ -45,7 +47,6 @@ def draft(
     limits: np.ndarray,
     call: Call,
     confidence: float | None,
-    goes_on: Callable[[np.ndarray], bool] | None,
     ahead: Ahead,
 ) -> Proposal:
     """Up to ``limits[b]`` (B,) guesses for row b, at least one for some row.
@@ -54,14 +55,14 @@ def draft(
         steps: what drafts.
         state: the committed tokens.
         limits: (B,) guesses that a row may submit.
-        call: how tokens are drawn.
-        confidence: a row stops after a guess whose own chance is below this; None or 0 never stops.
-        goes_on: told the chance (B,) of each guess, says whether one more pays; None always goes on.
+        call: how tokens are drawn, and whether one more guess pays.
+        confidence: a row stops after a guess whose own chance is below this, 0 never stops; None asks the call.
         ahead: what is foreseen.
     """
     guesses: list[Tensor] = []
     rows: list[Tensor] = []
     places = state.lengths - state.prompt_length
+    goes_on = asked(call, confidence, state.device)
     asks = True  # until the call's draft length has had enough: then only what is foreseen is guessed
     for step in range(span(limits)[1]):
         known = ahead.at(step, limits, steps.history)
@@ -115,7 +116,30 @@ def _guess(
     return guess, scores
 
 
-def check_confidence(confidence: float | None) -> None:
-    """Refuse a confidence that is no probability."""
-    if confidence is not None and not 0 <= confidence <= 1:
-        raise InvalidInput(f"confidence={confidence!r}; give a probability, or None")
+def asked(call: Call, confidence: float | None, device: torch.device) -> Callable[[np.ndarray], bool] | None:
+    """What says whether one more guess pays (``DraftLength.goes_on``), told chances that are on ``device``.
+
+    None where nothing does, ``confidence`` does, or there would be a device to wait for.
+    """
+    return call.length.goes_on if confidence is None and device.type == "cpu" else None
+
+
+class Sure:
+    """A draft whose rows stop behind a guess that it is not sure of."""
+
+    def __init__(self, confidence: Any) -> None:
+        """Stop below ``confidence``; None leaves it to the call.
+
+        Raises:
+            InvalidInput: it is no probability.
+        """
+        found = None if confidence is None else real(confidence)
+        if confidence is not None and (found is None or not 0 <= found <= 1):
+            raise InvalidInput(f"confidence={confidence!r}; give a probability, a number from 0 to 1, or None")
+        self._confidence = found
+
+    def sure(self, confidence: float) -> Self:
+        """The same draft, stopping below ``confidence``."""
+        other = copy.copy(self)
+        Sure.__init__(other, confidence)
+        return other

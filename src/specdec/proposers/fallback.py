@@ -49,20 +49,16 @@ class Fallback:
 
     def begin(self, call: Call) -> Proposer:
         """Begin both."""
-        return behind(begun(self._first, call), begun(self._second, call))
+        return Behind(begun(self._first, call), begun(self._second, call))
 
 
-def behind(first: Any, second: Any) -> Proposer:
-    """``second`` behind ``first``, both begun."""
-    return _Run(first, second)
-
-
-class _Run:
-    """Both proposers during one call."""
+class Behind:
+    """One proposer behind another during a call."""
 
     def __init__(self, first: Any, second: Any) -> None:
+        """``second`` behind ``first``, both begun."""
         self._parts = (first, second)
-        self.wants_scores, self.wants_hidden = wishes(self._parts)
+        self.wants_hidden = wants_hidden(self._parts)
         self.has_model = any(map(has_model, self._parts))
         self._proposals: tuple[Proposal, Proposal] | None = None
         self._of_first = np.zeros(0, dtype=bool)
@@ -85,13 +81,13 @@ class _Run:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``; both are asked in every round, the second for the rows that are left."""
         first = checked(self._parts[0].propose(state, limits), state, limits)
-        self._of_first = np.asarray(first.lengths) > 0
+        self._of_first = first.lengths > 0
         limits = np.where(self._of_first, 0, limits)
         second = checked(self._parts[1].propose(state, limits), state, limits)
         self._proposals = (first, second)
         if not self._of_first.any():
             return second
-        if not np.asarray(second.lengths).any():
+        if not second.lengths.any():
             return first
         return merged(first, second, self._of_first, state.vocabulary)
 
@@ -142,10 +138,9 @@ def show(part: Any, own: np.ndarray, proposal: Proposal | None, round_: Round) -
         part.observe(round_)
 
 
-def wishes(parts: Sequence[Any]) -> tuple[bool, bool]:
-    """Whether one of ``parts`` wants the target's scores, and whether one wants its hidden states."""
-    scores = any(getattr(part, "wants_scores", False) for part in parts)
-    return scores, any(getattr(part, "wants_hidden", False) for part in parts)
+def wants_hidden(parts: Sequence[Any]) -> bool:
+    """Whether one of ``parts`` wants the target's hidden states."""
+    return any(getattr(part, "wants_hidden", False) for part in parts)
 
 
 def has_model(part: Any) -> bool:

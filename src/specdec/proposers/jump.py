@@ -16,7 +16,7 @@ import numpy as np
 
 from specdec.processing import Processing
 from specdec.proposers import Call, Nothing, Proposer, begun, existing
-from specdec.proposers.fallback import behind
+from specdec.proposers.fallback import Behind
 from specdec.records import Proposal
 from specdec.state import State
 
@@ -40,4 +40,4 @@ def begun_behind(proposer: Any, call: Call) -> Proposer:
     if not call.processing.foresees or getattr(run, "foresees", False):
         return run
     jump = Jump(call.processing)
-    return jump if isinstance(run, Nothing) else behind(jump, run)
+    return jump if isinstance(run, Nothing) else Behind(jump, run)

@@ -14,22 +14,21 @@ Knows nothing of verification. Read next: ``../weights/layers.py``.
 
 from __future__ import annotations
 
-import copy
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.errors import FAULTS, InvalidInput, SpecdecError
+from specdec.errors import InvalidInput
 from specdec.layouts.slots import Slots
 from specdec.proposers import Call, Nothing, Proposer
-from specdec.proposers.draft_model import DraftModel, always
-from specdec.proposers.drafting import check_confidence, draft
+from specdec.proposers.draft_model import DraftModel
+from specdec.proposers.drafting import Sure, draft
 from specdec.proposers.foresight import Ahead
+from specdec.proposers.past import tried
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
 from specdec.state import State, put, span, widened
@@ -37,7 +36,29 @@ from specdec.weights.layers import count_layers, with_layers
 from specdec.whole import at_least
 
 
-class EarlyExit:
+class OwnLayers(Sure):
+    """Some layers of the target draft; which, its children say."""
+
+    def __init__(self, confidence: float | None) -> None:
+        """See ``Sure``."""
+        super().__init__(confidence)
+        self._part = _Part()
+
+    def kept(self, depth: int) -> tuple[int, ...]:
+        """The layers of a target of ``depth`` layers that draft."""
+        raise NotImplementedError
+
+    def check(self, target: Any) -> None:
+        """Refuse a target that does not have these layers, or whose layers cannot be told from the rest."""
+        self.kept(count_layers(target))
+
+    def begin(self, call: Call) -> Proposer:
+        """A drafting run for one call."""
+        keep = self.kept(count_layers(call.target))
+        return _Run(self._part.of(call.target, keep), keep, call, self._confidence)
+
+
+class EarlyExit(OwnLayers):
     """The first layers of the target draft, with its norm and head.
 
     Example:
@@ -54,37 +75,19 @@ class EarlyExit:
         Raises:
             InvalidInput: not a whole number >= 1, or a confidence that is no probability.
         """
-        check_confidence(confidence)
+        super().__init__(confidence)
         self.layers = at_least(1, "layers", layers, "a whole number from 1 to one less than the target has")
-        self._confidence = confidence
-        self._part = _Part()
 
     def kept(self, depth: int) -> tuple[int, ...]:
-        """The layers of a target of ``depth`` layers that draft."""
+        """See ``OwnLayers``."""
         if self.layers >= depth:
             raise InvalidInput(
                 f"an exit after {self.layers} layers, and the target has {depth}; give 1 to {depth - 1}"
             )
         return tuple(range(self.layers))
 
-    def check(self, target: Any) -> None:
-        """Refuse a target that does not have these layers, or whose layers cannot be told from the rest."""
-        self.kept(count_layers(target))
 
-    def begin(self, call: Call) -> Proposer:
-        """A drafting run for one call."""
-        keep = self.kept(count_layers(call.target))
-        return _Run(self._part.of(call.target, keep), keep, call, self._confidence)
-
-    def sure(self, confidence: float) -> EarlyExit:
-        """The same draft, stopping below ``confidence``."""
-        check_confidence(confidence)
-        other = copy.copy(self)
-        other._confidence = confidence
-        return other
-
-
-class LayerSkip:
+class LayerSkip(OwnLayers):
     """The target without some of its layers drafts; ``choose_layers`` finds which.
 
     Example:
@@ -101,38 +104,24 @@ class LayerSkip:
         Raises:
             InvalidInput: ``skip`` is empty or holds anything but whole numbers >= 0.
         """
-        check_confidence(confidence)
+        super().__init__(confidence)
         wanted = "the numbers of the layers to leave out, from 0. Where no choice pays, draft=None decodes plainly"
-        self.skip = tuple(sorted({at_least(0, "skip", layer, wanted) for layer in skip}))
+        try:
+            layers = list(skip)
+        except TypeError:
+            raise InvalidInput(f"skip={skip!r}; give a list of {wanted}") from None
+        self.skip = tuple(sorted({at_least(0, "skip", layer, wanted) for layer in layers}))
         if not self.skip:
             raise InvalidInput(f"skip=(); give {wanted}")
-        self._confidence = confidence
-        self._part = _Part()
 
     def kept(self, depth: int) -> tuple[int, ...]:
-        """The layers of a target of ``depth`` layers that draft."""
+        """See ``OwnLayers``."""
         keep = tuple(layer for layer in range(depth) if layer not in self.skip)
         if self.skip[-1] >= depth or not keep:
             raise InvalidInput(
                 f"skip={self.skip!r}, and the target's layers are 0 to {depth - 1}; leave out some of them, not all"
             )
         return keep
-
-    def check(self, target: Any) -> None:
-        """Refuse a target that does not have these layers, or whose layers cannot be told from the rest."""
-        self.kept(count_layers(target))
-
-    def begin(self, call: Call) -> Proposer:
-        """A drafting run for one call."""
-        keep = self.kept(count_layers(call.target))
-        return _Run(self._part.of(call.target, keep), keep, call, self._confidence)
-
-    def sure(self, confidence: float) -> LayerSkip:
-        """The same draft, stopping below ``confidence``."""
-        check_confidence(confidence)
-        other = copy.copy(self)
-        other._confidence = confidence
-        return other
 
 
 class _Part:
@@ -189,26 +178,22 @@ class _Run:
             return Proposal.empty(state.batch, state.device)
         if self._run is not None:
             return self._run.propose(state, limits)
-        try:
-            self._run = self._begin()
-            return self._run.propose(state, limits)
-        except SpecdecError:
-            raise
-        except FAULTS as error:
-            # layers that need one another in a way that nothing tells: the text must not depend on it
-            warnings.warn(
-                f"specdec drafts nothing with {len(self._keep)} layers of {type(self._model).__name__}: {error}",
-                stacklevel=2,
-            )
-            self._run = Nothing()
-            return Proposal.empty(state.batch, state.device)
+        # layers may need one another in a way that nothing tells
+        name = f"{len(self._keep)} layers of {type(self._model).__name__}"
+        proposal = tried(name, lambda: self._begin().propose(state, limits))
+        if proposal is not None:
+            return proposal
+        self._run = Nothing()
+        return Proposal.empty(state.batch, state.device)
 
     def _begin(self) -> Proposer:
         scorer = self._call.scorer
         slots = None if scorer is None else scorer.share(self._model, self._keep)
         if scorer is None or slots is None:
-            return DraftModel(self._model, confidence=self._confidence).begin(self._call)
-        return _InSlots(slots, scorer, self._call, self._confidence)
+            self._run = DraftModel(self._model, confidence=self._confidence).begin(self._call)
+        else:
+            self._run = _InSlots(slots, scorer, self._call, self._confidence)
+        return self._run
 
 
 class _InSlots:
@@ -219,10 +204,6 @@ class _InSlots:
     def __init__(self, slots: Slots, scorer: Scorer, call: Call, confidence: float | None) -> None:
         self._slots, self._scorer, self._call = slots, scorer, call
         self._confidence = confidence
-        self._goes_on: Callable[[np.ndarray], bool] | None = None
-        if confidence is None and call.prompt.device.type == "cpu":
-            self._goes_on = call.goes_on
-        self._begins = call.begins or always
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._known = 0  # columns of ``_tokens`` that are committed in every row
         self._limits = np.zeros(0, dtype=np.int64)
@@ -237,7 +218,7 @@ class _InSlots:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
         ahead = Ahead(self._call.processing, state, limits)
-        if ahead.covers(limits) or not self._begins(None):
+        if ahead.covers(limits) or not self._call.length.begins(None):
             return ahead.proposal()
         # the target's next pass begins at these columns and writes every one that is written here, or sees none
         self._slots.stand_at(self._scorer.kept.copy(), state.live)
@@ -248,7 +229,7 @@ class _InSlots:
         longest = int(state.lengths.max())
         self._tokens[:, self._known : longest] = state.tokens[:, self._known : longest]
         self._known = state.foundation
-        return draft(self, state, limits, self._call, self._confidence, self._goes_on, ahead)
+        return draft(self, state, limits, self._call, self._confidence, ahead)
 
     def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
         """See ``Steps``. A row that has all its guesses feeds its last token once more."""

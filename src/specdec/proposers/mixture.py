@@ -9,7 +9,12 @@ weights; here the leader is taken, so that nothing random is added to a greedy t
 
 Non-anticipating: the choice looks at committed tokens and at how long a guess is that was not drawn; never at a
 drawn token, and never at what the target says in the same round. A row's guesses come from one proposer alone.
-Knows none of them. Read next: ``auto.py``.
+
+``draft="auto"`` is ``Mixture("suffix", "recycling")``, drafts that need nothing but the text and next to no time:
+where the text repeats something, the longest match is copied; where it does not, what the target itself scored best
+is recycled. Whoever knows more should say so: a model of the same family drafts better in free text, and a text
+that is expected goes in as ``prediction``, which comes before any draft.
+Knows none of those that it mixes. Read next: ``../length/__init__.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import numpy as np
 from specdec.errors import InvalidInput
 from specdec.length.adaptive import ASSUMED_COST, FIRST_WAIT, LAG, LONGEST_WAIT, MOST
 from specdec.proposers import Call, Proposer, begun, checked
-from specdec.proposers.fallback import first_layout, has_model, merged, passes, show, wishes
+from specdec.proposers.fallback import first_layout, has_model, merged, passes, show, wants_hidden
 from specdec.proposers.words import named
 from specdec.records import Proposal, Round, Stats
 from specdec.state import State
@@ -72,7 +77,7 @@ class _Run:
 
     def __init__(self, parts: list[Any], names: list[str], call: Call) -> None:
         self._parts, self._names, self._clock = parts, names, call.clock
-        self.wants_scores, self.wants_hidden = wishes(parts)
+        self.wants_hidden = wants_hidden(parts)
         self._has_model = np.array([has_model(part) for part in parts])
         self.has_model = bool(self._has_model.any())
         # guesses on an accelerator are not looked at but where they were used
@@ -120,7 +125,7 @@ class _Run:
             proposals[number] = here = checked(part.propose(state, limits), state, limits)
             # a guess that was drawn may be long or short by its own value: what was asked for counts
             drawn = here.logits is not None
-            lengths[number] = np.where(np.asarray(here.lengths) > 0, limits, 0) if drawn else here.lengths
+            lengths[number] = np.where(here.lengths > 0, limits, 0) if drawn else here.lengths
         choice = self._choose(lengths, most)
         for number, part in enumerate(self._parts):
             if self._has_model[number]:
@@ -254,6 +259,6 @@ class Record:
 
 def _cut(proposal: Proposal, rows: np.ndarray) -> Proposal:
     """``proposal`` for ``rows`` (B,) bool alone."""
-    if rows[np.asarray(proposal.lengths) > 0].all():
+    if rows[proposal.lengths > 0].all():
         return proposal
     return Proposal(proposal.tokens, np.where(rows, proposal.lengths, 0), proposal.logits)

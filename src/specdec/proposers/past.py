@@ -7,18 +7,22 @@ to guess. Read next: ``cascade.py``.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from specdec.errors import SpecdecError, UnsupportedModel
+from specdec.errors import FAULTS, SpecdecError, UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length import Opening
 from specdec.proposers import Call
 from specdec.proposers.prompt import embedded, input_table, prepare
 from specdec.scorer import Scorer
 from specdec.state import State, device_of
+from specdec.weights.adapters import inner_model
+
+T = TypeVar("T")
 
 
 def opening(draft: Any, target: Any) -> Opening:
@@ -46,9 +50,37 @@ def _weights(model: Any) -> tuple[int, int]:
     return work, read
 
 
-def warn_refused(model: Any, reason: Any) -> None:
-    """Say that a draft cannot take the call's inputs."""
-    warnings.warn(f"specdec drafts nothing with {type(model).__name__}: {reason}", stacklevel=2)
+def warn_refused(draft: str, reason: Any) -> None:
+    """Say that ``draft``, such as the name of a model's class, cannot take what the call gives."""
+    warnings.warn(f"specdec drafts nothing with {draft}: {reason}", stacklevel=3)
+
+
+def tried(draft: str, attempt: Callable[[], T]) -> T | None:
+    """What ``attempt()`` returns, or None and a warning where the model fails: a draft must not break the call.
+
+    What we refuse on purpose is no failure of the model, and is raised.
+    """
+    try:
+        return attempt()
+    except SpecdecError:
+        raise
+    except FAULTS as error:
+        warn_refused(draft, error)
+        return None
+
+
+def model_of(name: str, draft: Any) -> Any:
+    """The model that writes in the end where ``name`` was given ``draft``.
+
+    Raises:
+        UnsupportedModel: it is no model.
+    """
+    if not hasattr(draft, "generate") or not hasattr(draft, "config"):
+        raise UnsupportedModel(
+            f"{name} was given a {type(draft).__name__}; wanted is a Hugging Face model, such as "
+            "AutoModelForCausalLM.from_pretrained(...) returns"
+        )
+    return inner_model(draft)
 
 
 class Past:
@@ -110,13 +142,9 @@ class Past:
         """
         if self._prompt is not None:
             prompt, self._prompt = self._prompt, None
-            try:
-                self.scorer.prefill(prompt, speculate=True)
-            except SpecdecError:
-                raise
-            except (TypeError, ValueError) as error:
-                warn_refused(self.scorer.model, error)
-                self._usable[:] = False
+            name = type(self.scorer.model).__name__
+            scores = tried(name, lambda: self.scorer.prefill(prompt, speculate=True))
+            self._usable &= scores is not None
             self.longest -= self.scorer.hidden
         return bool(self._usable.any())
 

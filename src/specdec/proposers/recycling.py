@@ -37,8 +37,6 @@ class _Run:
     order a device writes them; -1 where nothing is known.
     """
 
-    wants_scores = True
-
     def __init__(self, call: Call) -> None:
         self._prompt = call.prompt
         # embeddings may be given instead of ids: what stood there is then no id

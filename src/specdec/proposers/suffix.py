@@ -9,6 +9,8 @@ Knows nothing of how the automaton works. Read next: ``store.py``.
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
 
 from specdec.errors import InvalidInput
@@ -18,7 +20,7 @@ from specdec.proposers.store import Reader, Store
 from specdec.records import Proposal, Stats
 from specdec.state import State
 from specdec.transfer import to_host
-from specdec.whole import at_least
+from specdec.whole import at_least, real
 
 FEW = 4  # guesses that the shortest match is worth
 
@@ -43,11 +45,12 @@ class Suffix:
             InvalidInput: a number out of range, or a tenant without a store.
         """
         self._shortest = at_least(1, "Suffix: shortest", shortest)
-        if not per_match >= 0:
+        guesses = real(per_match)
+        if guesses is None or not 0 <= guesses < inf:
             raise InvalidInput(f"Suffix: per_match={per_match!r}; give a number >= 0")
         if tenant is not None and store is None:
             raise InvalidInput(f"Suffix(tenant={tenant!r}) without a store; give store=Store() as well")
-        self._per_match = per_match
+        self._per_match = guesses
         self._store = store
         self._tenant = tenant
 

@@ -13,7 +13,6 @@ Neither way looks at the running round. Knows nothing of verification. Read next
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -25,15 +24,15 @@ from specdec.errors import InvalidInput
 from specdec.layouts.compiled import compiled_steps
 from specdec.proposers import Call, Proposer, existing
 from specdec.proposers.draft_past import DraftPast
-from specdec.proposers.drafting import check_confidence
+from specdec.proposers.drafting import Sure, asked
 from specdec.proposers.drawn import chance_of, sound
+from specdec.proposers.past import model_of
 from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
 from specdec.records import Proposal, Round
 from specdec.sampling import Greedy
 from specdec.state import State, device_of
 from specdec.transfer import to_device, to_host
-from specdec.weights.adapters import inner_model
 
 METHODS = ("auto", "tokens", "strings")
 # below this part of the smaller vocabulary the draft's rows lose too much by being cut to the shared ids
@@ -44,7 +43,7 @@ POOR = 0.1
 LEAST_MASS = 0.05
 
 
-class TranslatedDraft:
+class TranslatedDraft(Sure):
     """Any Hugging Face causal LM as a draft for a target with another tokenizer.
 
     Attributes:
@@ -77,8 +76,8 @@ class TranslatedDraft:
         """
         if method not in METHODS:
             raise InvalidInput(f"method={method!r} does not exist; use one of {METHODS}")
-        check_confidence(confidence)
-        self.model = inner_model(model)
+        super().__init__(confidence)
+        self.model = model_of("TranslatedDraft", model)
         self.shared = shared_ids(tokenizer, draft_tokenizer)
         self._translator = Translator(Vocabulary(tokenizer), Vocabulary(draft_tokenizer), self.shared)
         self._part = max(self.shared.of_draft, self.shared.of_target)  # of the smaller vocabulary
@@ -89,16 +88,8 @@ class TranslatedDraft:
                 stacklevel=2,
             )
         self._method = method
-        self._confidence = confidence
         self._layout = layout
         self._steps = compiled_steps(self.model) if compile else None
-
-    def sure(self, confidence: float) -> TranslatedDraft:
-        """The same draft, stopping below ``confidence``."""
-        check_confidence(confidence)
-        other = copy.copy(self)
-        other._confidence = confidence
-        return other
 
     def choose(self, *, greedy: bool) -> tuple[str, str]:
         """The method for a call, "tokens" or "strings", and why."""
@@ -123,20 +114,26 @@ class TranslatedDraft:
 
 
 class _Stop:
-    """When a row makes no more guesses in a round; asks nothing where chances are on a ``device`` to wait for."""
+    """When a row makes no more guesses in a round; asks nothing where chances are on a ``device`` to wait for.
+
+    Attributes:
+        reads: numbers on the device may be looked at.
+        looks: the chances of guesses are.
+    """
 
     def __init__(self, call: Call, confidence: float | None, device: torch.device) -> None:
         self._confidence = confidence or 0.0
-        self._goes_on = call.goes_on if confidence is None and device.type == "cpu" else None
+        self._goes_on = asked(call, confidence, device)
         self.looks = bool(self._confidence) or self._goes_on is not None
+        self.reads = self.looks or (confidence is None and device.type == "cpu")
 
     def after(self, limits: np.ndarray, step: int, chance: Tensor) -> np.ndarray:
         """(B,) limits, lowered where the guess at ``step``, of ``chance`` (B,) by the draft, is the last."""
         if self._goes_on is None:
             sure = (chance >= self._confidence).cpu().numpy()
             return np.where(sure, limits, np.minimum(limits, step + 1))
-        asked = np.where(limits > step, chance.double().numpy(), 0.0)
-        return limits if self._goes_on(asked) else np.minimum(limits, step + 1)
+        told = np.where(limits > step, chance.double().numpy(), 0.0)
+        return limits if self._goes_on(told) else np.minimum(limits, step + 1)
 
 
 class _Tokens:
@@ -176,7 +173,8 @@ class _Tokens:
         guesses: list[Tensor] = []
         rows: list[Tensor] = []
         for step in range(most):
-            scores, mass = self._moved(self._past.scores(step).to(state.device), state.vocabulary)
+            logits = self._past.scores(step).to(state.device).float()
+            scores, cut = self._moved(logits, state.vocabulary)
             lengths = state.lengths + step
             scores = self._call.processing.draft(scores, history, lengths, state.vocabulary, limits > step)
             guess = sampling.guess(scores, state.lengths - state.prompt_length + step)
@@ -184,9 +182,11 @@ class _Tokens:
                 rows.append(sound(scores, guess < 0))
             guess = guess.clamp(min=0)
             guesses.append(guess)
-            if self._stop.looks:
+            if self._stop.reads:
                 # settled before the draw: where hardly any of the draft's mass is shared, nothing is submitted
+                mass = (cut.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
                 limits = np.where((mass >= LEAST_MASS).cpu().numpy(), limits, np.minimum(limits, step))
+            if self._stop.looks:
                 limits = self._stop.after(limits, step, chance_of(scores, guess) * mass)
             if step + 1 >= int(limits.max()):
                 break
@@ -197,21 +197,20 @@ class _Tokens:
         width = int(limits.max())
         if width == 0:
             return Proposal.empty(state.batch, state.device)
-        logits = torch.stack(rows, dim=1)[:, :width] if rows else None
-        self._proposal = Proposal(torch.stack(guesses, dim=1)[:, :width], limits, logits)
+        drawn = torch.stack(rows, dim=1)[:, :width] if rows else None
+        self._proposal = Proposal(torch.stack(guesses, dim=1)[:, :width], limits, drawn)
         return self._proposal
 
     def _moved(self, logits: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """The draft's scores (B, V of the draft) at the target's ids, (B, V), and the chance (B,) left on them."""
+        """The draft's scores (B, V of the draft) at the target's ids, (B, V), and those of shared ids (B, n)."""
         if self._ids is None:
             self._map(logits.shape[1], vocabulary, logits.device)
         assert self._ids is not None
         theirs, ours = self._ids
-        logits = logits.float()
         cut = logits.index_select(1, theirs)
         moved = logits.new_full((logits.shape[0], vocabulary), -torch.inf)
         moved.index_copy_(1, ours, cut)
-        return moved, (cut.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
+        return moved, cut
 
     def _map(self, draft_size: int, vocabulary: int, device: torch.device) -> None:
         """The pairs on the device, without ids that a model has no scores for."""
