@@ -13,7 +13,7 @@ import torch
 from specdec.length import Opening
 from specdec.length.acceptance import PRIOR, TEXTS, Acceptance
 from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
-from specdec.length.cost import OUTDATED, Assumed, Timings, best_length, ceiling, rising, speed, tokens_per_round
+from specdec.length.cost import OUTDATED, Assumed, Timings, best_length, rising, speed, tokens_per_round
 from specdec.length.rows import Rows
 from specdec.records import Proposal, Round
 
@@ -43,6 +43,11 @@ def test_limits_of_the_formulas():
     for acceptance, cost in ((0.3, 0.4), (0.4, 0.4)):  # a draft no better than it is dear
         seconds = 1 + cost * np.arange(17)
         assert best_length(tokens_per_round(acceptance ** np.arange(1, 17)), seconds) == 0
+
+
+def ceiling(acceptance, cost):
+    """Speed against plain decoding of a controller that foresaw every rejection: none can do better."""
+    return 1 / (1 - acceptance + acceptance * cost)
 
 
 def test_the_best_length_is_the_best_of_all_and_below_the_ceiling():

@@ -110,6 +110,15 @@ def test_innermost_rooms_import_little(room):
     assert not found
 
 
+def test_what_to_read_next_leads_through_every_file():
+    here, read = SOURCE / "__init__.py", []
+    while here not in read:
+        read.append(here)
+        following = re.findall(r"Read next: `+([^`]+)`+", ast.get_docstring(ast.parse(here.read_text())) or "")
+        here = (here.parent / following[-1]).resolve() if following else here
+    assert sorted(map(named, read)) == sorted(map(named, FILES))
+
+
 def test_loop_knows_no_particular_proposer():
     known = {name for _, name in imported(SOURCE / "loop.py")}
     files = {path.stem for path in (SOURCE / "proposers").glob("*.py")} - {"__init__"}

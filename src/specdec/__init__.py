@@ -6,7 +6,7 @@
     out = gen.generate(**inputs, max_new_tokens=256)   # every argument of target.generate(); batches too
     gen.stats                                          # what the call did: rounds, drafted, accepted, seconds
 
-Read next: ``generator.py``, the front door; ``loop.py`` is the heart.
+Read next: ``loop.py``.
 """
 
 from importlib import import_module

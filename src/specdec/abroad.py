@@ -3,7 +3,7 @@
 ``generate()`` of transformers takes inputs on the CPU for a model on a GPU, keeps ids and scores on the CPU and
 moves what a pass needs right before it. Here a round lives where the target is, so the inputs move once; what the
 caller wrote (processors, conditions, functions) is still called with tensors on the inputs' device, and its answers
-are taken back. Knows nothing of rounds. Read next: ``attaching.py``.
+are taken back. Knows nothing of rounds. Read next: ``call.py``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers.pytorch_utils import move_to_device
 from transformers.utils import ModelOutput
 
 from specdec.processing import is_function
-from specdec.state import device_of
 from specdec.stepwise import Stepwise
+from specdec.weights.adapters import device_of
 
 
 def home_of(target: Any, inputs: Tensor | None, options: dict[str, Any]) -> torch.device | None:

@@ -2,7 +2,7 @@
 
 ``assistant_model=``, ``prompt_lookup_num_tokens=`` and their companions name a draft, how many tokens it guesses
 and when it stops. They hold for the call they are given to, before what ``SpeculativeGenerator`` was made with.
-Knows no rounds. Read next: ``options.py``.
+Knows no rounds. Read next: ``attaching.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Another method or setting on a model object, for a while; the object is then as it was.
 
-Knows nothing of drafts. Read next: ``generator.py``.
+Knows nothing of drafts. Read next: ``abroad.py``.
 """
 
 from __future__ import annotations

@@ -34,9 +34,10 @@ from specdec.proposers.jump import begun_behind
 from specdec.records import Round, Stats
 from specdec.sampling import Sampling
 from specdec.scorer import Scorer, warn_plain
-from specdec.state import State, device_of
+from specdec.state import State
 from specdec.stopping import Watcher
 from specdec.transfer import to_host
+from specdec.weights.adapters import device_of
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,7 @@ continuation, behind the keys and values that the whole model left for the promp
 does it say what the model said? With the part's share of the weights as its cost that gives an expected speed. The
 search starts from the layers that change their input least (by cosine) and goes on by small changes, as long as
 there is time. Nothing is learnt of long contexts or of sampled text, and wide passes are taken to cost what narrow
-ones do.
-
-Read next: ``proposers/layers.py``.
+ones do. Read next: ``generator.py``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
     ├── InvalidProposal       a proposer returned something that is no proposal
     └── InvalidScores         the target's scores hold NaN, or forbid every token
 
-Imports nothing of ours. Read next: ``state.py``.
+Imports nothing of ours. Read next: ``whole.py``.
 """
 
 from __future__ import annotations

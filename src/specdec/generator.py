@@ -3,7 +3,7 @@
 Everything ``generate()`` prepares (inputs, positions, caches, processors, criteria, encoder) is prepared by the
 target's own ``generate()``, entered through its public door ``custom_generate``; our loop runs behind it. What
 that door would drop in silence is closed over here; what we do not honour is refused by name in
-``options.py``. Models, configs and the user's objects stay as they were. Read next: ``options.py``.
+``options.py``. Models, configs and the user's objects stay as they were. Read next: ``construction.py``.
 """
 
 from __future__ import annotations

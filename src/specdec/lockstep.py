@@ -5,7 +5,7 @@ tokens that were kept. So all rows stand at the same length, position i is proce
 has kept its guess i - 1, and the round ends at the first position where a row does not, or has no guess, or ends.
 A row that kept its guess where another did not emits that guess as its extra token. Costs a copy to the host a
 position.
-Knows no model and no cache. Read next: ``sampling.py``.
+Knows no model and no cache. Read next: ``verify/__init__.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A sampling call draws one seed from torch's global generator, as visibly as plain ``generate()`` draws its
 tokens: ``torch.manual_seed`` reproduces a run, and two calls differ. Greedy calls draw nothing.
-Imports nothing of ours. Read next: ``verify/__init__.py``.
+Imports nothing of ours. Read next: ``processing.py``.
 """
 
 from __future__ import annotations

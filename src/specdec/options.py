@@ -1,7 +1,7 @@
 """Options: what is refused, by name, before any work is done; and what the door of ``generate()`` would drop.
 
 Every argument of ``generate()`` is either honoured (then it is not named here), or refused with what to do
-instead. Knows nothing of rounds. Read next: ``call.py``.
+instead. Knows nothing of rounds. Read next: ``assistance.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A ragged round is taken apart: the scores of step t of row b go where plain ``generate()`` would put them.
 After a row has ended its scores and hidden states are zeros (plain ``generate()`` has rows computed from
 padding there).
-Knows no rule. Read next: ``stopping.py``.
+Knows no rule. Read next: ``streaming.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The vocabulary of the project as frozen records: Proposal, Round, Stats.
 
 Knows no model, cache or rule. Shapes: B rows, K guesses a row at most, V entries of the vocabulary.
-Words are defined in ``docs/glossary.md``. Read next: ``errors.py``.
+Words are defined in ``docs/glossary.md``. Read next: ``state.py``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ token j (from 0) is in no chunk before number j // N + 1; and the number of chun
 ``bucket``. Where every token is final when it is due, that number is a function of the text's length alone: of its
 tokens, or of its bytes if they need more room. A late token travels in a later chunk: those in between keep their
 time and size, and only the number at the end may grow. What is not hidden: ``docs/private-streaming.md``.
-Knows no model and no round. Read next: ``ahead.py``.
+Knows no model and no round. Read next: ``testing.py``.
 """
 
 from __future__ import annotations

@@ -4,12 +4,10 @@ Row b's first ``lengths[b]`` columns are exactly the ``input_ids[b]`` that plain
 that step, left padding included. The tokens live twice: on the device, where the rounds happen, and on the
 host, where proposers without a model and stop conditions read them. The two are kept together by the one
 copy a round makes: the host reads the verdict, settles what is final, and writes it to both. On a CPU the two are
-one memory. Knows no model and no rule of verification. Read next: ``proposers/__init__.py``.
+one memory. Knows no model and no rule of verification. Read next: ``clock.py``.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -276,9 +274,3 @@ def put_on_host(buffer: np.ndarray, first: np.ndarray, values: np.ndarray) -> No
         buffer[:, lowest : lowest + width] = values
     else:
         np.put_along_axis(buffer, first[:, None] + np.arange(width), values, axis=1)
-
-
-def device_of(model: Any, given: torch.device) -> torch.device:
-    """Where ``model`` takes its inputs; ``given`` where its first weights are offloaded and hooks move inputs."""
-    device: torch.device = model.device
-    return given if device.type == "meta" else device

@@ -5,7 +5,7 @@ when the guess is rejected. Here a state is a value that never changes: ``advanc
 So every guess has a state of its own, a rejected guess is forgotten by going on from an older state, and draft and
 target share what was worked out along the same tokens. The target is the *locally masked* model, each token drawn
 from what the state allows; nothing else is to be preserved. Grammars are the main use (``structured/``).
-Knows no model, cache, rule or grammar. Read next: ``structured/__init__.py``.
+Knows no model, cache, rule or grammar. Read next: ``warpers.py``.
 """
 
 from __future__ import annotations

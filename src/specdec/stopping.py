@@ -5,7 +5,7 @@ called here as plain ``generate()`` would call it: once for every step, in order
 length. A row that is ahead waits to be judged until the others have come as far; where it should have stopped
 earlier, what it wrote beyond is taken back. Cutting an exact stream leaves it exact, so a condition with a
 state of its own, or one that looks at other rows, is honoured as well.
-Knows no model and no rule. Read next: ``loop.py``.
+Knows no model and no rule. Read next: ``scorer.py``.
 """
 
 from __future__ import annotations

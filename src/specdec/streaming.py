@@ -2,7 +2,7 @@
 
 A token is told once nothing can take it back. Without stop conditions that are judged on the host that is at once;
 with them it is when every row has come as far (``stopping.py``). Knows no model and no rule.
-Read next: ``stopping.py``.
+Read next: ``ahead.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ``assert_lossless(proposer)`` runs a proposer of your own against exact references: greedy text must equal plain
 ``generate()``, text with shared noise must equal plain decoding with that noise, and what comes out of sampling
-must follow the target's law. Nothing is downloaded. Read next: ``../../tests/laws``.
+must follow the target's law. Nothing is downloaded. Read next: ``demo/__init__.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A copy to the host waits until the device has done all that it was given; a round makes one. A copy to the device
 need not wait, but on CUDA ``tensor.to(device)`` does: it holds the host until the stream has come to it, behind
-every pass that a draft has just queued. Knows no model and no text. Read next: ``state.py``.
+every pass that a draft has just queued. Knows no model and no text. Read next: ``errors.py``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ sort (it is not stable), so there, for rows that are no distribution, and on oth
 is called.
 
 Two more of its warpers raise where a row is no distribution, as a draft's may be; such rows pass them untouched.
-Knows no model. Read next: ``lockstep.py``.
+Knows no model. Read next: ``structured/__init__.py``.
 """
 
 from __future__ import annotations

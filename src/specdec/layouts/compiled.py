@@ -12,7 +12,7 @@ twice because writing a slot again changes nothing.
 
 On CUDA the graphs are captured (mode "reduce-overhead"). What they write in place must not move between two
 replays: the buffers of a call are marked as static and lent to the next call of the same shape. *This part has
-not been run on a GPU.* Knows nothing of proposals. Read next: ``slots.py``.
+not been run on a GPU.* Knows nothing of proposals. Read next: ``choices.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A self-check on a few tokens cannot see what begins past its own length (a window, a boundary of the
 positions), nor a difference below the noise of low precision. Such cases are decided here, from the config;
-each with its cause. Measured over the architectures of transformers 5.23. Read next: ``../testing.py``.
+each with its cause. Measured over the architectures of transformers 5.23. Read next: ``../weights/__init__.py``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 columns, and it drops what the next forward will not need. The second makes a later, longer crop impossible,
 and a draft needs just that: rows of different lengths step back between draft steps, and back to the
 committed tokens afterwards. So the two are apart here: ``drop`` removes, ``trim`` drops the rest for good.
-Knows no model. Read next: ``snapshot.py``.
+Knows no model. Read next: ``handover.py``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ another as further queries of their key head, and the mask is repeated with them
 
 "sdpa" is wrapped once, when the first slot cache is made; the wrapper acts in passes of our own only
 (``attending``, in this thread), every other call goes to the original untouched. Knows no cache and no mask
-function. Read next: ``masks.py``.
+function. Read next: ``compiled.py``.
 """
 
 from __future__ import annotations

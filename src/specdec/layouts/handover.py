@@ -1,7 +1,7 @@
 """Caches that the caller sees: how much a given one holds, and leaving one as plain ``generate()`` would.
 
 A cache that the caller passed in is the caller's: plain ``generate()`` goes on writing into that very object, so
-do we, once, when the call is over. Knows no model. Read next: ``slots.py``.
+do we, once, when the call is over. Knows no model. Read next: ``picking.py``.
 """
 
 from __future__ import annotations

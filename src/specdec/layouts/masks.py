@@ -4,7 +4,7 @@ transformers builds a model's masks (full, sliding, chunked, prefix, one a layer
 only thing it cannot say is that rows stand at different columns. So the two functions that turn an index
 function into a mask, "sdpa" and "eager", are wrapped once, when the first slot cache is made: a query offset
 that is a tensor with one entry a row is handled here, every other call goes to the original untouched.
-Knows no cache and no model. Read next: ``check.py``.
+Knows no cache and no model. Read next: ``grouped.py``.
 """
 
 from __future__ import annotations

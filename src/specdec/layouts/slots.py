@@ -34,8 +34,9 @@ from specdec.layouts.forget import own_cache
 from specdec.layouts.handover import cached_columns, give_back, is_callers
 from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.slot_cache import Place, SlotCache, SlotLayer, slot_layer
-from specdec.state import device_of, span
+from specdec.state import span
 from specdec.transfer import to_device
+from specdec.weights.adapters import device_of
 from specdec.weights.filling import leaving_out_filling
 from specdec.weights.thin import ThinProducts
 

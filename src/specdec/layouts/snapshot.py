@@ -4,7 +4,7 @@
 so we keep what a layer held before the guesses and put it back. Recurrent and convolution states are written
 in place and must be copied; keys and values are replaced by every update, except in static layers, so holding on
 to the old tensors is enough. A cache of a kind unknown to us is copied whole. Knows no model.
-Read next: ``slots.py``.
+Read next: ``forget.py``.
 """
 
 from __future__ import annotations

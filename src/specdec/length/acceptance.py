@@ -1,7 +1,7 @@
 """How likely guesses are kept: counts of past rounds, by position and by the draft's own chance.
 
 Old rounds fade, so that a draft that turns good or bad is noticed; where there is little evidence, a position
-borrows from its neighbours and all from a prior. Knows no clock. Read next: ``adaptive.py``.
+borrows from its neighbours and all from a prior. Knows no clock. Read next: ``rows.py``.
 """
 
 from __future__ import annotations

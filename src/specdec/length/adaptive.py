@@ -10,7 +10,7 @@ has become good.
 A draft model's prompt is fed with its first guess, so that comes only if what is left of the text may earn it.
 
 Non-anticipating (see ``__init__.py``): ``next`` looks at past rounds, ``goes_on`` at guesses that are submitted
-whatever it says. Knows no model. Read next: ``../processing.py``.
+whatever it says. Knows no model. Read next: ``../choosing.py``.
 """
 
 from __future__ import annotations

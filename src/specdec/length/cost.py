@@ -45,11 +45,6 @@ def best_length(tokens: np.ndarray, seconds: np.ndarray) -> int:
     return int(np.argmax(tokens / seconds))
 
 
-def ceiling(acceptance: float, cost: float) -> float:
-    """Speed against plain decoding of a controller that foresaw every rejection: none can do better."""
-    return 1 / (1 - acceptance + acceptance * cost)
-
-
 class Timings:
     """Measured seconds of rounds by width, and what they say of widths that were not measured.
 

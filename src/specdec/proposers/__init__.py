@@ -12,7 +12,7 @@ of the running round. It may have more, each asked for once when a call starts:
 * ``finish(state, stats)`` is told when a call is over and has not failed: ``state`` holds what came out, stop
   conditions applied. For what should outlive the call, and for counts.
 
-Read next: ``ngram.py``.
+Read next: ``words.py``.
 """
 
 from __future__ import annotations

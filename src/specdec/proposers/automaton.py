@@ -4,7 +4,7 @@ A state stands for substrings that end at the same places of the text. Adding a 
 so does the question that a draft asks: which is the longest end of the text that stood somewhere before, and
 where? It needs no search and no second pass: the suffix link of the newest state *is* that end (the longest
 suffix with another place of ending). Another text is followed through an automaton with ``advance``.
-Knows no row and no proposal. Read next: ``suffix.py``.
+Knows no row and no proposal. Read next: ``store.py``.
 """
 
 from __future__ import annotations

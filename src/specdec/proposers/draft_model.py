@@ -4,7 +4,7 @@ The draft compares the committed tokens with what it has been fed, forgets from 
 feeds the rest; so "all guesses kept" (it has not seen its own last guess) and "rejected at i" are not two
 cases. Its rows get the call's processors exactly once, and what is recorded as the guesses' distribution is
 exactly what they were drawn from. Tokens that a grammar foresees are guessed without a pass, and fed with the
-next one. Knows nothing of verification. Read next: ``past.py``.
+next one. Knows nothing of verification. Read next: ``prompt.py``.
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ from specdec.proposers.past import opening, tried
 from specdec.proposers.prompt import embedded, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
-from specdec.state import ROOM, State, device_of, widened
+from specdec.state import ROOM, State, widened
 from specdec.transfer import to_device
+from specdec.weights.adapters import device_of
 
 
 class DraftPast:

@@ -2,7 +2,7 @@
 
 What is recorded as the guesses' distribution is exactly what they were drawn from. Whether one more is guessed is
 settled by tokens that are submitted. What a grammar foresees is guessed without scores.
-Knows no model. Read next: ``draft_model.py``.
+Knows no model. Read next: ``drawn.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A row's guesses come from one of the two alone, and which one is settled by the committed tokens, so the law is
 untouched. Where one gives probabilities and the other does not, the certain guesses are shown as rows with all
 weight on the guess. Each of the two sees its own part of a round: rows that the other guessed for look to it
-as if nothing had been guessed. Knows neither of the two. Read next: ``prediction.py``.
+as if nothing had been guessed. Knows neither of the two. Read next: ``layers.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The draft asks before every step: rows whose next token is foreseen need no pass of the model, and where all are, no
 pass is made; the model is fed the tokens with its next one. Which rows those are is settled by the tokens before.
-Knows no model. Read next: ``../length/__init__.py``.
+Knows no model. Read next: ``jump.py``.
 """
 
 from __future__ import annotations

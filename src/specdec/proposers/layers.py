@@ -9,7 +9,7 @@ which for the first E layers are its own and for later ones stand for its own, a
 the target's next pass begins, which overwrites them. So it never feeds the prompt, has nothing to forget, and every
 step is one token. In other layouts a cache cannot be lent so: there the draft keeps one of its own, like any model.
 
-Knows nothing of verification. Read next: ``../weights/layers.py``.
+Knows nothing of verification. Read next: ``vocabulary.py``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ drawn token, and never at what the target says in the same round. A row's guesse
 where the text repeats something, the longest match is copied; where it does not, what the target itself scored best
 is recycled. Whoever knows more should say so: a model of the same family drafts better in free text, and a text
 that is expected goes in as ``prediction``, which comes before any draft.
-Knows none of those that it mixes. Read next: ``../length/__init__.py``.
+Knows none of those that it mixes. Read next: ``fallback.py``.
 """
 
 from __future__ import annotations

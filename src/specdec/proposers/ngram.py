@@ -2,7 +2,7 @@
 
 The last n tokens of a row are looked for earlier in the same row, longest n first, latest occurrence first;
 what followed there is guessed. No model, no probabilities: the guess is judged as certain (one-hot), which is
-exact for any guess. Rows look into their own text only. Read next: ``automaton.py``.
+exact for any guess. Rows look into their own text only. Read next: ``suffix.py``.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from specdec.length import Opening
 from specdec.proposers import Call
 from specdec.proposers.prompt import embedded, input_table, prepare
 from specdec.scorer import Scorer
-from specdec.state import State, device_of
-from specdec.weights.adapters import inner_model
+from specdec.state import State
+from specdec.weights.adapters import device_of, inner_model
 
 T = TypeVar("T")
 

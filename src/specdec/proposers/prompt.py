@@ -1,7 +1,7 @@
 """A draft's prompt, prepared by the draft's own ``generate()``, which is stopped before its loop.
 
 Draft and target may differ in positions, caches, masks and special inputs; processors and limits are the call's.
-Knows nothing of guessing. Read next: ``drawn.py``.
+Knows nothing of guessing. Read next: ``past.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 from transformers.pytorch_utils import move_to_device
 
 from specdec.proposers import Call
-from specdec.state import device_of
+from specdec.weights.adapters import device_of
 
 
 def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any], Any, Any]:

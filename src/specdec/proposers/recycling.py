@@ -6,7 +6,7 @@ scored, a token is followed by what followed it in the prompt. (The paper keeps 
 a chain needs the first one only.) The table lives on the target's device: nothing is copied, and only the CPU,
 where reading costs nothing, looks where the chain breaks off. A table lives as long as a call and belongs to
 its row: no row is guessed for from another one's text.
-Knows nothing of verification. Read next: ``jump.py``.
+Knows nothing of verification. Read next: ``drafting.py``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Nothing is shared unless a store is given, and then only within one tenant: how 
 it was guessed from, so one tenant's text must never draft another's. Memory is bounded: a shelf has two halves,
 texts go into the younger, and when that is full the older is dropped (an automaton cannot forget a single
 text); of the tenants, the one that was idle longest is dropped. A store may be used by several threads.
-Knows no proposal and no model. Read next: ``fallback.py``.
+Knows no proposal and no model. Read next: ``prediction.py``.
 """
 
 from __future__ import annotations

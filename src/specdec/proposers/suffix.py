@@ -4,7 +4,7 @@ The longest end of a row's text that stood somewhere before is found by a suffix
 token, however long the text; what followed there is guessed, and the longer the match, the more. Beside its own
 text a row may look into a ``Store`` of earlier outputs of the same tenant; the longer match wins, the row's own
 at a tie. No model, no probabilities: guesses are judged as certain, which is exact for any guess.
-Knows nothing of how the automaton works. Read next: ``store.py``.
+Knows nothing of how the automaton works. Read next: ``automaton.py``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ The draft follows the committed text in its own ids (``draft_past.py``). Two way
 * "strings" (algorithm 2, SLEM): the draft writes its likeliest text freely; what the target's tokenizer makes
   of it is the guess, without probabilities, which is exact for any guess.
 
-Neither way looks at the running round. Knows nothing of verification. Read next: ``draft_model.py``.
+Neither way looks at the running round. Knows nothing of verification. Read next: ``../length/__init__.py``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
 from specdec.records import Proposal, Round
 from specdec.sampling import Greedy
-from specdec.state import State, device_of
+from specdec.state import State
 from specdec.transfer import to_device, to_host
+from specdec.weights.adapters import device_of
 
 METHODS = ("auto", "tokens", "strings")
 # below this part of the smaller vocabulary the draft's rows lose too much by being cut to the shared ids

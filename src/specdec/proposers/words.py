@@ -1,6 +1,6 @@
 """Drafts by name: what a word, a model or a proposer stands for wherever a draft may be given.
 
-Knows no target. Read next: ``cascade.py``.
+Knows no target. Read next: ``ngram.py``.
 """
 
 from __future__ import annotations

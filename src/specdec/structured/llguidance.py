@@ -1,7 +1,7 @@
 """Grammars by llguidance, through its documented Python interface; optional.
 
 A place in the grammar is a matcher that is copied before each token, which takes microseconds.
-Knows no model. Read next: ``../warpers.py``.
+Knows no model. Read next: ``../stopping.py``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Two ways to verify:
 - `match`: comparison, for a target whose choices are already settled: greedy, or noise shared with
   the draft (`coupled.py`).
 
-Read next: `reference.py`, which is the whole of `verify` on one page.
+Read next: `reference.py`.
 """
 
 from specdec.verify.block import block_acceptance, longest_success

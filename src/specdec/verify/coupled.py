@@ -7,8 +7,8 @@ number of guesses or the batch (Daliri, Musco and Suresh, arXiv 2408.07978). Som
 are kept than by rejection.
 
 The noise is computed from a counter, not drawn from a generator, so any part of it can be had at
-any time and in any order. It does not know models, seeds' origin or padding. Read next:
-`matching.py`.
+any time and in any order. It does not know models, seeds' origin or padding.
+Read next: `matching.py`.
 """
 
 import hashlib

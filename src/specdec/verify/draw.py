@@ -3,9 +3,7 @@
 Targets and draft models sample with the same functions, so that the distribution a guess was
 drawn from is softmax of the row that was handed to `sample`, and nothing else. A row without a
 distribution gives -1, because an exception would need to look at the device; whoever copies the
-tokens to the host raises then.
-
-Read next: `coupled.py`, which makes noise that draft and target share.
+tokens to the host raises then. Read next: `coupled.py`.
 """
 
 import torch

@@ -6,7 +6,7 @@ looked at, which costs nothing on a CPU. It can part from the reference where no
 rounding.
 
 The scales of a block are those of `block.py`; what else there is of the rules is written here once more, for
-rows worked on in place, and the laws are proved of both. Read `reference.py` first.
+rows worked on in place, and the laws are proved of both. Read next: `triton.py`.
 """
 
 import torch

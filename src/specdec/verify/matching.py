@@ -6,7 +6,7 @@ Every token that comes out is the target's own, so there is no residual, no repl
 as separate cases: the next token is the target's choice at the first place where the guess differs.
 Rows of probability 1 on a single token, put through `verify`, give the same.
 
-It does not know how the choices were made. Read next: `draw.py`.
+It does not know how the choices were made. Read next: `op.py`.
 """
 
 import torch

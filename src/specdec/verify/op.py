@@ -2,7 +2,7 @@
 
 `specdec::verify` has four implementations: the reference for every device, a lean one for the CPU, a
 fused one for CUDA where Triton is installed, and a fake one that knows only shapes. It does not know
-the rules. Read next: `reference.py`.
+the rules. Read next: `lean.py`.
 """
 
 from functools import cache

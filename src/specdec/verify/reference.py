@@ -1,8 +1,7 @@
 """`verify` from start to finish, in plain torch: the definition every faster form must meet.
 
 It holds the probabilities of all rows, (B, K + 1, V) and (B, K, V), which is what the fused form
-(`triton.py`) avoids. No data-dependent shapes and no look at the device. Read next: `token.py`,
-`block.py`, `residual.py`, `draw.py`.
+(`triton.py`) avoids. No data-dependent shapes and no look at the device. Read next: `token.py`.
 """
 
 import torch

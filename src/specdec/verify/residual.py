@@ -4,7 +4,7 @@ With p the target's row and q the draft's at the first place that was not kept, 
 drawn from (c p - q)+, where c is 1 for the token rule and the running scale for the block rule; the
 bonus is drawn from p.
 
-It does not know by which rule the guesses were kept, only how many were. Read next: `draw.py`.
+It does not know by which rule the guesses were kept, only how many were. Read next: `rows.py`.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 It does not know what the numbers mean. Shapes: B rows of the batch, K guesses at most, V tokens in
 the vocabulary. Guesses past a row's own length are padding and may hold anything, ids outside the
-vocabulary included.
+vocabulary included. Read next: `draw.py`.
 """
 
 import torch

@@ -8,8 +8,7 @@ Why the output has law p: a token x comes out if it was guessed and kept, q(x) m
 min(p(x), q(x)), or if some guess failed, probability 1 - sum min(p, q) = sum (p - q)+, and x was
 drawn from (p - q)+ normalised, which gives (p(x) - q(x))+. The two add up to p(x).
 
-It does not know where rows come from, and it draws nothing. Read next: `block.py`, which keeps
-more.
+It does not know where rows come from, and it draws nothing. Read next: `block.py`.
 """
 
 import torch

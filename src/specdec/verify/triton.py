@@ -10,7 +10,7 @@ the two can part where a comparison is tied to rounding.
 
 It needs Triton, which comes with the CUDA builds of torch, and it is imported only where the rows
 are on CUDA. The tests run the kernels in Triton's interpreter and compile them to machine code;
-they have not been run on a GPU. Read `reference.py` first.
+they have not been run on a GPU. Read next: `../sampling.py`.
 """
 
 import torch

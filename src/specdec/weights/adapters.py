@@ -2,7 +2,7 @@
 
 PEFT puts its layers into the very model that it is given and wraps it; a wrapper with LoRA and its like generates
 with that inner model, one with learnt prompts prepares every step itself. PEFT is not imported: its classes are
-known by what they have. Knows no rounds. Read next: ``share.py``.
+known by what they have. And where a model wants its inputs. Knows no rounds. Read next: ``layers.py``.
 """
 
 from __future__ import annotations
@@ -71,3 +71,9 @@ def without_adapters(model: Any) -> Any:
                 raise UnsupportedModel("adapters around adapters cannot be left out; give another draft")
             layers[module] = shared_copy(plain, {})
     return shared_copy(inner, layers) if layers else inner
+
+
+def device_of(model: Any, given: torch.device) -> torch.device:
+    """Where ``model`` takes its inputs; ``given`` where its first weights are offloaded and hooks move inputs."""
+    device: torch.device = model.device
+    return given if device.type == "meta" else device

@@ -7,7 +7,7 @@ timed once a process for each dtype and number of threads.
 Two rows and more had the same bits beside more of them, wherever that was looked at (docs/weights.md). A single row
 is another kernel's, in another order: in 16 bits the very bits of the plain matrix, which are those of plain
 ``generate()``. It is therefore filled up for a draft alone (``single_rows``), whose scores may end in any bits.
-Knows no model. Read next: ``packed.py``.
+Knows no model. Read next: ``thin.py``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ what counts. While a pass of ours runs, it says here which tokens are real; a la
 quantised, multiplies with those, and what fills up gets the numbers of the real token before it. Nobody looks at
 them, and what they leave in the slots is overwritten before it is read.
 
-Knows no model. Read next: ``packed.py``.
+Knows no model. Read next: ``graphs.py``.
 """
 
 from __future__ import annotations

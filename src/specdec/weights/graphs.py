@@ -1,7 +1,7 @@
 """Packed matrices in compiled graphs: a graph knows them by number, and multiplies by calling back.
 
 They are no tensors that a compiler could look into: FBGEMM's are objects, and oneDNN's Inductor takes only where it
-has packed them itself. Knows nothing of layers and models. Read next: ``packed.py``.
+has packed them itself. Knows nothing of layers and models. Read next: ``quantized.py``.
 """
 
 from __future__ import annotations

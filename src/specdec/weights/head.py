@@ -2,7 +2,7 @@
 
 The head is the largest matrix of a small draft, and most of its rows are rarely right. The tokens left out get
 the score -inf: the draft never guesses them, and what the target gives them comes out of the residual, so the
-output's law is untouched and only acceptance can fall. Read next: ``quantized.py``.
+output's law is untouched and only acceptance can fall. Read next: ``share.py``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from the model down to its list of layers, the configuration, and modules that k
 is where they look in the cache). Copies share the tables of parameters with what they are copies of, so moving,
 training or packing the model reaches its parts.
 
-Knows nothing of drafts. Read next: ``share.py``.
+Knows nothing of drafts. Read next: ``../proposers/__init__.py``.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ int8: one scale a row of the matrix. int4: one scale and one zero for every 32 n
 as they are, but on a CPU they are made bfloat16: torch's kernels there compute other dtypes number by number. A
 draft reads a quarter or half of the bytes and guesses a little worse; the target is never quantised, so the
 output's law is untouched. With the target's own weights this is self-speculation without a second checkpoint
-(QuantSpec, Tiwari et al. 2502.10424, without its cache). Knows nothing of rounds. Read next:
-``../proposers/draft_model.py``.
+(QuantSpec, Tiwari et al. 2502.10424, without its cache). Knows nothing of rounds. Read next: ``head.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Kernels that multiply a few rows with a large matrix differ by factors: between libraries, between sizes, between
 numbers of rows. Which wins is a fact of the machine, so it is timed, and a way that is not clearly faster than the
-usual one is left alone. Knows no kernel. Read next: ``thin.py`` and ``blocks.py``.
+usual one is left alone. Knows no kernel. Read next: ``blocks.py``.
 """
 
 from __future__ import annotations

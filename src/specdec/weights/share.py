@@ -1,6 +1,6 @@
 """A second model out of a first: other layers where wanted, all other tensors shared, the first left as it is.
 
-Read next: ``head.py``.
+Read next: ``adapters.py``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ One token of one row is the target's as plain ``generate()`` computes it, to the
 its single rows go the faster way as well, packed ones in full blocks (``blocks.py``).
 
 The layers' ``forward`` is put in place for a pass and taken away behind it, so hooks run as ever. Prompts, compiled
-models, gradients and autocast go torch's way. Knows no model. Read next: ``packed.py``.
+models, gradients and autocast go torch's way. Knows no model. Read next: ``filling.py``.
 """
 
 from __future__ import annotations
