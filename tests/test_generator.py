@@ -217,7 +217,7 @@ def test_a_head_is_pruned_by_several_texts_of_different_lengths():
 
 
 def test_a_store_of_true_tokens():
-    with pytest.raises(InvalidInput, match="whole numbers"):
+    with pytest.raises(InvalidInput, match="tokens=True; give a whole number"):
         Store(tokens=True)
 
 
