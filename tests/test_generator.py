@@ -334,7 +334,7 @@ def test_what_combines_others_has_no_model_of_its_own(monkeypatch, below):
     "draft", ["noisy", "auto", Mixture("ngram", noisy(llama())), Cascade("ngram", noisy(llama()))]
 )
 def test_a_clock_may_stand_still(monkeypatch, draft):
-    monkeypatch.setattr("specdec.layouts.compiled.perf_counter", lambda: 1.0)
+    monkeypatch.setattr("specdec.clock.perf_counter", lambda: 1.0)
     gen = speculative(llama(), draft, tokens="auto")
     got = gen.generate(**prompts(3), max_new_tokens=30, do_sample=False)
     assert got.tolist() == plain(llama(), prompts(3), max_new_tokens=30).tolist()
