@@ -128,6 +128,7 @@ class SpeculativeGenerator:
         self._memory = Memory()
         self._memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()  # of drafts given to a call
         self._exits: dict[int, EarlyExit] = {}  # given to a call, by layers
+        self._sampling = partial(sampling_for, verification)  # how a call draws
         self._steps = compiled_steps(target) if compile else None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -382,7 +383,7 @@ class SpeculativeGenerator:
         request = Request(
             proposer=self._behind(prediction, tokenizer, made_of.proposer),
             length=self._length(seed, made_of),
-            sampling=partial(sampling_for, self.verification),
+            sampling=self._sampling,
             layout=self.layout,
             seed=seed,
             streamer=streamer,
