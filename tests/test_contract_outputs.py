@@ -23,6 +23,8 @@ from specdec.testing import lively, ragged_prompt
 from .architectures.build import Case, build
 from .contract import (
     NEW,
+    Counted,
+    Guesses,
     assert_agrees,
     assert_scores_agree,
     bart,
@@ -199,6 +201,27 @@ def test_hidden_states_of_odd_shapes(name):
             for one, two in zip(mine, other, strict=True):
                 assert one.shape == two.shape
                 torch.testing.assert_close(one, two, atol=2e-3, rtol=2e-3)
+
+
+def test_hidden_states_of_passes_that_are_made_token_by_token():
+    """Behind a guess of padding such a model would count positions anew; the states of all its tokens come back."""
+    model = build(Case("seq2seq", "m2m_100"))
+    inputs, padding = ragged_prompt((7, 5, 3), 112), model.config.pad_token_id
+    options = {**DICT, "output_hidden_states": True, "max_new_tokens": NEW, "do_sample": False}
+    wanted = model.generate(**inputs, **options)
+
+    def choose(row, column, state):
+        column = min(column, wanted.sequences.shape[1] - 1)
+        return padding if row == 0 and column % 2 else int(wanted.sequences[row, column])
+
+    gen = speculative(model, Guesses(choose), layout="columns")
+    with Counted(model) as counted:
+        got = gen.generate(**inputs, **options)
+    assert counted.calls > gen.stats.rounds + 4  # no round was a single pass
+    assert gen.stats.accepted > 4
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    lengths = [wanted.sequences.shape[1]] * 3
+    assert_states_agree(got.decoder_hidden_states, wanted.decoder_hidden_states, lengths, 1)
 
 
 def test_attentions_that_the_kernel_does_not_give():

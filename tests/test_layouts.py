@@ -164,6 +164,23 @@ def test_a_window_can_be_left_and_entered_again_before_it_is_trimmed():
     torch.testing.assert_close(again, model(ids).logits[:, 9:], rtol=1e-4, atol=1e-5)
 
 
+def test_what_a_window_has_pushed_out_is_let_go(monkeypatch):
+    """Columns that may be taken back are kept, however long the text becomes no others."""
+    held = []
+    right = Scorer.rollback
+
+    def watched(self, *args):
+        right(self, *args)
+        held.append(max(layer.keys.shape[2] for layer in self.layout.cache.layers))
+
+    monkeypatch.setattr(Scorer, "rollback", watched)
+    model = windowed()
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3, layout="columns")
+    gen.generate(**ragged_prompt((12,)), max_new_tokens=40, do_sample=False)
+    assert len(held) > 10
+    assert max(held[1:]) <= 6 + 3  # the window, and guesses beside it
+
+
 @pytest.mark.parametrize("layout", ["slots", "columns", "snapshot"])
 def test_a_window_is_crossed(layout):
     model, prompt = windowed(), ragged_prompt((12, 9, 5))

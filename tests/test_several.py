@@ -290,6 +290,34 @@ def test_a_model_and_what_is_below_it_guess_by_turns(lower, monkeypatch):
         assert len(learnt) > asked.count(True)
 
 
+def test_no_level_of_a_cascade_but_the_last_is_lent_the_cache_of_the_target():
+    """It holds the text of the target; that of a level goes on behind it."""
+    seen = {}
+
+    class Noted(Says):
+        def begin(self, call):
+            seen["below"] = call.scorer
+            return self
+
+    class Model(DraftModel):
+        def open(self, call, run):
+            seen["above"] = call.scorer
+            return super().open(call, run)
+
+    run(llama(), Cascade(Noted([[5] * LONG]), Model(noisy(llama()))), prompts(1))
+    assert seen["below"] is None
+    assert seen["above"] is not None
+
+
+def test_every_level_of_a_cascade_learns_from_rounds_of_its_own(monkeypatch):
+    """Each asks a rule of its own how many guesses are made for it, so each has to tell it what came of them."""
+    seen = {}
+    monkeypatch.setattr(Fixed, "observe", lambda self, round_, _: seen.setdefault(id(self), []).append(round_))
+    run(llama(), Cascade(Says([[5] * LONG]), noisy(llama()), noisy(llama(1))), prompts(1))
+    assert len(seen) == 3  # the target's, and one for each of two levels
+    assert all(any(round_.lengths.any() for round_ in rounds) for rounds in seen.values())
+
+
 def test_stopping_conditions_cut_a_cascade():
     text = plain(llama(), prompts(1), max_new_tokens=LONG)[0, START:].tolist()
     options = {"max_new_tokens": LONG, "do_sample": False, "eos_token_id": text[7]}
