@@ -21,6 +21,7 @@ from specdec import (
     Proposal,
     Recycling,
     SpeculativeGenerator,
+    Store,
     Suffix,
     TranslatedDraft,
     UnsupportedModel,
@@ -316,6 +317,50 @@ def test_every_level_of_a_cascade_learns_from_rounds_of_its_own(monkeypatch):
     run(llama(), Cascade(Says([[5] * LONG]), noisy(llama()), noisy(llama(1))), prompts(1))
     assert len(seen) == 3  # the target's, and one for each of two levels
     assert all(any(round_.lengths.any() for round_ in rounds) for rounds in seen.values())
+
+
+def test_a_level_is_never_fed_an_id_that_it_does_not_know():
+    """The target has an id more than the level, and what is below guesses it."""
+    target, model = tiny_llama(vocabulary=101), noisy_copy(tiny_llama(vocabulary=100), 0.1)
+    got, stats = run(target, Cascade(Says([[100] * LONG]), model), prompts(1))
+    assert got == plain(target, prompts(1), max_new_tokens=LONG).tolist()
+    assert stats.draft_forwards > 0
+
+
+def test_a_level_stops_where_it_is_unsure_and_where_no_more_pays(monkeypatch):
+    """What is below is always wrong, so a level writes token by token, as its model alone would."""
+    wrong = Says([[64] * LONG] * 3)  # an id that does not exist
+    model = noisy(llama())
+    _, alone = run(llama(), DraftModel(model, confidence=0.3), prompts(3))
+    _, stats = run(llama(), Cascade(wrong, DraftModel(model, confidence=0.3)), prompts(3))
+    assert stats.drafted_at == alone.drafted_at
+    assert stats.drafted_at[0] > stats.drafted_at[-1] > 0
+    monkeypatch.setattr(Fixed, "goes_on", lambda self, chances: False)
+    _, stats = run(llama(), Cascade(wrong, model), prompts(3))
+    assert len(stats.drafted_at) == 1
+
+
+def test_what_is_below_a_model_keeps_what_came_out():
+    """A store learns from a call, wherever it is looked into."""
+    store = Store()
+    run(llama(), Cascade(Suffix(store=store, tenant="one"), noisy(llama())), prompts(1))
+    assert store.tokens("one") == LONG + 1  # and a mark behind it
+
+
+def test_what_is_below_sees_the_rounds_that_it_guessed_for_and_no_others():
+    seen = []
+
+    class Noted(Says):
+        def propose(self, state, limits):
+            self.guessed = super().propose(state, limits)
+            return self.guessed
+
+        def observe(self, round_):
+            seen.append(round_.proposal)
+            assert round_.proposal is self.guessed
+
+    _, stats = run(llama(), Cascade(Noted([[5] * LONG]), noisy(llama())), prompts(1))
+    assert len(seen) > stats.rounds  # a level makes several for one of the target
 
 
 def test_stopping_conditions_cut_a_cascade():
