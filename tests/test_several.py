@@ -10,6 +10,7 @@ from itertools import accumulate, cycle
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from specdec import (
     Cascade,
@@ -33,7 +34,7 @@ from specdec.length.fixed import Fixed
 from specdec.proposers import cascade, draft_model, recycling
 from specdec.proposers.mixture import Record
 from specdec.state import State
-from specdec.testing import assert_lossless, noisy_copy, tiny_llama
+from specdec.testing import assert_lossless, lively, noisy_copy, tiny_llama
 
 from .contract import llama, mamba2, mistral, noisy, plain, prompts, qwen3_next
 from .proposers import other
@@ -361,6 +362,14 @@ def test_what_is_below_sees_the_rounds_that_it_guessed_for_and_no_others():
 
     _, stats = run(llama(), Cascade(Noted([[5] * LONG]), noisy(llama())), prompts(1))
     assert len(seen) > stats.rounds  # a level makes several for one of the target
+
+
+def test_a_level_writes_nothing_beyond_its_positions():
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": START + LONG // 2}
+    model = lively(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval())
+    got, stats = run(llama(), Cascade("ngram", model), prompts(3))
+    assert got == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
+    assert stats.draft_forwards > 0
 
 
 def test_stopping_conditions_cut_a_cascade():
