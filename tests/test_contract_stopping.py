@@ -314,6 +314,18 @@ def test_criterion_of_the_user_sees_the_calls_of_plain(name, ended_by, batch):
         assert all(count is None for _, count in got.calls)
 
 
+@pytest.mark.parametrize("draft", ["noisy", "ngram"])
+def test_a_criterion_of_the_user_that_names_an_end_of_sequence(draft):
+    """By its having that attribute plain generate() knows that rows which have ended are padded."""
+    free = free_text(3)
+    own = Recorder(rows_with(free[:1, START + 2]))
+    own.eos_token_id = free[:1, START + 2]
+    options = {"max_new_tokens": NEW, "do_sample": False, "stopping_criteria": [own]}
+    wanted = plain(llama(), prompts(3), **options)
+    assert wanted[0, START + 3 :].tolist() == [0] * (wanted.shape[1] - START - 3)
+    assert speculative(llama(), draft).generate(**prompts(3), **options).tolist() == wanted.tolist()
+
+
 def test_criterion_sees_the_scores_when_they_are_asked_for():
     options = {"return_dict_in_generate": True, "output_scores": True}
     seen = []

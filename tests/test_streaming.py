@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import threading
 import weakref
 
 import pytest
@@ -16,7 +17,7 @@ from specdec.layouts.columns import Columns
 from specdec.layouts.slots import SlotCache
 from specdec.scorer import Scorer
 from specdec.state import State
-from specdec.streaming import Text
+from specdec.streaming import Text, in_threads
 from specdec.testing import byte_tokenizer
 
 from .contract import (
@@ -127,6 +128,15 @@ def test_which_tokens_the_draft_guessed():
     assert sum(map(sum, flags)) == gen.stats.accepted
     records, _ = drain(speculative(llama(), None).stream(**prompts(3), **GREEDY))
     assert not any(flag for record in records for flag in record.from_draft)
+
+
+def test_an_end_of_sequence_that_the_draft_guessed():
+    free = plain(llama(), prompts(1))
+    eos = int(free[0, START + 2])
+    assert eos not in free[0, START : START + 2]
+    gen = speculative(llama(), oracle(free), layout="slots")
+    records, _ = drain(gen.stream(**prompts(1), **GREEDY, eos_token_id=eos))
+    assert [flag for record in records for flag in record.from_draft] == [False, True, True]
 
 
 def test_tokens_come_while_the_model_still_runs():
@@ -380,6 +390,28 @@ def test_async_cancelled_in_the_middle(how):
         asyncio.run({"cancelled": cancelled, "closed": closed, "left": left}[how]())
     assert len(of_a_call()) == found
     assert gen.generate(**prompts(3), **GREEDY).tolist() == plain(llama(), prompts(3)).tolist()
+
+
+def test_a_stream_is_closed_beside_the_event_loop():
+    """It may have a round to end first, and whatever else the loop serves must not wait for that."""
+    threads = []
+
+    def records():
+        try:
+            while True:
+                yield Tokens(0, (1,), (False,), None, False)
+        finally:
+            threads.append(threading.get_ident())
+
+    async def one():
+        stream = in_threads(records())
+        await anext(stream)
+        await stream.aclose()
+        return threading.get_ident()
+
+    here = asyncio.run(one())
+    assert len(threads) == 1
+    assert threads != [here]
 
 
 class Broken(Exception):
