@@ -6,6 +6,7 @@ That no law is bent is shown in `laws`; here: is it what it says it is, and does
 import copy
 import re
 from itertools import accumulate, cycle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,8 +32,12 @@ from specdec import (
 from specdec.construction import build_proposer
 from specdec.length.adaptive import MOST
 from specdec.length.fixed import Fixed
-from specdec.proposers import cascade, draft_model, recycling
+from specdec.processing import Processing
+from specdec.proposers import Call, cascade, draft_model, recycling
+from specdec.proposers.fallback import show
 from specdec.proposers.mixture import Record
+from specdec.records import Round
+from specdec.sampling import Greedy
 from specdec.state import State
 from specdec.testing import assert_lossless, lively, noisy_copy, tiny_llama
 
@@ -382,10 +387,6 @@ def test_stopping_conditions_cut_a_cascade():
 
 def test_a_longest_match_in_text_that_may_be_taken_back():
     """What is not settled is looked up and not taken in: after a revision the guess is that of the new text."""
-    from specdec.processing import Processing
-    from specdec.proposers import Call
-    from specdec.sampling import Greedy
-
     prompt = torch.tensor([[5, 6, 7, 8, 5, 6]])
     state, text = (
         State(prompt, max_length=20, max_guesses=4, eos_ids=None, pad_id=0, starts=np.zeros(1, dtype=np.int64))
@@ -397,6 +398,24 @@ def test_a_longest_match_in_text_that_may_be_taken_back():
     for loose, guess in ([7], [8, 5, 6]), ([], [7, 8, 5]), ([7, 8], [5, 6]), ([9], []):
         text.follow(state, 0)
         text.host_tokens[0, 6 : 6 + len(loose)] = loose
+        text.lengths = state.lengths + len(loose)
+        proposal = run.propose(text, np.array([3]))
+        assert proposal.tokens[0, : proposal.lengths[0]].tolist() == guess
+
+
+def test_a_store_is_looked_into_with_text_that_may_be_taken_back():
+    store = Store()
+    store.add("me", [5, 6, 7, 30, 31, 32])
+    prompt = torch.tensor([[9, 5, 6]])
+    state, text = (
+        State(prompt, max_length=20, max_guesses=4, eos_ids=None, pad_id=0, starts=np.zeros(1, dtype=np.int64))
+        for _ in range(2)
+    )
+    state.vocabulary = 64
+    run = Suffix(store=store, tenant="me").begin(Call(llama(), prompt, {}, 20, Processing([]), Greedy()))
+    for loose, guess in ([7], [30, 31, 32]), ([], [7, 30, 31]), ([7, 30], [31, 32]), ([8], []):
+        text.follow(state, 0)
+        text.host_tokens[0, 3 : 3 + len(loose)] = loose
         text.lengths = state.lengths + len(loose)
         proposal = run.propose(text, np.array([3]))
         assert proposal.tokens[0, : proposal.lengths[0]].tolist() == guess
@@ -575,6 +594,18 @@ def test_a_list_puts_one_behind_another():
             SpeculativeGenerator(llama(), draft)
     with pytest.raises(VocabularyMismatch):
         SpeculativeGenerator(llama(), ["suffix", tiny_llama(vocabulary=90)])
+
+
+def test_a_round_looks_as_if_nothing_was_guessed_where_another_did():
+    seen = []
+    mine, other = (Proposal.certain(guesses, torch.device("cpu")) for guesses in ([[5, 6], []], [[5, 6], [7]]))
+    two, rows = np.array([2, 1]), np.zeros((2, 3), dtype=np.int64)
+    round_ = Round(other, other.tokens.numpy(), two, two, rows, two + 1, two, torch.zeros(2, 3, 8))
+    show(SimpleNamespace(observe=seen.append), np.array([True, False]), mine, round_)
+    assert seen[0].proposal is mine
+    assert seen[0].drafted.tolist() == [[5, 6], [-1, -1]]
+    assert seen[0].lengths.tolist() == seen[0].accepted.tolist() == [2, 0]
+    assert seen[0].counts.tolist() == [3, 2]
 
 
 def test_a_model_is_only_asked_where_the_text_does_not_repeat():

@@ -207,6 +207,13 @@ def test_pieces_of_text_with_stray_bytes_are_the_whole_text():
         assert told == tokenizer.decode(ids)
 
 
+def test_special_tokens_are_no_text():
+    made = byte_tokenizer()
+    ids = made("hi")["input_ids"]
+    text = Text(made)
+    assert text.add(ids[:1], False) + text.add([*ids[1:], made.eos_token_id], True) == "hi"
+
+
 def test_without_a_tokenizer_no_text():
     records, _ = drain(speculative(llama(), "noisy").stream(**prompts(3), **GREEDY))
     assert {record.text for record in records} == {None}
