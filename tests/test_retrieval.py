@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from specdec import InvalidInput, Recycling, SpeculativeGenerator, Store, Suffix
 from specdec.proposers import Call, recycling
 from specdec.proposers.automaton import NOTHING, SuffixAutomaton
-from specdec.proposers.prediction import Alignment, read_predictions
+from specdec.proposers.prediction import NEAR, Alignment, read_predictions
 from specdec.proposers.store import Reader
 from specdec.state import State
 from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
@@ -626,6 +626,34 @@ def test_ids_that_do_not_exist_end_a_prediction():
     expected = [*text[:3], 1000, *text[4:7], -5]
     got = gen.generate(**prompts(1), max_new_tokens=9, do_sample=False, prediction=expected)
     assert got[0, 9:].tolist() == text
+
+
+def test_ids_that_do_not_exist_are_never_submitted():
+    """By sampling the verifier has no answer to them but an error."""
+    gen = speculative(llama(), None, tokens=6, layout="slots")
+    options = {"max_new_tokens": 9, "do_sample": True, "seed": 1}
+    text = gen.generate(**prompts(1), **options)[0, 9:].tolist()
+    for wrong in (1000, -5):
+        got = gen.generate(**prompts(1), **options, prediction=[text[0], wrong])
+        assert got.shape == (1, 9 + 9)
+
+
+def test_how_far_ahead_a_single_token_counts():
+    for between, guess in (NEAR - 1, [41]), (NEAR, []):
+        expected = [5, *range(10, 10 + between), 40, 41]
+        found, _ = walked(expected, [5, 40])
+        assert found[-1] == guess
+
+
+def test_of_places_behind_the_nearest_comes_first():
+    found, _ = walked([7, 8, 30, 7, 8, 31, 40], [7, 8, 30, 7, 8, 31, 40, 7, 8])
+    assert found[-1][:1] == [31]
+
+
+def test_a_token_that_was_found_stands_for_no_second_one():
+    """The 4 is found alone, and once more as a part of a longer match at another place."""
+    _, appeared = walked([4, 4, 2], [3, 4, 2])
+    assert appeared.tolist() == [True, False, True]
 
 
 def test_forms_of_a_prediction():
