@@ -275,6 +275,8 @@ def test_a_constraint_costs_no_lockstep_and_shapes_the_draft():
     gen.generate(**inputs, max_new_tokens=24, do_sample=False, logits_processor=[counting()])
     assert gen.stats.acceptance_rate == 1.0
     assert gen.stats.rounds <= 7
+    # a round's own, and the guesses for the states of target and draft
+    assert gen.stats.host_copies > 2 * gen.stats.rounds
     assert not Processing([counting()], inputs["input_ids"]).in_lockstep
 
 
