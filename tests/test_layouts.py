@@ -8,6 +8,7 @@ the configs say are tested on models made for it.
 import copy
 import functools
 import weakref
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -284,6 +285,37 @@ def test_another_forward_at_the_place_of_a_dead_one_is_tried_anew(monkeypatch):
     with pytest.warns(UserWarning, match="plainly"):
         assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
     assert gen.stats.layout == "plain"
+
+
+CHANGES = {
+    "nothing": lambda model, stack: {},
+    "attention": lambda model, stack: model.set_attn_implementation("eager"),
+    "training": lambda model, stack: model.train() and None,
+    "autocast": lambda model, stack: stack.enter_context(torch.autocast("cpu", torch.bfloat16)) and None,
+    "dtype": lambda model, stack: model.double() and None,
+    "a hook before": lambda model, stack: model.model.layers[1].register_forward_pre_hook(lambda *_: None) and None,
+    "a hook behind": lambda model, stack: model.model.layers[1].register_forward_hook(lambda *_: None) and None,
+    "layers of a cache": lambda model, stack: {"past_key_values": DynamicCache()},
+    "rows": lambda model, stack: ragged_prompt((7, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:specdec decodes")
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_pass_is_tried_anew(change, monkeypatch):
+    tried = []
+    right = check._agrees
+    monkeypatch.setattr(check, "_agrees", lambda *args: tried.append(1) or right(*args))
+    model = windowed()
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+    options = {**ragged_prompt((7,)), "max_new_tokens": 8, "do_sample": False}
+    gen.generate(**options)
+    before = len(tried)
+    assert before > 0
+    with ExitStack() as stack:
+        changed = CHANGES[change](model, stack) or {}
+        gen.generate(**{**options, **changed})
+    assert (len(tried) > before) == (change != "nothing")
 
 
 def test_a_key_is_of_one_object_and_does_not_keep_it(monkeypatch):
