@@ -19,6 +19,7 @@ from specdec import SpeculativeGenerator
 from specdec.layouts import check, masks, slots
 from specdec.layouts.facts import one_token_reason
 from specdec.layouts.forget import drop, trim
+from specdec.layouts.handover import cached_columns
 from specdec.layouts.slot_cache import SlotLayer
 from specdec.proposers.draft_model import DraftModel
 from specdec.scorer import Scorer
@@ -147,6 +148,15 @@ def windowed(**config):
         "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6, "pad_token_id": 0,
     }  # fmt: skip
     return lively(MistralForCausalLM(MistralConfig(**{**sizes, **config})).eval())
+
+
+def test_a_cache_holds_what_its_fullest_layer_does():
+    """Some layers keep nothing: they read what others keep."""
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [0, 3]
+    assert cached_columns(cache) == 3
+    assert cached_columns(DynamicCache()) == cached_columns(None) == 0
 
 
 @torch.no_grad()

@@ -138,6 +138,17 @@ def test_shared_weights_stay_shared():
     assert same(plain(model), before)
 
 
+def test_weights_of_one_number_are_not_taken_for_one(monkeypatch):
+    """What is packed is let go of, and the next weight may get its place in memory, and with it its number."""
+    model = torch.nn.Sequential(Linear(32, 32), Linear(32, 32), Linear(32, 32))
+    before = plain(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(packed, "id", lambda one: 7, raising=False)
+        handle = pack_weights(model)
+    assert handle.layers == 3
+    assert same(plain(model), before)
+
+
 def test_weights_learn_again_as_they_did():
     model = torch.nn.Sequential(Linear(32, 16), Linear(16, 16).requires_grad_(False))
     with pack_weights(model):
