@@ -247,6 +247,22 @@ def test_a_model_that_fails_the_self_check_decodes_plainly_and_says_so():
     assert gen.stats.drafted == 0
 
 
+def test_a_full_memory_says_nothing_of_the_next_call(monkeypatch):
+    model, prompt = tiny_llama(6), ragged_prompt((6,))
+    wanted = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(check, "_agrees", full)
+        with pytest.warns(UserWarning, match="plainly"):
+            assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
+    assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
+    assert gen.stats.layout == "slots"
+
+
 def test_what_interrupts_the_self_check_is_no_verdict():
     target, calls = tiny_llama(), []
     options = {**ragged_prompt(), "max_new_tokens": 12, "do_sample": False}

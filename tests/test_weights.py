@@ -149,6 +149,24 @@ def test_weights_of_one_number_are_not_taken_for_one(monkeypatch):
     assert same(plain(model), before)
 
 
+def test_packing_that_breaks_off_leaves_the_model_as_it_was(monkeypatch):
+    model = torch.nn.Sequential(Linear(32, 32), Linear(32, 32))
+    before, forms = plain(model), []
+    right = packed._form
+
+    def form(weight):
+        forms.append(1)
+        if len(forms) == 2:
+            raise MemoryError
+        return right(weight)
+
+    monkeypatch.setattr(packed, "_form", form)
+    with pytest.raises(MemoryError):
+        pack_weights(model)
+    assert {type(weight) for weight in model.parameters()} == {torch.nn.Parameter}
+    assert same(plain(model), before)
+
+
 def test_weights_learn_again_as_they_did():
     model = torch.nn.Sequential(Linear(32, 16), Linear(16, 16).requires_grad_(False))
     with pack_weights(model):
