@@ -237,6 +237,33 @@ def test_foreseen_and_drafted_guesses_in_one_round(sample, number, layout):
     assert out[:, processor.length + 3].tolist() == [8] * 3
 
 
+class ForeseesTooMuch(LogitsProcessor):
+    """Its tokenizer has more ids than the model; as one that has a state and forbids nothing."""
+
+    def start(self, prompt):
+        return [0] * len(prompt)
+
+    def advance(self, state, token):
+        return state
+
+    def process(self, states, scores):
+        return scores.clone()
+
+    def forward(self, state, most):
+        return [1000] * most
+
+
+@pytest.mark.parametrize("draft", [lambda target: noisy_copy(target, 0.1), lambda target: None])
+def test_foreseen_ids_that_the_target_lacks_are_never_submitted(draft):
+    """By sampling the verifier has no answer to them but an error."""
+    target, inputs = tiny_llama(), ragged_prompt()
+    gen = SpeculativeGenerator(target, draft(target), num_draft_tokens=3, layout="slots")
+    options = {"max_new_tokens": 8, "do_sample": True, "seed": 1}
+    got = gen.generate(**inputs, **options, logits_processor=[ForeseesTooMuch()])
+    assert got.shape == (3, 9 + 8)
+    assert (gen.stats.accepted > 0) == (draft(target) is not None)
+
+
 def test_the_controller_likes_what_costs_nothing():
     """Free guesses are made where a draft would not pay, as long as they are kept."""
     rule = Adaptive(Assumed(0.9))
