@@ -358,11 +358,30 @@ def test_a_key_is_of_one_object_and_does_not_keep_it(monkeypatch):
     assert check._Very(object()) != check._Very(object())  # of which nobody can tell whether it is alive
 
 
+def test_what_a_trial_changes_in_a_model_is_as_it_was():
+    model = torch.nn.BatchNorm1d(2)
+    model.steps, model.seen, model.held = 3, [1], {"a": 1}
+    seen, held = model.seen, model.held
+    states = check._ModuleStates(model)
+    model.steps = 4
+    model.seen.append(2)
+    model.held["b"] = 2
+    model.running_mean += 1
+    states.put_back()
+    assert (model.steps, model.seen, model.held) == (3, [1], {"a": 1})
+    assert model.seen is seen
+    assert model.held is held
+    assert not model.running_mean.any()
+
+
 def test_the_check_sees_what_it_is_for():
     truth = torch.randn(3, 50)
     assert check.close(truth + 1e-5, truth)
     assert not check.close(truth + 7e-4, truth)
     assert not check.close(truth * torch.nan, truth)
+    ruled_out = torch.tensor([[0.0, 1.0, -1e9]])
+    assert check.close(torch.tensor([[0.0, 1.0, -2e9]]), ruled_out)
+    assert not check.close(torch.tensor([[0.0, 1.0, 0.5]]), ruled_out)
     half = truth.bfloat16()
     assert check.close((truth * 1.01).bfloat16(), half)
     assert not check.close((truth + 0.2 * torch.randn(3, 50)).bfloat16(), half)

@@ -156,6 +156,19 @@ def test_masks_know_no_token_that_does_not_exist_and_ends_only_at_the_end(kind, 
         assert np.flatnonzero(np.unpackbits(place.mask().view(np.uint8), bitorder="little")).tolist() == [1]
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_special_tokens_are_no_text_and_ends_are_a_grammars_own(library):
+    """One tokenizer serves grammars with other ends; the name of a special token may be what a grammar asks for."""
+    tokenizer = byte_tokenizer()
+    for end in (1, 7, 1):
+        only = regex("(<[a-z]*>)?", tokenizer, backend=library, eos_token_id=end)
+        start = only.grammars[0].start()
+        assert not allows(start.mask(), 0)
+        assert allows(start.mask(), tokenizer("<")["input_ids"][0])
+        assert [one for one in (1, 7) if allows(start.mask(), one)] == [end]
+        assert start.after(end).ended
+
+
 # --- tokens that are guessed without a draft ------------------------------------------------------
 
 
@@ -509,6 +522,8 @@ def test_the_only_token_of_a_mask():
         assert not allows(mask_of([token], 3), (token + 1) % 96)
     assert single(mask_of([1, 2], 3)) is None
     assert single(mask_of([1, 40], 3)) is None
+    assert single(mask_of(range(32), 3)) is None  # a word of ones is -1
+    assert single(mask_of([0, 31], 3)) is None
     assert single(mask_of([], 3)) is None
     assert not allows(mask_of([1], 1), 32)
     assert not allows(mask_of([1], 1), -31)
