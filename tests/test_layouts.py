@@ -9,6 +9,7 @@ import copy
 import functools
 import weakref
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from specdec.layouts.facts import one_token_reason
 from specdec.layouts.forget import drop, trim
 from specdec.layouts.handover import cached_columns
 from specdec.layouts.slot_cache import SlotLayer
+from specdec.layouts.snapshot import Snapshots
 from specdec.proposers.draft_model import DraftModel
 from specdec.scorer import Scorer
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
@@ -372,6 +374,40 @@ def test_what_a_trial_changes_in_a_model_is_as_it_was():
     assert model.seen is seen
     assert model.held is held
     assert not model.running_mean.any()
+
+
+@pytest.mark.parametrize("wrong", [None, (0, 0, 0), (0, 1, 0), (0, 1, 1), (1, 0, 0)])
+def test_every_row_that_the_self_check_looks_at_counts(wrong):
+    """Two ragged passes over two rows; one number is off: in which pass, row and place?"""
+    truth = [torch.randn(2, 5), torch.randn(2, 5)]
+
+    class Layout:
+        passes = 0
+
+        def forward(self, tokens, lengths, first, count):
+            scores = torch.stack([*truth, torch.randn(2, 5)][:count], dim=1)
+            if self.passes:  # one token a row: the second of even rows, the third of odd ones
+                scores = torch.stack([truth[1][0], torch.randn(5)])[:, None]
+            if wrong is not None and wrong[0] == self.passes:
+                scores[wrong[1], wrong[2]] += torch.arange(5)
+            self.passes += 1
+            return scores
+
+        def rewind(self, kept, live):
+            assert kept.tolist() == [4, 5]
+
+    tokens = torch.randint(3, 9, (2, 5))
+    assert check._agrees(Layout(), tokens, 3, truth) == (wrong is None)
+
+
+def test_a_cache_of_an_unknown_kind_is_put_back_as_often_as_it_is_needed():
+    cache = SimpleNamespace(states=[torch.zeros(2)])
+    states = Snapshots()
+    states.take(cache)
+    for _ in range(2):
+        cache = states.put_back()
+        assert not cache.states[0].any()
+        cache.states[0] += 1
 
 
 def test_the_check_sees_what_it_is_for():
