@@ -449,6 +449,18 @@ def test_a_draft_that_is_too_short_for_the_text():
     assert gen.stats.drafted == 0
 
 
+def test_a_draft_that_cannot_take_the_prompt_is_asked_once():
+    small = tiny_llama(1, vocabulary=len(tokenizer("bytes 420")), max_position_embeddings=4)
+    model = tiny_llama(vocabulary=len(tokenizer("bytes 300")))
+    proposer = TranslatedDraft(small, tokenizer("bytes 300"), tokenizer("bytes 420"))
+    gen = SpeculativeGenerator(model, proposer, num_draft_tokens=3, layout="slots")
+    options = {**prompts("bytes 300"), "max_new_tokens": 8, "do_sample": False}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert torch.equal(gen.generate(**options), model.generate(**options))
+    assert [("drafts nothing" in str(one.message)) for one in told] == [True]
+
+
 def test_a_tokenizer_that_refuses_a_text_breaks_nothing(monkeypatch):
     target, draft = pair_of_models()
     theirs = byte_level(300)
