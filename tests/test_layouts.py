@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 
 from specdec import SpeculativeGenerator
 from specdec.layouts import check, masks, slots
@@ -398,6 +398,23 @@ def test_every_row_that_the_self_check_looks_at_counts(wrong):
 
     tokens = torch.randint(3, 9, (2, 5))
     assert check._agrees(Layout(), tokens, 3, truth) == (wrong is None)
+
+
+@torch.no_grad()
+def test_a_static_cache_is_put_back_where_it_lies():
+    """Compiled code knows its buffers by their addresses."""
+    model, ids = tiny_llama(), ragged_prompt((6,))["input_ids"]
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    model(ids[:, :4], past_key_values=cache)
+    keys, held = cache.layers[0].keys, cache.layers[0].keys.clone()
+    states = Snapshots()
+    states.take(cache)
+    model(ids[:, 4:], past_key_values=cache)
+    assert not torch.equal(keys, held)
+    assert states.put_back() is cache
+    assert cache.layers[0].keys is keys
+    assert torch.equal(keys, held)
+    assert cache.get_seq_length() == 4
 
 
 def test_a_cache_of_an_unknown_kind_is_put_back_as_often_as_it_is_needed():
