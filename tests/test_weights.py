@@ -450,6 +450,9 @@ def test_a_draft_shares_all_but_linear_weights_and_leaves_the_model_alone():
         assert type(draft) is type(model)
         assert draft.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
         assert draft.model.norm.weight.data_ptr() == model.model.norm.weight.data_ptr()
+        own = dict(model.named_buffers())
+        assert own
+        assert all(buffer is own[name] for name, buffer in draft.named_buffers() if name in own)
         draft.config.pad_token_id = 5
         draft.generation_config.pad_token_id = 5
         with warnings.catch_warnings():
