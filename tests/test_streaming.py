@@ -23,6 +23,7 @@ from specdec.testing import byte_tokenizer
 from .contract import (
     NEW,
     Counted,
+    Guesses,
     assert_untouched,
     fingerprint,
     gemma,
@@ -282,6 +283,18 @@ def test_a_text_that_outgrows_the_room_made_for_it(monkeypatch):
     assert out.tolist() == wanted.tolist()
     assert rows_of(records, 3) == wanted[:, START:].tolist()
     assert sum(sum(record.from_draft) for record in records) == gen.stats.accepted > 0
+
+
+def test_what_was_guessed_is_remembered_while_the_room_grows(monkeypatch):
+    """A row runs ahead of the others, and with a condition its tokens wait to be told."""
+    monkeypatch.setattr("specdec.state.ROOM", 5)
+    wanted = plain(llama(), prompts(3), max_new_tokens=24)
+    right = oracle(wanted)
+    ahead = Guesses(lambda row, column, state: right.choose(row, column, state) if row == 0 else 64)
+    gen = speculative(llama(), ahead, layout="slots")
+    never = {"stopping_criteria": [lambda ids, scores: False]}
+    records, _ = drain(gen.stream(**prompts(3), max_new_tokens=24, do_sample=False, **never))
+    assert sum(sum(record.from_draft) for record in records) == gen.stats.accepted > 12
 
 
 # --- cancelling -----------------------------------------------------------------------------------
