@@ -299,6 +299,35 @@ def test_an_exception_leaves_the_cache_at_the_prompt_or_further():
     assert all(layer.keys is not None for layer in cache.layers)
 
 
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+def test_a_cache_of_the_callers_is_sound_behind_an_exception(layout):
+    """It holds what was committed, or the prompt alone, and no guess; whoever gave it can go on from there."""
+
+    class Broken(Exception):
+        pass
+
+    def breaks(ids, scores):
+        if ids.shape[1] == START + 4:
+            raise Broken
+        return False
+
+    inputs, cache = prompts(3), DynamicCache()
+    wanted = llama().generate(**inputs, **DICT)
+    wrong = oracle(wanted.sequences, wrong={START + 3, START + 4, START + 5})
+    with pytest.raises(Broken):
+        speculative(llama(), wrong, layout=layout).generate(
+            **inputs, past_key_values=cache, stopping_criteria=[breaks], max_new_tokens=NEW, do_sample=False
+        )
+    columns = cache.get_seq_length()
+    assert START <= columns <= START + 4
+    for mine, other in zip(states(cache), states(wanted.past_key_values), strict=True):
+        torch.testing.assert_close(mine, other[:, :, :columns], atol=1e-4, rtol=1e-4)
+    text = wanted.sequences
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW), value=1)
+    more = llama().generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert more.tolist() == plain(llama(), inputs, max_new_tokens=NEW + 4).tolist()
+
+
 def test_a_cache_that_is_ahead_of_the_text():
     cache = llama().generate(**prompts(1), **DICT).past_key_values
     kept = copy.deepcopy(cache)

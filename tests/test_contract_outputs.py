@@ -23,6 +23,8 @@ from specdec.testing import lively, ragged_prompt
 from .architectures.build import Case, build
 from .contract import (
     NEW,
+    Counted,
+    Guesses,
     assert_agrees,
     assert_scores_agree,
     bart,
@@ -199,6 +201,58 @@ def test_hidden_states_of_odd_shapes(name):
             for one, two in zip(mine, other, strict=True):
                 assert one.shape == two.shape
                 torch.testing.assert_close(one, two, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("draft", ["noisy", None])
+def test_scores_and_logits_of_half_precision_are_float32(draft):
+    target = copy.deepcopy(llama()).to(torch.bfloat16)
+    options = {**BOTH, "max_new_tokens": 4, "do_sample": False}
+    wanted = target.generate(**prompts(3), **options)
+    got = speculative(target, draft).generate(**prompts(3), **options)
+    for name in ("scores", "logits"):
+        assert {one.dtype for one in got[name]} == {one.dtype for one in wanted[name]} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:specdec decodes")
+def test_hidden_states_of_odd_shapes_behind_an_end():
+    """Rows are the second dimension here, behind the streams of a token."""
+    model, inputs = build(Case("causal", "gemma3n_text")), ragged_prompt((7, 5, 3), 112)
+    options = {**DICT, "output_hidden_states": True, "max_new_tokens": 6, "do_sample": False}
+    eos = int(model.generate(**inputs, **options).sequences[1, 7 + 2])
+    wanted = model.generate(**inputs, **options, eos_token_id=eos)
+    got = speculative(model, "ngram").generate(**inputs, **options, eos_token_id=eos)
+    lengths = ends(wanted.sequences, 7, eos)
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    assert min(lengths) == 7 + 3 < max(lengths)
+    for step, (mine, other) in enumerate(zip(got.hidden_states, wanted.hidden_states, strict=True)):
+        for one, two in zip(mine, other, strict=True):
+            for row, length in enumerate(lengths):
+                part = one.select(one.ndim - 3, row)
+                if 7 + step < length:
+                    torch.testing.assert_close(part, two.select(one.ndim - 3, row), atol=2e-3, rtol=2e-3)
+                else:
+                    assert not part.any()
+
+
+def test_hidden_states_of_passes_that_are_made_token_by_token():
+    """Behind a guess of padding such a model would count positions anew; the states of all its tokens come back."""
+    model = build(Case("seq2seq", "m2m_100"))
+    inputs, padding = ragged_prompt((7, 5, 3), 112), model.config.pad_token_id
+    options = {**DICT, "output_hidden_states": True, "max_new_tokens": NEW, "do_sample": False}
+    wanted = model.generate(**inputs, **options)
+
+    def choose(row, column, state):
+        column = min(column, wanted.sequences.shape[1] - 1)
+        return padding if row == 0 and column % 2 else int(wanted.sequences[row, column])
+
+    gen = speculative(model, Guesses(choose), layout="columns")
+    with Counted(model) as counted:
+        got = gen.generate(**inputs, **options)
+    assert counted.calls > gen.stats.rounds + 4  # no round was a single pass
+    assert gen.stats.accepted > 4
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    lengths = [wanted.sequences.shape[1]] * 3
+    assert_states_agree(got.decoder_hidden_states, wanted.decoder_hidden_states, lengths, 1)
 
 
 def test_attentions_that_the_kernel_does_not_give():

@@ -7,9 +7,18 @@ row and for three padded ones. Processors with a state must see exactly plain's 
 import copy
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessor, SynthIDTextWatermarkingConfig, WatermarkingConfig
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
+)
+
+from specdec.processing import Processing
 
 from .contract import (
     DRAFTS,
@@ -378,3 +387,13 @@ def test_identical_draft_and_target_accept_everything(rule, batch):
     gen.generate(**prompts(batch), max_new_tokens=40, do_sample=True, temperature=0.7, top_p=0.9, top_k=0)
     assert gen.stats.drafted > 20 * batch
     assert gen.stats.acceptance_rate == 1.0
+
+
+@pytest.mark.parametrize("processors", [[], [MinLengthLogitsProcessor(1, [1])]])
+def test_a_draft_never_guesses_an_id_that_it_has_no_score_for(processors):
+    """Its rows are cut or filled up to the ids of the target, and what it does not know cannot be drawn."""
+    rows, tokens = torch.tensor([[-9.0, -8.0, -9.0]]), torch.zeros(1, 4, dtype=torch.int64)
+    processing = Processing(LogitsProcessorList(processors))
+    filled = processing.draft(rows, tokens, np.array([2]), 5)
+    assert filled.tolist() == [[-9.0, -8.0, -9.0, -torch.inf, -torch.inf]]
+    assert processing.draft(rows, tokens, np.array([2]), 2).tolist() == [[-9.0, -8.0]]

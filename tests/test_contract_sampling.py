@@ -5,12 +5,14 @@ in float64.
 """
 
 from functools import cache
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor
 
-from specdec import DraftModel, InvalidInput, SpeculativeGenerator
+from specdec import DraftModel, InvalidInput, SpeculativeGenerator, call
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, noisy, oracle, prompts, speculative, t5
@@ -268,3 +270,24 @@ def test_a_seed_means_the_same_text_on_the_first_call_of_a_model_and_later(token
     texts = [gen.generate(**inputs(1), **options, seed=5).tolist() for _ in range(3)]
     assert gen.stats.drafted > 0 or rule == "coupled"  # whose text does not depend on it: there the clock decides
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds"])
+def test_padding_beside_the_prompt_is_no_part_of_what_was_asked(name):
+    """What an encoder reads is, without masks and positions: a row asks the same in every batch."""
+
+    def asked(padding):
+        values = torch.tensor([[5, 6, 7], [8, 9, 4]])
+        values = torch.nn.functional.pad(values, (0, padding), value=padding)
+        mask = torch.ones(2, 3 + padding, dtype=torch.int64)
+        mask[:, 3:] = 0
+        if name == "inputs_embeds":
+            values = values[..., None].float()
+        state = SimpleNamespace(host_tokens=np.array([[0, 1], [0, 1]]), starts=[1, 0], prompt_length=2, batch=2)
+        return call._prompts(state, {name: values, "attention_mask": mask, "position_ids": mask.cumsum(1)})
+
+    assert asked(0) == asked(1) == asked(2)
+    (first, _), (*second, _) = asked(0)
+    assert [first] == [1]
+    assert second == [0, 1]
+    assert asked(0)[0][-1] != asked(0)[1][-1]

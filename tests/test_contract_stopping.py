@@ -7,6 +7,7 @@ Conditions with a state and streamers must see exactly plain's calls.
 import copy
 import time
 from functools import cache
+from math import ceil
 
 import pytest
 import torch
@@ -168,13 +169,13 @@ def test_a_prompt_as_long_as_max_length(length):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("length", [START + 4, START + 30])
+@pytest.mark.parametrize("length", [START + 4, START + 4.5, START + 30])
 def test_a_length_criterion_of_the_user_takes_precedence(length, batch):
     """Of two criteria of a kind plain uses the user's: it may be shorter or longer."""
     text = assert_stops_alike(
         batch, make=lambda: {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(length)])}
     )
-    assert text.shape[1] == length
+    assert text.shape[1] == ceil(length)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -312,6 +313,18 @@ def test_criterion_of_the_user_sees_the_calls_of_plain(name, ended_by, batch):
         seen = [ids.tolist() for ids, _ in got.calls]
         assert seen == [ids.tolist() for ids, _ in wanted.calls], f"draft {draft}"
         assert all(count is None for _, count in got.calls)
+
+
+@pytest.mark.parametrize("draft", ["noisy", "ngram"])
+def test_a_criterion_of_the_user_that_names_an_end_of_sequence(draft):
+    """By its having that attribute plain generate() knows that rows which have ended are padded."""
+    free = free_text(3)
+    own = Recorder(rows_with(free[:1, START + 2]))
+    own.eos_token_id = free[:1, START + 2]
+    options = {"max_new_tokens": NEW, "do_sample": False, "stopping_criteria": [own]}
+    wanted = plain(llama(), prompts(3), **options)
+    assert wanted[0, START + 3 :].tolist() == [0] * (wanted.shape[1] - START - 3)
+    assert speculative(llama(), draft).generate(**prompts(3), **options).tolist() == wanted.tolist()
 
 
 def test_criterion_sees_the_scores_when_they_are_asked_for():

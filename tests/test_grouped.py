@@ -1,5 +1,6 @@
 """Attention by groups: the sums of transformers' "sdpa", no copies of keys and values, and only in our passes."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,36 @@ def test_what_it_does_not_know_goes_to_transformers(change, monkeypatch):
         attend(*arguments(torch.float32, True), **change)
     assert told
     assert told[0].items() >= change.items()
+
+
+def test_a_mask_for_every_head_goes_to_transformers():
+    told = []
+    attend = grouped._wrapped(lambda *args, **kwargs: told.append(args) or (None, None))
+    module, query, key, value, mask = arguments(torch.float32, True)
+    with grouped.attending():
+        attend(module, query, key, value, mask)
+        assert not told
+        attend(module, query, key, value, mask.expand(-1, query.shape[1], -1, -1))
+    assert len(told) == 1
+
+
+def test_it_is_wrapped_once():
+    grouped.install()
+    first = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    grouped.install()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is first
+
+
+def test_a_mask_lives_as_long_as_the_pass():
+    """It is known by its id, which another mask may have once it is gone."""
+    grouped.install()
+    given = [*arguments(torch.float32, True)]
+    mask = weakref.ref(given[-1])
+    with grouped.attending():
+        ALL_ATTENTION_FUNCTIONS["sdpa"](*given)
+        given.clear()
+        assert mask() is not None
+    assert mask() is None
 
 
 def test_a_call_makes_no_copies(copies):

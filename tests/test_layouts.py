@@ -8,17 +8,21 @@ the configs say are tested on models made for it.
 import copy
 import functools
 import weakref
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 
 from specdec import SpeculativeGenerator
 from specdec.layouts import check, masks, slots
 from specdec.layouts.facts import one_token_reason
 from specdec.layouts.forget import drop, trim
+from specdec.layouts.handover import cached_columns
 from specdec.layouts.slot_cache import SlotLayer
+from specdec.layouts.snapshot import Snapshots
 from specdec.proposers.draft_model import DraftModel
 from specdec.scorer import Scorer
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
@@ -148,6 +152,15 @@ def windowed(**config):
     return lively(MistralForCausalLM(MistralConfig(**{**sizes, **config})).eval())
 
 
+def test_a_cache_holds_what_its_fullest_layer_does():
+    """Some layers keep nothing: they read what others keep."""
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [0, 3]
+    assert cached_columns(cache) == 3
+    assert cached_columns(DynamicCache()) == cached_columns(None) == 0
+
+
 @torch.no_grad()
 def test_a_window_can_be_left_and_entered_again_before_it_is_trimmed():
     model = windowed()
@@ -162,6 +175,23 @@ def test_a_window_can_be_left_and_entered_again_before_it_is_trimmed():
     trim(cache)
     again = model(ids[:, 9:], past_key_values=cache).logits
     torch.testing.assert_close(again, model(ids).logits[:, 9:], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_window_has_pushed_out_is_let_go(monkeypatch):
+    """Columns that may be taken back are kept, however long the text becomes no others."""
+    held = []
+    right = Scorer.rollback
+
+    def watched(self, *args):
+        right(self, *args)
+        held.append(max(layer.keys.shape[2] for layer in self.layout.cache.layers))
+
+    monkeypatch.setattr(Scorer, "rollback", watched)
+    model = windowed()
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3, layout="columns")
+    gen.generate(**ragged_prompt((12,)), max_new_tokens=40, do_sample=False)
+    assert len(held) > 10
+    assert max(held[1:]) <= 6 + 3  # the window, and guesses beside it
 
 
 @pytest.mark.parametrize("layout", ["slots", "columns", "snapshot"])
@@ -219,6 +249,22 @@ def test_a_model_that_fails_the_self_check_decodes_plainly_and_says_so():
     assert gen.stats.drafted == 0
 
 
+def test_a_full_memory_says_nothing_of_the_next_call(monkeypatch):
+    model, prompt = tiny_llama(6), ragged_prompt((6,))
+    wanted = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(check, "_agrees", full)
+        with pytest.warns(UserWarning, match="plainly"):
+            assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
+    assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
+    assert gen.stats.layout == "slots"
+
+
 def test_what_interrupts_the_self_check_is_no_verdict():
     target, calls = tiny_llama(), []
     options = {**ragged_prompt(), "max_new_tokens": 12, "do_sample": False}
@@ -269,6 +315,37 @@ def test_another_forward_at_the_place_of_a_dead_one_is_tried_anew(monkeypatch):
     assert gen.stats.layout == "plain"
 
 
+CHANGES = {
+    "nothing": lambda model, stack: {},
+    "attention": lambda model, stack: model.set_attn_implementation("eager"),
+    "training": lambda model, stack: model.train() and None,
+    "autocast": lambda model, stack: stack.enter_context(torch.autocast("cpu", torch.bfloat16)) and None,
+    "dtype": lambda model, stack: model.double() and None,
+    "a hook before": lambda model, stack: model.model.layers[1].register_forward_pre_hook(lambda *_: None) and None,
+    "a hook behind": lambda model, stack: model.model.layers[1].register_forward_hook(lambda *_: None) and None,
+    "layers of a cache": lambda model, stack: {"past_key_values": DynamicCache()},
+    "rows": lambda model, stack: ragged_prompt((7, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:specdec decodes")
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_pass_is_tried_anew(change, monkeypatch):
+    tried = []
+    right = check._agrees
+    monkeypatch.setattr(check, "_agrees", lambda *args: tried.append(1) or right(*args))
+    model = windowed()
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+    options = {**ragged_prompt((7,)), "max_new_tokens": 8, "do_sample": False}
+    gen.generate(**options)
+    before = len(tried)
+    assert before > 0
+    with ExitStack() as stack:
+        changed = CHANGES[change](model, stack) or {}
+        gen.generate(**{**options, **changed})
+    assert (len(tried) > before) == (change != "nothing")
+
+
 def test_a_key_is_of_one_object_and_does_not_keep_it(monkeypatch):
     monkeypatch.setattr(check, "id", lambda one: 7, raising=False)
     one, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
@@ -283,11 +360,81 @@ def test_a_key_is_of_one_object_and_does_not_keep_it(monkeypatch):
     assert check._Very(object()) != check._Very(object())  # of which nobody can tell whether it is alive
 
 
+def test_what_a_trial_changes_in_a_model_is_as_it_was():
+    model = torch.nn.BatchNorm1d(2)
+    model.steps, model.seen, model.held = 3, [1], {"a": 1}
+    seen, held = model.seen, model.held
+    states = check._ModuleStates(model)
+    model.steps = 4
+    model.seen.append(2)
+    model.held["b"] = 2
+    model.running_mean += 1
+    states.put_back()
+    assert (model.steps, model.seen, model.held) == (3, [1], {"a": 1})
+    assert model.seen is seen
+    assert model.held is held
+    assert not model.running_mean.any()
+
+
+@pytest.mark.parametrize("wrong", [None, (0, 0, 0), (0, 1, 0), (0, 1, 1), (1, 0, 0)])
+def test_every_row_that_the_self_check_looks_at_counts(wrong):
+    """Two ragged passes over two rows; one number is off: in which pass, row and place?"""
+    truth = [torch.randn(2, 5), torch.randn(2, 5)]
+
+    class Layout:
+        passes = 0
+
+        def forward(self, tokens, lengths, first, count):
+            scores = torch.stack([*truth, torch.randn(2, 5)][:count], dim=1)
+            if self.passes:  # one token a row: the second of even rows, the third of odd ones
+                scores = torch.stack([truth[1][0], torch.randn(5)])[:, None]
+            if wrong is not None and wrong[0] == self.passes:
+                scores[wrong[1], wrong[2]] += torch.arange(5)
+            self.passes += 1
+            return scores
+
+        def rewind(self, kept, live):
+            assert kept.tolist() == [4, 5]
+
+    tokens = torch.randint(3, 9, (2, 5))
+    assert check._agrees(Layout(), tokens, 3, truth) == (wrong is None)
+
+
+@torch.no_grad()
+def test_a_static_cache_is_put_back_where_it_lies():
+    """Compiled code knows its buffers by their addresses."""
+    model, ids = tiny_llama(), ragged_prompt((6,))["input_ids"]
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    model(ids[:, :4], past_key_values=cache)
+    keys, held = cache.layers[0].keys, cache.layers[0].keys.clone()
+    states = Snapshots()
+    states.take(cache)
+    model(ids[:, 4:], past_key_values=cache)
+    assert not torch.equal(keys, held)
+    assert states.put_back() is cache
+    assert cache.layers[0].keys is keys
+    assert torch.equal(keys, held)
+    assert cache.get_seq_length() == 4
+
+
+def test_a_cache_of_an_unknown_kind_is_put_back_as_often_as_it_is_needed():
+    cache = SimpleNamespace(states=[torch.zeros(2)])
+    states = Snapshots()
+    states.take(cache)
+    for _ in range(2):
+        cache = states.put_back()
+        assert not cache.states[0].any()
+        cache.states[0] += 1
+
+
 def test_the_check_sees_what_it_is_for():
     truth = torch.randn(3, 50)
     assert check.close(truth + 1e-5, truth)
     assert not check.close(truth + 7e-4, truth)
     assert not check.close(truth * torch.nan, truth)
+    ruled_out = torch.tensor([[0.0, 1.0, -1e9]])
+    assert check.close(torch.tensor([[0.0, 1.0, -2e9]]), ruled_out)
+    assert not check.close(torch.tensor([[0.0, 1.0, 0.5]]), ruled_out)
     half = truth.bfloat16()
     assert check.close((truth * 1.01).bfloat16(), half)
     assert not check.close((truth + 0.2 * torch.randn(3, 50)).bfloat16(), half)

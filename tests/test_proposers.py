@@ -190,3 +190,17 @@ LOSSLESS = {
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_lossless(name):
     assert_lossless(LOSSLESS[name](), samples=1000)
+
+
+def test_rows_that_make_no_guess_tell_no_chance(monkeypatch):
+    """A row that has ended is fed beside the others; what the draft says there is no guess."""
+    text = plain(llama(), prompts(3))
+    eos, told = int(text[0, START + 1]), []
+    monkeypatch.setattr(Fixed, "goes_on", lambda self, chances: told.append(chances) or True)
+    gen = SpeculativeGenerator(llama(), noisy(llama()), num_draft_tokens=3, layout="slots")
+    got = gen.generate(**prompts(3), max_new_tokens=NEW, do_sample=False, eos_token_id=eos)
+    assert (got[0, START + 2 :] == 0).all()
+    assert (got[1:, -1] != 0).all()
+    assert all((chances[1:] > 0).any() for chances in told)
+    assert told[-1][0] == 0
+    assert told[0].min() > 0

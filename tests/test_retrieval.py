@@ -4,6 +4,7 @@ What they guess is never wrong (guesses cannot change a text), so these tests as
 what the method says, is memory bounded, and does no text cross from one tenant to another.
 """
 
+import copy
 from itertools import pairwise
 
 import numpy as np
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from specdec import InvalidInput, Recycling, SpeculativeGenerator, Store, Suffix
 from specdec.proposers import Call, recycling
 from specdec.proposers.automaton import NOTHING, SuffixAutomaton
-from specdec.proposers.prediction import Alignment, read_predictions
+from specdec.proposers.prediction import NEAR, Alignment, read_predictions
 from specdec.proposers.store import Reader
+from specdec.state import State
 from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, plain, prompts, speculative, t5
@@ -360,6 +362,88 @@ def test_what_a_condition_took_back_is_not_kept():
     assert store.tokens("me") == out.shape[1] - 9 + 1
 
 
+def test_a_text_that_was_predicted_is_kept_as_well():
+    """The store is looked into behind the prediction, and told all the same."""
+    store = Store()
+    gen = SpeculativeGenerator(llama(), Suffix(store=store, tenant="me"), num_draft_tokens=3)
+    gen.generate(**prompts(1), max_new_tokens=9, do_sample=False, prediction=[3, 4, 5])
+    assert store.tokens("me") == 9 + 1
+
+
+def guessed(draft, text, limit=3):
+    """What ``draft`` guesses behind ``text``."""
+    ids = torch.tensor([text])
+    state = State(ids, max_length=64, max_guesses=16, eos_ids=None, pad_id=0, starts=np.zeros(1, dtype=np.int64))
+    state.vocabulary = 64
+    proposal = draft.begin(call_for(ids)).propose(state, np.array([limit]))
+    return proposal.tokens[0, : proposal.lengths[0]].tolist()
+
+
+def test_a_match_at_the_end_of_a_stored_text_makes_no_shorter_one_count():
+    store = Store()
+    store.add("me", [31, 6])
+    for shortest, guess in (1, [30, 31, 6]), (2, []):
+        draft = Suffix(shortest=shortest, store=store, tenant="me")
+        assert guessed(draft, [6, 30, 31, 6]) == guess
+
+
+def test_the_longer_of_two_matches_is_copied_and_the_rows_own_at_a_tie():
+    store = Store()
+    store.add("me", [*range(20, 40), 5, 6, 41])
+    draft = Suffix(store=store, tenant="me")
+    assert guessed(draft, [20, 21, 22, 23, 24], 12) == list(range(25, 37))  # as many as such a match is worth
+    assert guessed(draft, [5, 6, 42, 43, 5, 6], 1) == [42]
+    assert guessed(draft, [6, 42, 43, 5, 6], 1) == [41]
+
+
+def test_who_reads_is_not_idle():
+    store = Store(tenants=2)
+    store.add("a", [5, 6])
+    store.add("b", [5, 6])
+    store.read("a")
+    store.add("c", [5, 6])
+    assert store.tenants == ["a", "c"]
+
+
+def test_long_texts_one_after_another_stay_within_a_shelf():
+    store = Store(tokens=20)
+    for first in (10, 30):
+        store.add("me", list(range(first, first + 15)))
+    assert store.tokens("me") == 20
+    reader = store.read("me")
+    reader.follow([43])
+    assert reader.guess(3) == [44]  # the end is what is kept
+
+
+def test_the_younger_of_two_texts_is_copied():
+    store = Store(tokens=8)
+    store.add("me", [5, 6, 7])
+    store.add("me", [5, 6, 8])  # goes into the other half
+    reader = store.read("me")
+    reader.follow([5, 6])
+    assert reader.guess(2) == [8]
+
+
+def test_who_reads_goes_on_in_texts_that_are_dropped_meanwhile():
+    store = Store(tokens=40)
+    store.add("me", list(range(10, 25)))
+    reader = store.read("me")
+    reader.follow(list(range(10, 20)))
+    for _ in range(3):
+        store.add("me", [5] * 15)
+    assert reader.guess(3) == [20, 21, 22]
+    reader.follow([20])
+    assert reader.guess(3) == [21, 22, 23]
+
+
+def test_a_copy_of_a_store_goes_its_own_way():
+    store = Store()
+    store.add("me", [5, 6, 7])
+    for other in (copy.copy(store), copy.deepcopy(store)):
+        other.add("me", [8])
+        assert (store.tokens("me"), other.tokens("me")) == (4, 6)
+
+
 def test_a_second_call_is_guessed_from_the_first():
     store = Store()
     rounds = []
@@ -544,6 +628,34 @@ def test_ids_that_do_not_exist_end_a_prediction():
     expected = [*text[:3], 1000, *text[4:7], -5]
     got = gen.generate(**prompts(1), max_new_tokens=9, do_sample=False, prediction=expected)
     assert got[0, 9:].tolist() == text
+
+
+def test_ids_that_do_not_exist_are_never_submitted():
+    """By sampling the verifier has no answer to them but an error."""
+    gen = speculative(llama(), None, tokens=6, layout="slots")
+    options = {"max_new_tokens": 9, "do_sample": True, "seed": 1}
+    text = gen.generate(**prompts(1), **options)[0, 9:].tolist()
+    for wrong in (1000, -5):
+        got = gen.generate(**prompts(1), **options, prediction=[text[0], wrong])
+        assert got.shape == (1, 9 + 9)
+
+
+def test_how_far_ahead_a_single_token_counts():
+    for between, guess in (NEAR - 1, [41]), (NEAR, []):
+        expected = [5, *range(10, 10 + between), 40, 41]
+        found, _ = walked(expected, [5, 40])
+        assert found[-1] == guess
+
+
+def test_of_places_behind_the_nearest_comes_first():
+    found, _ = walked([7, 8, 30, 7, 8, 31, 40], [7, 8, 30, 7, 8, 31, 40, 7, 8])
+    assert found[-1][:1] == [31]
+
+
+def test_a_token_that_was_found_stands_for_no_second_one():
+    """The 4 is found alone, and once more as a part of a longer match at another place."""
+    _, appeared = walked([4, 4, 2], [3, 4, 2])
+    assert appeared.tolist() == [True, False, True]
 
 
 def test_forms_of_a_prediction():

@@ -7,10 +7,12 @@ import copy
 import re
 import string
 from itertools import accumulate, cycle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from specdec import (
     Cascade,
@@ -22,6 +24,7 @@ from specdec import (
     Proposal,
     Recycling,
     SpeculativeGenerator,
+    Store,
     Suffix,
     TranslatedDraft,
     UnsupportedModel,
@@ -30,10 +33,14 @@ from specdec import (
 from specdec.construction import build_proposer
 from specdec.length.adaptive import MOST
 from specdec.length.fixed import Fixed
-from specdec.proposers import cascade, draft_model, recycling
+from specdec.processing import Processing
+from specdec.proposers import Call, cascade, draft_model, recycling
+from specdec.proposers.fallback import show
 from specdec.proposers.mixture import Record
+from specdec.records import Round
+from specdec.sampling import Greedy
 from specdec.state import State
-from specdec.testing import assert_lossless, noisy_copy, tiny_llama
+from specdec.testing import assert_lossless, lively, noisy_copy, tiny_llama
 
 from .contract import llama, mamba2, mistral, noisy, plain, prompts, qwen3_next
 from .parrot import characters
@@ -292,6 +299,86 @@ def test_a_model_and_what_is_below_it_guess_by_turns(lower, monkeypatch):
         assert len(learnt) > asked.count(True)
 
 
+def test_no_level_of_a_cascade_but_the_last_is_lent_the_cache_of_the_target():
+    """It holds the text of the target; that of a level goes on behind it."""
+    seen = {}
+
+    class Noted(Says):
+        def begin(self, call):
+            seen["below"] = call.scorer
+            return self
+
+    class Model(DraftModel):
+        def open(self, call, run):
+            seen["above"] = call.scorer
+            return super().open(call, run)
+
+    run(llama(), Cascade(Noted([[5] * LONG]), Model(noisy(llama()))), prompts(1))
+    assert seen["below"] is None
+    assert seen["above"] is not None
+
+
+def test_every_level_of_a_cascade_learns_from_rounds_of_its_own(monkeypatch):
+    """Each asks a rule of its own how many guesses are made for it, so each has to tell it what came of them."""
+    seen = {}
+    monkeypatch.setattr(Fixed, "observe", lambda self, round_, _: seen.setdefault(id(self), []).append(round_))
+    run(llama(), Cascade(Says([[5] * LONG]), noisy(llama()), noisy(llama(1))), prompts(1))
+    assert len(seen) == 3  # the target's, and one for each of two levels
+    assert all(any(round_.lengths.any() for round_ in rounds) for rounds in seen.values())
+
+
+def test_a_level_is_never_fed_an_id_that_it_does_not_know():
+    """The target has an id more than the level, and what is below guesses it."""
+    target, model = tiny_llama(vocabulary=101), noisy_copy(tiny_llama(vocabulary=100), 0.1)
+    got, stats = run(target, Cascade(Says([[100] * LONG]), model), prompts(1))
+    assert got == plain(target, prompts(1), max_new_tokens=LONG).tolist()
+    assert stats.draft_forwards > 0
+
+
+def test_a_level_stops_where_it_is_unsure_and_where_no_more_pays(monkeypatch):
+    """What is below is always wrong, so a level writes token by token, as its model alone would."""
+    wrong = Says([[64] * LONG] * 3)  # an id that does not exist
+    model = noisy(llama())
+    _, alone = run(llama(), DraftModel(model, confidence=0.3), prompts(3))
+    _, stats = run(llama(), Cascade(wrong, DraftModel(model, confidence=0.3)), prompts(3))
+    assert stats.drafted_at == alone.drafted_at
+    assert stats.drafted_at[0] > stats.drafted_at[-1] > 0
+    monkeypatch.setattr(Fixed, "goes_on", lambda self, chances: False)
+    _, stats = run(llama(), Cascade(wrong, model), prompts(3))
+    assert len(stats.drafted_at) == 1
+
+
+def test_what_is_below_a_model_keeps_what_came_out():
+    """A store learns from a call, wherever it is looked into."""
+    store = Store()
+    run(llama(), Cascade(Suffix(store=store, tenant="one"), noisy(llama())), prompts(1))
+    assert store.tokens("one") == LONG + 1  # and a mark behind it
+
+
+def test_what_is_below_sees_the_rounds_that_it_guessed_for_and_no_others():
+    seen = []
+
+    class Noted(Says):
+        def propose(self, state, limits):
+            self.guessed = super().propose(state, limits)
+            return self.guessed
+
+        def observe(self, round_):
+            seen.append(round_.proposal)
+            assert round_.proposal is self.guessed
+
+    _, stats = run(llama(), Cascade(Noted([[5] * LONG]), noisy(llama())), prompts(1))
+    assert len(seen) > stats.rounds  # a level makes several for one of the target
+
+
+def test_a_level_writes_nothing_beyond_its_positions():
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": START + LONG // 2}
+    model = lively(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval())
+    got, stats = run(llama(), Cascade("ngram", model), prompts(3))
+    assert got == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
+    assert stats.draft_forwards > 0
+
+
 def test_stopping_conditions_cut_a_cascade():
     text = plain(llama(), prompts(1), max_new_tokens=LONG)[0, START:].tolist()
     options = {"max_new_tokens": LONG, "do_sample": False, "eos_token_id": text[7]}
@@ -302,10 +389,6 @@ def test_stopping_conditions_cut_a_cascade():
 
 def test_a_longest_match_in_text_that_may_be_taken_back():
     """What is not settled is looked up and not taken in: after a revision the guess is that of the new text."""
-    from specdec.processing import Processing
-    from specdec.proposers import Call
-    from specdec.sampling import Greedy
-
     prompt = torch.tensor([[5, 6, 7, 8, 5, 6]])
     state, text = (
         State(prompt, max_length=20, max_guesses=4, eos_ids=None, pad_id=0, starts=np.zeros(1, dtype=np.int64))
@@ -317,6 +400,24 @@ def test_a_longest_match_in_text_that_may_be_taken_back():
     for loose, guess in ([7], [8, 5, 6]), ([], [7, 8, 5]), ([7, 8], [5, 6]), ([9], []):
         text.follow(state, 0)
         text.host_tokens[0, 6 : 6 + len(loose)] = loose
+        text.lengths = state.lengths + len(loose)
+        proposal = run.propose(text, np.array([3]))
+        assert proposal.tokens[0, : proposal.lengths[0]].tolist() == guess
+
+
+def test_a_store_is_looked_into_with_text_that_may_be_taken_back():
+    store = Store()
+    store.add("me", [5, 6, 7, 30, 31, 32])
+    prompt = torch.tensor([[9, 5, 6]])
+    state, text = (
+        State(prompt, max_length=20, max_guesses=4, eos_ids=None, pad_id=0, starts=np.zeros(1, dtype=np.int64))
+        for _ in range(2)
+    )
+    state.vocabulary = 64
+    run = Suffix(store=store, tenant="me").begin(Call(llama(), prompt, {}, 20, Processing([]), Greedy()))
+    for loose, guess in ([7], [30, 31, 32]), ([], [7, 30, 31]), ([7, 30], [31, 32]), ([8], []):
+        text.follow(state, 0)
+        text.host_tokens[0, 3 : 3 + len(loose)] = loose
         text.lengths = state.lengths + len(loose)
         proposal = run.propose(text, np.array([3]))
         assert proposal.tokens[0, : proposal.lengths[0]].tolist() == guess
@@ -495,6 +596,18 @@ def test_a_list_puts_one_behind_another():
             SpeculativeGenerator(llama(), draft)
     with pytest.raises(VocabularyMismatch):
         SpeculativeGenerator(llama(), ["suffix", tiny_llama(vocabulary=90)])
+
+
+def test_a_round_looks_as_if_nothing_was_guessed_where_another_did():
+    seen = []
+    mine, other = (Proposal.certain(guesses, torch.device("cpu")) for guesses in ([[5, 6], []], [[5, 6], [7]]))
+    two, rows = np.array([2, 1]), np.zeros((2, 3), dtype=np.int64)
+    round_ = Round(other, other.tokens.numpy(), two, two, rows, two + 1, two, torch.zeros(2, 3, 8))
+    show(SimpleNamespace(observe=seen.append), np.array([True, False]), mine, round_)
+    assert seen[0].proposal is mine
+    assert seen[0].drafted.tolist() == [[5, 6], [-1, -1]]
+    assert seen[0].lengths.tolist() == seen[0].accepted.tolist() == [2, 0]
+    assert seen[0].counts.tolist() == [3, 2]
 
 
 def test_a_model_is_only_asked_where_the_text_does_not_repeat():

@@ -4,10 +4,12 @@ The trace is the times and sizes of a row's chunks. Times are virtual: a clock t
 """
 
 import asyncio
+import contextvars
 import gc
 import itertools
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec import Chunk, InvalidInput, ShapedRelease, SpeculativeGenerator, Tokens, shaping, unpad
-from specdec.ahead import surroundings
+from specdec.ahead import Ahead, surroundings
 from specdec.shaping import on_a_clock
 
 from .contract import NEW, llama, oracle, plain, prompts, speculative
@@ -279,6 +281,14 @@ def test_half_a_character_at_the_end_comes_out(tokenizer):  # noqa: F811
     assert "".join(content.text for content in contents) == "A\ufffd"
 
 
+def test_a_character_is_not_divided_where_its_end_came_long_ago(tokenizer):  # noqa: F811
+    """The whole text is there with the first chunk; what is due ends within a character."""
+    release = ShapedRelease(1, 0.5, 32)
+    record = Tokens(0, tuple("ä.".encode()), (False,) * 3, None, True)
+    _, (contents,) = traces([(0.0, record)], 1, release, tokenizer)
+    assert [content.text for content in contents] == ["", "ä", "."]
+
+
 # --- through the front door -----------------------------------------------------------------------
 
 
@@ -401,6 +411,80 @@ def test_cancelled_calls_leave_nothing(how):
         assert not runners()
     assert len(of_a_call()) == found
     assert gen.generate(**prompts(3), **GREEDY).tolist() == plain(llama(), prompts(3)).tolist()
+
+
+def test_what_came_is_taken_before_what_ended_it_is_raised():
+    def items():
+        yield from (1, 2)
+        raise Broken
+
+    ahead = Ahead(items())
+    ahead.start()
+    with pytest.raises(Broken):
+        ahead.result()
+    assert ahead.taken() == [1, 2]
+    with pytest.raises(Broken):
+        ahead.taken()
+
+
+def test_what_comes_while_it_is_asked_for_is_not_lost():
+    ahead = Ahead(item for item in ())
+
+    class Late(deque):
+        def __len__(self):
+            found = super().__len__()
+            if not found and not ahead._over:  # behind the question an item comes, and an error
+                self.append(1)
+                ahead._error, ahead._over = Broken(), True
+            return found
+
+    ahead._come = Late()
+    assert ahead.taken() == []
+    assert ahead.taken() == [1]
+    with pytest.raises(Broken):
+        ahead.taken()
+
+
+def test_a_generator_is_closed_when_close_returns():
+    def items():
+        while True:
+            yield 1
+
+    for begins in (False, True):
+        own = items()
+        ahead = Ahead(own)
+        if begins:
+            ahead.start()
+            ahead.wait()
+        ahead.close()
+        assert own.gi_frame is None
+        assert ahead.taken() == []
+
+
+def test_a_generator_may_be_closed_from_its_own_thread():
+    """The garbage collector runs in any."""
+
+    def items():
+        yield 1
+        ahead.close()
+        yield 2
+
+    ahead = Ahead(items())
+    ahead.start()
+    assert ahead.result() is None
+
+
+def test_the_thread_sees_the_context_of_its_maker():
+    said = contextvars.ContextVar("said", default="nothing")
+    said.set("something")
+
+    def items():
+        yield said.get()
+
+    ahead = Ahead(items())
+    ahead.start()
+    ahead.result()
+    assert ahead.taken() == ["something"]
 
 
 def test_closing_needs_no_garbage_collector():
@@ -562,7 +646,7 @@ def test_the_room_of_a_chunk():
     assert len(payload) == HEADER + 0xFFFF
 
 
-@pytest.mark.parametrize("payload", [b"", b"\0\0", b"\0\0\x05abc"])
+@pytest.mark.parametrize("payload", [b"", b"\0\0", b"\0\0\x05abc", b"\x02\0\x05abc"])
 def test_no_payload(payload):
     with pytest.raises(InvalidInput, match="payload"):
         unpad(payload)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import threading
 import weakref
 
 import pytest
@@ -16,12 +17,13 @@ from specdec.layouts.columns import Columns
 from specdec.layouts.slots import SlotCache
 from specdec.scorer import Scorer
 from specdec.state import State
-from specdec.streaming import Text
+from specdec.streaming import Text, in_threads
 from specdec.testing import byte_tokenizer
 
 from .contract import (
     NEW,
     Counted,
+    Guesses,
     assert_untouched,
     fingerprint,
     gemma,
@@ -129,6 +131,15 @@ def test_which_tokens_the_draft_guessed():
     assert not any(flag for record in records for flag in record.from_draft)
 
 
+def test_an_end_of_sequence_that_the_draft_guessed():
+    free = plain(llama(), prompts(1))
+    eos = int(free[0, START + 2])
+    assert eos not in free[0, START : START + 2]
+    gen = speculative(llama(), oracle(free), layout="slots")
+    records, _ = drain(gen.stream(**prompts(1), **GREEDY, eos_token_id=eos))
+    assert [flag for record in records for flag in record.from_draft] == [False, True, True]
+
+
 def test_tokens_come_while_the_model_still_runs():
     gen = speculative(llama(), "noisy")
     with Counted(llama()) as counted:
@@ -195,6 +206,13 @@ def test_pieces_of_text_with_stray_bytes_are_the_whole_text():
             told += text.add(ids[start:end], ended=end >= len(ids))
             start = end
         assert told == tokenizer.decode(ids)
+
+
+def test_special_tokens_are_no_text():
+    made = byte_tokenizer()
+    ids = made("hi")["input_ids"]
+    text = Text(made)
+    assert text.add(ids[:1], False) + text.add([*ids[1:], made.eos_token_id], True) == "hi"
 
 
 def test_without_a_tokenizer_no_text():
@@ -265,6 +283,18 @@ def test_a_text_that_outgrows_the_room_made_for_it(monkeypatch):
     assert out.tolist() == wanted.tolist()
     assert rows_of(records, 3) == wanted[:, START:].tolist()
     assert sum(sum(record.from_draft) for record in records) == gen.stats.accepted > 0
+
+
+def test_what_was_guessed_is_remembered_while_the_room_grows(monkeypatch):
+    """A row runs ahead of the others, and with a condition its tokens wait to be told."""
+    monkeypatch.setattr("specdec.state.ROOM", 5)
+    wanted = plain(llama(), prompts(3), max_new_tokens=24)
+    right = oracle(wanted)
+    ahead = Guesses(lambda row, column, state: right.choose(row, column, state) if row == 0 else 64)
+    gen = speculative(llama(), ahead, layout="slots")
+    never = {"stopping_criteria": [lambda ids, scores: False]}
+    records, _ = drain(gen.stream(**prompts(3), max_new_tokens=24, do_sample=False, **never))
+    assert sum(sum(record.from_draft) for record in records) == gen.stats.accepted > 12
 
 
 # --- cancelling -----------------------------------------------------------------------------------
@@ -380,6 +410,28 @@ def test_async_cancelled_in_the_middle(how):
         asyncio.run({"cancelled": cancelled, "closed": closed, "left": left}[how]())
     assert len(of_a_call()) == found
     assert gen.generate(**prompts(3), **GREEDY).tolist() == plain(llama(), prompts(3)).tolist()
+
+
+def test_a_stream_is_closed_beside_the_event_loop():
+    """It may have a round to end first, and whatever else the loop serves must not wait for that."""
+    threads = []
+
+    def records():
+        try:
+            while True:
+                yield Tokens(0, (1,), (False,), None, False)
+        finally:
+            threads.append(threading.get_ident())
+
+    async def one():
+        stream = in_threads(records())
+        await anext(stream)
+        await stream.aclose()
+        return threading.get_ident()
+
+    here = asyncio.run(one())
+    assert len(threads) == 1
+    assert threads != [here]
 
 
 class Broken(Exception):

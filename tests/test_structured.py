@@ -156,6 +156,19 @@ def test_masks_know_no_token_that_does_not_exist_and_ends_only_at_the_end(kind, 
         assert np.flatnonzero(np.unpackbits(place.mask().view(np.uint8), bitorder="little")).tolist() == [1]
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_special_tokens_are_no_text_and_ends_are_a_grammars_own(library):
+    """One tokenizer serves grammars with other ends; the name of a special token may be what a grammar asks for."""
+    tokenizer = byte_tokenizer()
+    for end in (1, 7, 1):
+        only = regex("(<[a-z]*>)?", tokenizer, backend=library, eos_token_id=end)
+        start = only.grammars[0].start()
+        assert not allows(start.mask(), 0)
+        assert allows(start.mask(), tokenizer("<")["input_ids"][0])
+        assert [one for one in (1, 7) if allows(start.mask(), one)] == [end]
+        assert start.after(end).ended
+
+
 # --- tokens that are guessed without a draft ------------------------------------------------------
 
 
@@ -237,6 +250,33 @@ def test_foreseen_and_drafted_guesses_in_one_round(sample, number, layout):
     assert out[:, processor.length + 3].tolist() == [8] * 3
 
 
+class ForeseesTooMuch(LogitsProcessor):
+    """Its tokenizer has more ids than the model; as one that has a state and forbids nothing."""
+
+    def start(self, prompt):
+        return [0] * len(prompt)
+
+    def advance(self, state, token):
+        return state
+
+    def process(self, states, scores):
+        return scores.clone()
+
+    def forward(self, state, most):
+        return [1000] * most
+
+
+@pytest.mark.parametrize("draft", [lambda target: noisy_copy(target, 0.1), lambda target: None])
+def test_foreseen_ids_that_the_target_lacks_are_never_submitted(draft):
+    """By sampling the verifier has no answer to them but an error."""
+    target, inputs = tiny_llama(), ragged_prompt()
+    gen = SpeculativeGenerator(target, draft(target), num_draft_tokens=3, layout="slots")
+    options = {"max_new_tokens": 8, "do_sample": True, "seed": 1}
+    got = gen.generate(**inputs, **options, logits_processor=[ForeseesTooMuch()])
+    assert got.shape == (3, 9 + 8)
+    assert (gen.stats.accepted > 0) == (draft(target) is not None)
+
+
 def test_the_controller_likes_what_costs_nothing():
     """Free guesses are made where a draft would not pay, as long as they are kept."""
     rule = Adaptive(Assumed(0.9))
@@ -275,6 +315,8 @@ def test_a_constraint_costs_no_lockstep_and_shapes_the_draft():
     gen.generate(**inputs, max_new_tokens=24, do_sample=False, logits_processor=[counting()])
     assert gen.stats.acceptance_rate == 1.0
     assert gen.stats.rounds <= 7
+    # a round's own, and the guesses for the states of target and draft
+    assert gen.stats.host_copies > 2 * gen.stats.rounds
     assert not Processing([counting()], inputs["input_ids"]).in_lockstep
 
 
@@ -514,6 +556,8 @@ def test_the_only_token_of_a_mask():
         assert not allows(mask_of([token], 3), (token + 1) % 96)
     assert single(mask_of([1, 2], 3)) is None
     assert single(mask_of([1, 40], 3)) is None
+    assert single(mask_of(range(32), 3)) is None  # a word of ones is -1
+    assert single(mask_of([0, 31], 3)) is None
     assert single(mask_of([], 3)) is None
     assert not allows(mask_of([1], 1), 32)
     assert not allows(mask_of([1], 1), -31)

@@ -115,6 +115,15 @@ def test_loans_that_overlap_leave_nothing(target, first_out):
     assert_untouched(target, before)
 
 
+def test_settings_given_between_two_loans_are_what_is_left(target):
+    """What a model had before its first loan is not what it had before its second."""
+    for own in (GenerationConfig(pad_token_id=0), GenerationConfig(pad_token_id=1)):
+        target.generation_config = own
+        with having(target, GenerationConfig()):
+            assert own_settings(target) is own
+        assert target.generation_config is own
+
+
 def test_tokens_are_healed_with_the_tokenizer_of_the_thread(target):
     used = []
     target.heal_tokens = lambda ids, tokenizer=None: used.append(tokenizer)

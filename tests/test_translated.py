@@ -19,7 +19,7 @@ from specdec.length.fixed import Fixed
 from specdec.proposers import draft_past
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
 from specdec.proposers.vocabulary import Vocabulary, pair, pieces_of, shared_ids, split_unfinished
-from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, mamba2
 from .parrot import TEXTS, Parrot, byte_level, characters, metaspace
@@ -102,6 +102,13 @@ def test_the_end_of_the_draft_is_the_end_of_the_target():
     theirs.add_special_tokens({"eos_token": "<end>"})
     shared = shared_ids(ours, theirs)
     assert dict(zip(shared.draft_ids.tolist(), shared.target_ids.tolist(), strict=True)) == {0: 1, 1: 0, 2: 2}
+
+
+def test_tokens_that_were_added_since_are_known():
+    made = byte_tokenizer()
+    before = len(pieces_of(made).of)
+    made.add_tokens(["ab"])
+    assert pieces_of(made).of[before:] == [b"ab"]
 
 
 def test_an_ordinary_token_is_no_special_one():
@@ -306,6 +313,27 @@ def test_what_the_draft_was_fed_is_the_committed_text(monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_draft_whose_scores_are_no_distribution_breaks_nothing(rule, method):
+    sizes = [len(tokenizer(kind)) for kind in ("bytes 300", "bytes 420")]
+    model, broken = tiny_llama(vocabulary=sizes[0]), tiny_llama(1, vocabulary=sizes[1])
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(torch.nan)
+    kinds = tokenizer("bytes 300"), tokenizer("bytes 420")
+    proposer = TranslatedDraft(broken, *kinds, method=method, confidence=0)  # never unsure
+    gen = SpeculativeGenerator(model, proposer, num_draft_tokens=3, verification=rule, layout="slots")
+    got = gen.generate(**prompts("bytes 300"), max_new_tokens=8, do_sample=True, seed=3)
+    assert got.shape[1] == prompts("bytes 300")["input_ids"].shape[1] + 8
+
+
+def test_a_surer_draft_leaves_the_other_as_it_was():
+    proposer = TranslatedDraft(parrot("bytes 420"), tokenizer("bytes 300"), tokenizer("bytes 420"))
+    surer = proposer.sure(0.9)
+    assert surer.shared is proposer.shared
+    assert (proposer._confidence, surer._confidence) == (None, 0.9)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_shared_noise_gives_the_same_text_with_any_draft(method):
     sizes = [len(tokenizer(kind)) for kind in ("bytes 300", "bytes 420")]
     model = tiny_llama(vocabulary=sizes[0])
@@ -458,6 +486,18 @@ def test_room_is_made_as_the_text_grows_not_for_all_that_it_may_become(method, m
     assert gen.generate(**options, max_new_tokens=10**6).tolist() == wanted.tolist()
     assert gen.stats.drafted > 100
     assert 60 < pasts[0]._tokens.shape[1] < 100
+
+
+def test_a_draft_that_cannot_take_the_prompt_is_asked_once():
+    small = tiny_llama(1, vocabulary=len(tokenizer("bytes 420")), max_position_embeddings=4)
+    model = tiny_llama(vocabulary=len(tokenizer("bytes 300")))
+    proposer = TranslatedDraft(small, tokenizer("bytes 300"), tokenizer("bytes 420"))
+    gen = SpeculativeGenerator(model, proposer, num_draft_tokens=3, layout="slots")
+    options = {**prompts("bytes 300"), "max_new_tokens": 8, "do_sample": False}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert torch.equal(gen.generate(**options), model.generate(**options))
+    assert [("drafts nothing" in str(one.message)) for one in told] == [True]
 
 
 def test_a_tokenizer_that_refuses_a_text_breaks_nothing(monkeypatch):

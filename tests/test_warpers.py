@@ -79,6 +79,19 @@ def test_rows_without_a_distribution_are_left_to_transformers(warper, bad):
     assert torch.equal(warp(warper, IDS, scores).nan_to_num(7.0), warper(IDS.expand(3, 1), scores).nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("warper", [hf.EtaLogitsWarper(3e-4), hf.TopHLogitsWarper(0.5)], ids=named)
+def test_rows_without_a_distribution_pass_what_would_raise_there(warper, bad):
+    scores = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    others = torch.tensor([0, 2])
+    wanted = warper(IDS.expand(2, 1), scores[others].clone())
+    scores[1] = bad if bad == -math.inf else scores[1]
+    scores[1, 5] = bad
+    found = warp(warper, IDS.expand(3, 1), scores)
+    assert torch.equal(found[1].nan_to_num(7.0), scores[1].nan_to_num(7.0))
+    assert torch.equal(found[others], wanted)
+
+
 def borders():
     """Rows and warpers for which mass and border agree up to rounding, no two scores being equal."""
     for size in (113, 127):

@@ -138,6 +138,35 @@ def test_shared_weights_stay_shared():
     assert same(plain(model), before)
 
 
+def test_weights_of_one_number_are_not_taken_for_one(monkeypatch):
+    """What is packed is let go of, and the next weight may get its place in memory, and with it its number."""
+    model = torch.nn.Sequential(Linear(32, 32), Linear(32, 32), Linear(32, 32))
+    before = plain(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(packed, "id", lambda one: 7, raising=False)
+        handle = pack_weights(model)
+    assert handle.layers == 3
+    assert same(plain(model), before)
+
+
+def test_packing_that_breaks_off_leaves_the_model_as_it_was(monkeypatch):
+    model = torch.nn.Sequential(Linear(32, 32), Linear(32, 32))
+    before, forms = plain(model), []
+    right = packed._form
+
+    def form(weight):
+        forms.append(1)
+        if len(forms) == 2:
+            raise MemoryError
+        return right(weight)
+
+    monkeypatch.setattr(packed, "_form", form)
+    with pytest.raises(MemoryError):
+        pack_weights(model)
+    assert {type(weight) for weight in model.parameters()} == {torch.nn.Parameter}
+    assert same(plain(model), before)
+
+
 def test_weights_learn_again_as_they_did():
     model = torch.nn.Sequential(Linear(32, 16), Linear(16, 16).requires_grad_(False))
     with pack_weights(model):
@@ -421,6 +450,9 @@ def test_a_draft_shares_all_but_linear_weights_and_leaves_the_model_alone():
         assert type(draft) is type(model)
         assert draft.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
         assert draft.model.norm.weight.data_ptr() == model.model.norm.weight.data_ptr()
+        own = dict(model.named_buffers())
+        assert own
+        assert all(buffer is own[name] for name, buffer in draft.named_buffers() if name in own)
         draft.config.pad_token_id = 5
         draft.generation_config.pad_token_id = 5
         with warnings.catch_warnings():
