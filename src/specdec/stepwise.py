@@ -26,9 +26,11 @@ from specdec.transfer import to_device, to_host
 class Stepwise(Protocol):
     """A logits processor whose state is a value; give it to ``generate(logits_processor=[...])``.
 
-    To be used with plain ``generate()`` too it must also be a ``LogitsProcessor``. It may have one more method,
+    To be used with plain ``generate()`` too it must also be a ``LogitsProcessor``. It may have two more methods:
     ``forward(state, most)``: up to ``most`` ids that will very probably follow, guessed without asking a draft
     (jump-forward); any answer is exact, a good one is fast.
+    And ``require(state)``, which is called when the text has come to ``state`` and may raise: what is wrong with a
+    state that only guesses lead to is no error.
     """
 
     def start(self, prompt: Tensor) -> Sequence[Any]:
