@@ -15,6 +15,7 @@ Knows nothing of verification. Read next: ``vocabulary.py``.
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ from specdec.weights.layers import count_layers, with_layers
 from specdec.whole import at_least
 
 
-class OwnLayers(Sure):
+class OwnLayers(Sure, ABC):
     """Some layers of the target draft; which, its children say."""
 
     def __init__(self, confidence: float | None) -> None:
@@ -44,9 +45,9 @@ class OwnLayers(Sure):
         super().__init__(confidence)
         self._part = _Part()
 
+    @abstractmethod
     def kept(self, depth: int) -> tuple[int, ...]:
         """The layers of a target of ``depth`` layers that draft."""
-        raise NotImplementedError
 
     def check(self, target: Any) -> None:
         """Refuse a target that does not have these layers, or whose layers cannot be told from the rest."""
