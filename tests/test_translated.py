@@ -173,6 +173,41 @@ def test_committed_text_becomes_the_ids_that_the_draft_would_have(target, draft)
         assert head + row.tail == theirs.encode([text])[0]
 
 
+def test_what_ids_say_to_the_draft():
+    ours, theirs = characters("ab"), characters("abc")
+    ours.add_special_tokens({"eos_token": "<stop>"})
+    theirs.add_special_tokens({"eos_token": "<end>"})
+    between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+    # the end is the draft's own; ids that the tokenizer does not have say nothing
+    assert between.bytes_of(np.array([0, 1, 2, 3, -1])) == b"ab<end>"
+
+
+def test_prompts_begin_as_the_drafts_own_do():
+    between = translator("bytes 420", "bytes 300")
+    (ids, behind_a_space), begin = between.target.encode(["The fox", " The fox"]), between.target.pieces.roles
+    rows = [[begin["bos_token_id"], *ids], ids, behind_a_space, []]
+    prompts, rest = between.prompts([np.array(row, dtype=np.int64) for row in rows])
+    theirs = between.draft.encode(["The fox", " The fox"])
+    # no text has no ids, and there must be one to be fed
+    assert prompts == [theirs[0], theirs[0], theirs[1], [between.draft.pieces.roles["bos_token_id"]]]
+    assert rest == [b""] * 4
+
+
+def test_a_prompt_may_end_inside_a_character():
+    between = translator("bytes 300", "bytes 420")
+    half = np.array([between.target.pieces.of.index(byte) for byte in (b"a", b"\xc3")])
+    prompts, (rest,) = between.prompts([half])
+    assert prompts == between.draft.encode(["a"])
+    assert DraftRow(1, rest).add(b"\xa9") == "é"
+
+
+def test_bytes_that_finish_no_character_are_one_id_where_the_draft_has_it():
+    between = translator("bytes 300", "bytes 420")
+    of = between.draft.pieces.of
+    assert between.unfinished_ids(b"\xe2\x82") == [of.index(b"\xe2\x82")]
+    assert between.unfinished_ids(b"\xe2\x83") == [of.index(b"\xe2"), of.index(b"\x83")]
+
+
 def test_a_split_character_is_fed_as_bytes():
     between = translator("bytes 300", "spaces 345")
     row = DraftRow(0, b"")
@@ -205,6 +240,26 @@ def test_a_text_that_a_tokenizer_cannot_say_is_left_behind():
     assert row.settled > 200
 
 
+def test_what_is_left_behind_is_whole_characters():
+    ours, theirs = byte_level(300), characters("AB")
+    theirs.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace("B", "A")
+    between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+    row = DraftRow(0, b"")
+    said = row.add(b"B" * (LONGEST_TAIL + 1) + b"\xc3")
+    row.encoded(between.draft.encode([said])[0], between)
+    assert row.settled == LONGEST_TAIL + 1
+    assert row.add(b"\xa9") == "é"
+
+
+def test_a_text_without_ids_has_no_end_to_guess_behind():
+    ours, theirs = characters("ab"), characters("a")
+    between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+    row = DraftRow(0, b"")
+    row.encoded(between.draft.encode([row.add(b"b")])[0], between)
+    assert row.tail == [0]
+    assert not row.known
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_behind_committed_tokens(kind):
     between = translator(kind, "bytes 300")
@@ -217,6 +272,16 @@ def test_text_behind_committed_tokens(kind):
             assert found == ids[cut:] or not found
         found = between.follow([np.array(ids[:6])] * 2, [vocabulary.pieces.join(ids[6:]), b""])
         assert found == [ids[6:], []]
+
+
+def test_tokens_that_no_encoding_would_give_are_looked_behind_less():
+    between = translator("bytes 420", "bytes 300")
+    encoded = between.target.encode
+    letters = [one for ids in encoded(["T", "h", "e", " quick"]) for one in ids]
+    assert between.follow([np.array(letters)], [b" brown"]) == encoded([" brown"])
+    # an id of a padded vocabulary says nothing; what is no whole character can be compared with nothing
+    assert between.follow([np.array([10**6, *encoded(["The"])[0]])], [b" quick"]) == encoded([" quick"])
+    assert between.follow([np.array([between.target.pieces.of.index(b"\xa9")])], [b"a"]) == [[]]
 
 
 def test_text_that_would_change_a_committed_token_is_no_guess():
