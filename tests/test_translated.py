@@ -251,6 +251,15 @@ def test_what_is_left_behind_is_whole_characters():
     assert row.add(b"\xa9") == "é"
 
 
+def test_a_tail_is_not_cut_where_its_ids_say_another_text():
+    ours, theirs = characters("AB"), characters("AB")
+    theirs.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace("B", "AA")
+    between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+    row = DraftRow(0, b"")
+    assert row.encoded(between.draft.encode([row.add(b"B" * 10)])[0], between) == []
+    assert row.add(b"B") == "B" * 11
+
+
 def test_a_text_without_ids_has_no_end_to_guess_behind():
     ours, theirs = characters("ab"), characters("a")
     between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
