@@ -152,6 +152,37 @@ def windowed(**config):
     return lively(MistralForCausalLM(MistralConfig(**{**sizes, **config})).eval())
 
 
+def test_what_is_handed_over_is_not_held_twice(monkeypatch):
+    """Layer by layer: at no time are there two of all of them."""
+    right, held = slots.give_back, []
+
+    def watched(layer, keys, values, columns):
+        held.append([one.keys.numel() > 0 for one in cache.layers])
+        right(layer, keys, values, columns)
+
+    def hand_over(self, columns, right=slots.Slots.hand_over):
+        nonlocal cache
+        cache = self._cache
+        return right(self, columns)
+
+    cache = None
+    monkeypatch.setattr(slots, "give_back", watched)
+    monkeypatch.setattr(slots.Slots, "hand_over", hand_over)
+    gen = SpeculativeGenerator(tiny_llama(num_hidden_layers=3), "ngram", num_draft_tokens=3, layout="slots")
+    gen.generate(**ragged_prompt(), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    assert held == [[True, True, True], [False, True, True], [False, False, True]]
+    assert not any(one.keys.numel() for one in cache.layers)
+
+
+def test_without_positions_columns_are_counted_hidden_ones_too():
+    layout = object.__new__(slots.Slots)
+    layout._hidden, layout._width, layout._last_position = 4, 2, None
+    columns = torch.tensor([[2, 3], [5, 6]])
+    assert layout._positions_of(columns).tolist() == [[6, 7], [9, 10]]
+    layout._last_position = torch.tensor([[7], [5]])
+    assert layout._positions_of(columns).tolist() == [[8, 9], [9, 10]]
+
+
 def test_a_cache_holds_what_its_fullest_layer_does():
     """Some layers keep nothing: they read what others keep."""
     cache = DynamicCache()

@@ -9,12 +9,14 @@ import string
 import warnings
 import weakref
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from specdec import InvalidInput, SpeculativeGenerator, TranslatedDraft, UnsupportedModel, VocabularyMismatch
+from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
 from specdec.proposers import draft_past
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
@@ -288,9 +290,13 @@ def test_tokens_that_no_encoding_would_give_are_looked_behind_less():
     encoded = between.target.encode
     letters = [one for ids in encoded(["T", "h", "e", " quick"]) for one in ids]
     assert between.follow([np.array(letters)], [b" brown"]) == encoded([" brown"])
-    # an id of a padded vocabulary says nothing; what is no whole character can be compared with nothing
+    # half of a character comes out as another one: what is compared begins behind it
+    half = between.target.pieces.of.index(b"\xa9")
+    assert len(encoded(["ÿ"])[0]) == 2
+    assert between.follow([np.array([half, *encoded(["ÿ"])[0]])], [b"a"]) == encoded(["a"])
+    assert between.follow([np.array([half])], [b"a"]) == [[]]
+    # an id of a padded vocabulary says nothing
     assert between.follow([np.array([10**6, *encoded(["The"])[0]])], [b" quick"]) == encoded([" quick"])
-    assert between.follow([np.array([between.target.pieces.of.index(b"\xa9")])], [b"a"]) == [[]]
 
 
 def test_text_that_would_change_a_committed_token_is_no_guess():
@@ -524,6 +530,75 @@ def test_a_draft_that_is_too_short_for_the_text():
     with pytest.warns(UserWarning, match="drafts nothing with LlamaForCausalLM: the prompt has"):
         gen.generate(**long, max_new_tokens=8, do_sample=False)
     assert gen.stats.drafted == 0
+
+
+def test_a_row_that_is_too_long_for_the_draft_leaves_the_others_theirs(monkeypatch):
+    target = tiny_llama(vocabulary=300)
+    draft = tiny_llama(1, vocabulary=345, max_position_embeddings=30)
+    proposer = TranslatedDraft(draft, tokenizer("bytes 300"), tokenizer("spaces 345"), confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
+    right, seen = draft_past.DraftPast.follow, []
+
+    def watched(self, state, limits):
+        found = right(self, state, limits)
+        if self._rows:
+            assert not found[~self._active].any()
+            assert (self.lengths + found).max() <= 30
+            seen.append(self._active.copy())
+        return found
+
+    monkeypatch.setattr(draft_past.DraftPast, "follow", watched)
+    prompt = ragged_prompt((9, 6, 4), 300)
+    plain = target.generate(**prompt, max_new_tokens=40, do_sample=False)
+    assert gen.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
+    assert any(active.any() and not active.all() for active in seen)
+    # who has left does not come back
+    assert all((after <= before).all() for before, after in pairwise(seen))
+
+
+def test_a_draft_that_knows_fewer_ids_than_its_tokenizer():
+    target, draft = parrot("bytes 300"), tiny_llama(1, vocabulary=300)
+    for method in METHODS:
+        proposer = TranslatedDraft(
+            draft, tokenizer("bytes 300"), tokenizer("bytes 420"), method=method, confidence=0
+        )
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=3)
+        plain = target.generate(**prompts("bytes 300"), max_new_tokens=20, do_sample=False)
+        assert gen.generate(**prompts("bytes 300"), max_new_tokens=20, do_sample=False).tolist() == plain.tolist()
+        assert gen.stats.drafted > 0
+
+
+def test_guesses_are_remembered_as_they_were_fed():
+    past = object.__new__(draft_past.DraftPast)
+    past._embeds = 4
+    past.remember(np.array([[1, 5, -1]]))
+    assert past._guesses.tolist() == [[1, 3, -1]]  # one that is unknown is no id
+
+
+def test_a_text_may_be_much_longer_in_the_drafts_ids(monkeypatch):
+    made, pasts = draft_past.DraftPast.__init__, []
+    monkeypatch.setattr(draft_past.DraftPast, "__init__", lambda *args: pasts.append(args[0]) or made(*args))
+    letters, inputs = byte_level(260), tokenizer("bytes 420")([TEXTS[0][:3]], return_tensors="pt")
+    proposer = TranslatedDraft(Parrot(letters), tokenizer("bytes 420"), letters, method="strings")
+    gen = SpeculativeGenerator(parrot("bytes 420"), proposer, num_draft_tokens=4)
+    gen.generate(inputs["input_ids"], max_new_tokens=50, do_sample=False)
+    assert gen.stats.emitted < 50  # the end of the text was reached
+    assert pasts[0].lengths[0] > 90  # and followed: a letter is a column
+
+
+def test_the_draft_of_a_pair_is_run_as_one(monkeypatch):
+    target, draft = pair_of_models()
+    proposer = TranslatedDraft(draft, tokenizer("bytes 420"), tokenizer("bytes 300"))
+    proposer._steps = CompiledSteps()
+    proposer._steps.refused = "nothing is compiled here"
+    made, given = draft_past.Scorer, []
+    monkeypatch.setattr(
+        draft_past, "Scorer", lambda *args, **options: given.append(options) or made(*args, **options)
+    )
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
+    gen.generate(**ragged_prompt(vocabulary=400), max_new_tokens=12, do_sample=False)
+    assert given[0]["steps"] is proposer._steps
+    assert gen.stats.draft_layout == "slots"
 
 
 @pytest.mark.parametrize("method", METHODS)
