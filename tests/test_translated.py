@@ -533,9 +533,10 @@ def test_a_draft_that_is_too_short_for_the_text():
 
 
 def test_a_row_that_is_too_long_for_the_draft_leaves_the_others_theirs(monkeypatch):
-    target = tiny_llama(vocabulary=300)
-    draft = tiny_llama(1, vocabulary=345, max_position_embeddings=30)
-    proposer = TranslatedDraft(draft, tokenizer("bytes 300"), tokenizer("spaces 345"), confidence=0)
+    target, letters = parrot("bytes 420"), byte_level(260)
+    draft = Parrot(letters)
+    draft.config.max_position_embeddings = 40
+    proposer = TranslatedDraft(draft, tokenizer("bytes 420"), letters, method="strings", confidence=0)
     gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
     right, seen = draft_past.DraftPast.follow, []
 
@@ -543,14 +544,14 @@ def test_a_row_that_is_too_long_for_the_draft_leaves_the_others_theirs(monkeypat
         found = right(self, state, limits)
         if self._rows:
             assert not found[~self._active].any()
-            assert (self.lengths + found).max() <= 30
+            assert (self.lengths + found).max() <= 40
             seen.append(self._active.copy())
         return found
 
     monkeypatch.setattr(draft_past.DraftPast, "follow", watched)
-    prompt = ragged_prompt((9, 6, 4), 300)
-    plain = target.generate(**prompt, max_new_tokens=40, do_sample=False)
-    assert gen.generate(**prompt, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
+    inputs = prompts("bytes 420", (4, 4, 4))
+    plain = target.generate(**inputs, max_new_tokens=40, do_sample=False)
+    assert gen.generate(**inputs, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
     assert any(active.any() and not active.all() for active in seen)
     # who has left does not come back
     assert all((after <= before).all() for before, after in pairwise(seen))
