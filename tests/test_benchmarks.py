@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from specdec.layouts import compiled
-from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 PROMPTS = sorted((FOLDER / "prompts").glob("*.toml"))
@@ -418,8 +418,10 @@ def test_exits(saved, capsys):
 def test_where_texts_part_and_how_near_the_scores_are():
     from exactness import divergences
 
-    target, prompt = tiny_llama(), ragged_prompt((6, 3, 4))
-    plain = target.generate(**prompt, max_new_tokens=8, do_sample=False)
+    # positions that are looked up, so that it matters where a row begins
+    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, eos_token_id=None)
+    target, prompt = lively(GPT2LMHeadModel(config).eval()), ragged_prompt((6, 3, 4))
+    plain = target.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     other = plain[:, :-1].clone()  # one may be shorter
     other[0, 9:11] += 1
     other[2, 6] += 1
