@@ -237,3 +237,13 @@ def test_settings_of_a_wrapped_model_while_a_call_has_lent_it_others(adapted):
     with having(adapted, copy.deepcopy(own)):
         assert own_settings(adapted) is own
     assert own_settings(adapted) is own
+
+
+def test_a_wrapped_model_heals_tokens_with_the_tokenizer_of_the_call(adapted, monkeypatch):
+    healed = []
+    inner = adapted.get_base_model()
+    monkeypatch.setattr(inner, "heal_tokens", lambda ids, given=None: healed.append(given) or ids, raising=False)
+    gen = SpeculativeGenerator(adapted, "ngram")
+    options = {**prompts(1), **GREEDY, "token_healing": True, "tokenizer": letters()}
+    assert gen.generate(**options).tolist() == adapted.generate(**options).tolist()
+    assert healed == [options["tokenizer"]] * 2

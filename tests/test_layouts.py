@@ -296,6 +296,23 @@ def test_a_full_memory_says_nothing_of_the_next_call(monkeypatch):
     assert gen.stats.layout == "slots"
 
 
+def test_what_another_layout_met_does_not_make_a_full_memory_a_verdict(monkeypatch):
+    model, prompt = tiny_llama(6), ragged_prompt((6,))
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+    met = [torch.OutOfMemoryError, ValueError]
+
+    def meets(*_):
+        raise met.pop(0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(check, "_agrees", meets)
+        with pytest.warns(UserWarning, match="plainly"):
+            gen.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert not met
+    gen.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert gen.stats.layout == "slots"
+
+
 def test_what_interrupts_the_self_check_is_no_verdict():
     target, calls = tiny_llama(), []
     options = {**ragged_prompt(), "max_new_tokens": 12, "do_sample": False}
@@ -407,6 +424,18 @@ def test_what_a_trial_changes_in_a_model_is_as_it_was():
     assert not model.running_mean.any()
 
 
+def test_large_states_are_put_back_and_quantised_weights_not_copied():
+    model = torch.nn.Linear(1, 1)
+    model.state = torch.zeros(256, 256)
+    model.register_buffer("packed", torch.zeros(256, 256, dtype=torch.uint8))
+    states = check._ModuleStates(model)
+    for one in (model.state, model.packed):
+        one += 1
+    states.put_back()
+    assert not model.state.any()
+    assert model.packed.all()
+
+
 @pytest.mark.parametrize("wrong", [None, (0, 0, 0), (0, 1, 0), (0, 1, 1), (1, 0, 0)])
 def test_every_row_that_the_self_check_looks_at_counts(wrong):
     """Two ragged passes over two rows; one number is off: in which pass, row and place?"""
@@ -429,6 +458,28 @@ def test_every_row_that_the_self_check_looks_at_counts(wrong):
 
     tokens = torch.randint(3, 9, (2, 5))
     assert check._agrees(Layout(), tokens, 3, truth) == (wrong is None)
+
+
+@pytest.mark.parametrize("wrong", [None, (0, 0), (1, 0), (2, 0), (2, 1)])
+def test_one_row_alone_is_looked_at_behind_a_right_guess_as_well(wrong):
+    truth = [torch.randn(1, 5), torch.randn(1, 5)]
+    fed, rewound = [], []
+
+    class Layout:
+        def forward(self, tokens, lengths, first, count):
+            scores = torch.stack([*truth, torch.randn(1, 5)], dim=1) if count == 3 else truth[1][:, None].clone()
+            if wrong is not None and wrong[0] == len(fed):
+                scores[0, wrong[1]] += torch.arange(5)
+            fed.append(tokens[0, first[0] : lengths[0]].tolist())
+            return scores
+
+        def rewind(self, kept, live):
+            rewound.extend(kept.tolist())
+
+    assert check._agrees(Layout(), torch.tensor([[5, 6, 7, 8, 9]]), 3, truth) == (wrong is None)
+    # wrong guesses; what they overwrote; a right guess and a wrong one
+    assert fed == [[8, 7, 8], [9], [8, 9, 8]][: len(fed)]
+    assert rewound == [4, 3][: len(fed) - 1]
 
 
 @torch.no_grad()
@@ -466,6 +517,16 @@ def test_the_check_sees_what_it_is_for():
     ruled_out = torch.tensor([[0.0, 1.0, -1e9]])
     assert check.close(torch.tensor([[0.0, 1.0, -2e9]]), ruled_out)
     assert not check.close(torch.tensor([[0.0, 1.0, 0.5]]), ruled_out)
+    assert not check.close(torch.tensor([[0.0, 1.0, torch.nan]]), ruled_out)
+    assert not check.close(truth - 7e-4, truth)
+    assert not check.close(torch.zeros(1, 50), torch.zeros(3, 50))
+    # far below the best there are no differences; of large scores the last digits are others
+    assert check.close(torch.tensor([[0.0, 1.0, -35.0]]), torch.tensor([[0.0, 1.0, -60.0]]))
+    large = torch.tensor([[60.0, 80.0]])
+    assert check.close(large + 1.5e-3, large)
+    assert not check.close(large + 3e-3, large)
+    nothing = torch.full((1, 3), -torch.inf)
+    assert check.close(nothing, nothing)
     half = truth.bfloat16()
     assert check.close((truth * 1.01).bfloat16(), half)
     assert not check.close((truth + 0.2 * torch.randn(3, 50)).bfloat16(), half)
