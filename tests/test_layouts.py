@@ -27,6 +27,8 @@ from specdec.proposers.draft_model import DraftModel
 from specdec.scorer import Scorer
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
+from .contract import Counted
+
 
 def fresh_cache(model, ids, mask):
     """Keys and values of a forward pass over ``ids`` alone: a list of (keys, values) a layer."""
@@ -273,11 +275,12 @@ def test_a_model_that_fails_the_self_check_decodes_plainly_and_says_so():
     model.generation_config = tiny_llama().generation_config
     prompt = ragged_prompt()
     gen = SpeculativeGenerator(model, "ngram")
-    with pytest.warns(UserWarning, match="decodes Forgetful plainly"):
+    with Counted(model) as counted, pytest.warns(UserWarning, match="decodes Forgetful plainly"):
         out = gen.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert torch.equal(out, tiny_llama().generate(**prompt, max_new_tokens=12, do_sample=False))
     assert gen.stats.layout == "plain"
     assert gen.stats.drafted == 0
+    assert gen.stats.target_forwards == counted.calls, "those of the layouts that failed as well"
 
 
 def test_a_full_memory_says_nothing_of_the_next_call(monkeypatch):
@@ -422,6 +425,17 @@ def test_what_a_trial_changes_in_a_model_is_as_it_was():
     assert model.seen is seen
     assert model.held is held
     assert not model.running_mean.any()
+
+
+def test_the_way_back_is_that_of_the_modules_too():
+    went = []
+    model, cache = torch.nn.BatchNorm1d(2), DynamicCache()
+    plain = SimpleNamespace(model=model, cache=cache, mark=lambda: 7, go_back=lambda *args: went.append(args))
+    mark = check._Mark(plain)
+    model.running_mean += 1
+    mark.put_back()
+    assert not model.running_mean.any()
+    assert [one for one, _ in went] == [7]
 
 
 def test_large_states_are_put_back_and_quantised_weights_not_copied():
