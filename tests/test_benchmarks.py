@@ -1,5 +1,6 @@
 """The benchmarks run from end to end, on tiny models: what they print is complete and adds up."""
 
+import io
 import json
 import sys
 import tomllib
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from specdec.layouts import compiled
-from specdec.testing import noisy_copy, tiny_llama
+from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 PROMPTS = sorted((FOLDER / "prompts").glob("*.toml"))
@@ -412,6 +413,107 @@ def test_exits(saved, capsys):
         assert found["divergences"] == []
     assert exits.main([saved[0], "--search", "0", "--least", "1", "--new", "8", "--dtype", "float32"]) == 0
     assert last_line(capsys)["found"]["1"] in ([0], [1])
+
+
+def test_where_texts_part_and_how_near_the_scores_are():
+    from exactness import divergences
+
+    # positions that are looked up, so that it matters where a row begins
+    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, eos_token_id=None)
+    target, prompt = lively(GPT2LMHeadModel(config).eval()), ragged_prompt((6, 3, 4))
+    plain = target.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    other = plain[:, :-1].clone()  # one may be shorter
+    other[0, 9:11] += 1
+    other[2, 6] += 1
+    found = divergences(target, prompt, plain, other)
+    assert [(one["row"], one["token"]) for one in found] == [(0, 3), (2, 0)]
+    for one in found:
+        # padding makes no difference to a row
+        start = int((prompt["attention_mask"][one["row"]] == 0).sum())
+        with torch.no_grad():
+            scores = target(plain[one["row"], start : 6 + one["token"]][None]).logits[0, -1]
+        best = scores.sort(descending=True).values
+        assert one["gap"] == pytest.approx(float(best[0] - best[1]), abs=1e-3)
+
+
+def test_a_target_is_changed_for_a_while():
+    from one_draft import changed
+
+    model = tiny_llama(dtype=torch.bfloat16)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    for size in (0.25, 0.0):
+        with changed(model, size, 2):
+            for name, weight in model.named_parameters():
+                difference = (weight - before[name]).float()
+                if "proj" not in name:  # embeddings, norms, the head
+                    assert not difference.any()
+                else:
+                    moved, wanted = float(difference.norm()), size * float(before[name].float().norm())
+                    assert moved == pytest.approx(wanted, rel=0.02)
+                    assert torch.linalg.svdvals(difference)[2:].sum() <= 0.1 * moved
+        assert all(weight.equal(before[name]) for name, weight in model.named_parameters())
+    with pytest.raises(KeyError), changed(model, 1.0, 2):
+        raise KeyError  # whatever happens in between
+    assert all(weight.equal(before[name]) for name, weight in model.named_parameters())
+
+
+def test_one_draft(saved, capsys, monkeypatch):
+    import one_draft
+
+    command = ["one_draft.py", saved[0], saved[0], "--sizes", "0,0.8", "--rank", "2", "--new", "10", "--k", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--dtype", "float32", "--classes", "chat"])
+    one_draft.main()
+    heading, same, changed = (line.split() for line in capsys.readouterr().out.splitlines()[-3:])
+    assert heading[:2] == ["size", "accepted"]
+    # the target's own twin: every guess is kept, until the target is another
+    assert same[:3] == ["0", "1.00", "1.00"]
+    assert same[-1] == "10"
+    assert changed[0] == "0.8"
+    assert float(changed[1]) < 1
+    assert int(changed[-1]) < 10
+
+
+def test_the_table():
+    from report import COLUMNS, show
+
+    figures = dict.fromkeys((
+        "tokens_per_second", "ratio_after_first_token", "model_bound", "of_model_bound", "acceptance_rate",
+        "tokens_per_round", "first_token_seconds", "gap_seconds", "bytes_per_second", "operations_per_token",
+        "bytes_per_token", "peak_memory_bytes", "repeated_8grams", "copied_8grams", "oracle_tokens_per_round",
+        "joules_per_token",
+    ))  # fmt: skip
+    figures |= {"ratio": {"median": 1.5, "low": 1.25, "high": 2.0, "geometric_mean": 1.6}, "batches": 2}
+    parted = {"batch": 1, "row": 2, "token": 3, "gap": 0.5}
+    plain = {**figures, "tokens_per_second": 10.0, "batches": 1, "divergences": []}
+    ours = {
+        **figures, "tokens_per_second": 15.0, "of_model_bound": 0.987, "first_token_seconds": {"p50": 0.02},
+        "gap_seconds": {"p50": 0.001, "p90": 0.01, "p99": 0.1}, "peak_memory_bytes": 3e6, "bytes_per_second": 4e9,
+        "operations_per_token": 5e9, "bytes_per_token": 6e9, "divergences": [parted],
+    }  # fmt: skip
+    both = {"plain": plain, "ours": ours}
+    out = io.StringIO()
+    show({"summary": {"chat": both, "all": both}, "skipped": {"assisted": "no [draft]"}}, out)
+    lines = out.getvalue().splitlines()
+    heading = lines[0]
+    # what nobody has is left out
+    shown = ("tokens/s", "x plain", "spread", "geo. mean", "reached", "first ms", "gap ms 50/90/99", "GB/s", "Gop")
+    assert heading.split() == [*" ".join(shown).split(), "GB", "MB"]
+    assert len(shown) + 2 < len(COLUMNS)
+    assert lines[1].strip() == "chat (1 batches)"
+    assert lines[2].split() == ["plain", "10.00", "1.50", "1.60"]  # no spread of one batch
+    wanted = ["ours", "15.00", "1.50", "1.25–2.00", "1.60", "99%", "20", "1/10/100", "4.0", "5.0", "6.00", "3"]
+    assert lines[3].split() == wanted
+    assert "Energy is not readable here." in lines
+    assert "assisted did not take part: no [draft]" in lines
+    # the same text is not told again for all classes together
+    (told,) = (line for line in lines if "parts from plain" in line)
+    assert told.startswith("chat, batch 1, row 2: ours parts from plain at new token 3, where")
+    assert told.endswith("are 0.5 apart")
+    figures["joules_per_token"] = 0.5
+    out = io.StringIO()
+    show({"summary": {"all": {"plain": {**figures, "divergences": []}}}, "skipped": {}}, out)
+    assert "J/token" in out.getvalue().splitlines()[0]
+    assert "not readable" not in out.getvalue()
 
 
 def test_first_use():

@@ -7,11 +7,13 @@ import gc
 import time
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, T5GemmaConfig, T5GemmaForConditionalGeneration
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specdec import SpeculativeGenerator
 from specdec.errors import InvalidInput
@@ -209,6 +211,57 @@ def test_a_compiler_that_fails_or_errs_is_not_used(monkeypatch, backend, reason)
     assert len([one for one in told if reason in str(one.message)]) == 1
 
 
+def test_passes_that_no_graph_is_made_for():
+    steps, cache = CompiledSteps(), SimpleNamespace(shape=(1, 5, 256))
+    inputs = {"past_key_values": None}
+    # a graph gives scores only: with None for a model, whatever gets as far as making one is warned about
+    for asked in ("output_hidden_states", "output_attentions"):
+        assert steps.run(None, {**inputs, asked: True}, cache, 5) is None
+    cache.shape = (1, 4, 256)
+    assert steps.run(None, inputs, cache, 4) is None
+    assert not steps.refused
+    cache.shape = (1, 5, 256)
+    with pytest.warns(UserWarning, match="runs NoneType eagerly"):
+        assert steps.run(None, inputs, cache, 5) is None
+    assert steps.run(None, inputs, cache, 5) is None, "once is enough"
+    assert steps.width(4) == 4, "nothing has to be filled up any more"
+
+
+class Small(torch.nn.Module):
+    """As much of a model as a graph needs: scores of the one number that it is given."""
+
+    def forward(self, ids, past_key_values, return_dict):
+        return CausalLMOutputWithPast(logits=self.scores(ids))
+
+    def scores(self, ids):
+        return ids[..., None].float() * torch.ones(3)
+
+
+class Breaks(Small):
+    """No single graph can be made of it."""
+
+    def scores(self, ids):
+        torch._dynamo.graph_break()
+        return super().scores(ids)
+
+
+def test_a_graph_is_of_one_shape_and_whole(traced):
+    steps = CompiledSteps()
+
+    def run(model, *shape):
+        inputs = {"ids": torch.ones(shape[:2], dtype=torch.int64), "past_key_values": None}
+        cache = SimpleNamespace(shape=shape, place_by_data=lambda: None, device=torch.device("cpu"))
+        return steps.run(model, inputs, cache, 1)
+
+    shapes = [(1, 2, 256), (3, 2, 256), (3, 2, 512), (3, 5, 256)]
+    for shape in [*shapes, *shapes]:
+        assert run(Small(), *shape).shape == (*shape[:2], 3)
+    assert steps.graphs == len(shapes)
+    with pytest.warns(UserWarning, match="eagerly"):
+        assert run(Breaks(), 1, 1, 256) is None
+    assert steps.graphs == 0, "what will not be used again is not kept"
+
+
 def test_what_interrupts_a_compiled_pass_is_the_callers(monkeypatch, traced):
     def late(*_):
         raise TimeoutError("deadline")
@@ -255,31 +308,62 @@ def test_captured_graphs_find_their_buffers_again(traced, monkeypatch):
     assert places[0] == places[1]
 
 
+class Cache:
+    """What is lent a buffer."""
+
+    def __init__(self, *held):
+        self.held = list(held)
+
+    def buffers(self):
+        return self.held
+
+    def move(self, buffers):
+        self.held = buffers
+
+
 def test_two_calls_at_once_do_not_share_buffers(monkeypatch):
     monkeypatch.setattr(compiled, "captures", lambda device: True)
 
-    class Cache:
-        def __init__(self):
-            self.held = [torch.zeros(2, 3)]
-
-        def buffers(self):
-            return self.held
-
-        def move(self, buffers):
-            self.held = buffers
-
     steps = CompiledSteps()
-    first, second = Cache(), Cache()
+    first, second = Cache(torch.zeros(2, 3)), Cache(torch.zeros(2, 3))
     steps.lend(first)
     steps.lend(second)
     place = first.held[0].data_ptr()
     assert place != second.held[0].data_ptr()
     del second, first
-    third = Cache()
+    third = Cache(torch.zeros(2, 3))
     third.held[0] += 1
     steps.lend(third)
     assert third.held[0].data_ptr() == place
     assert (third.held[0] == 1).all()
+
+
+def test_buffers_are_lent_to_their_own_kind(monkeypatch):
+    monkeypatch.setattr(compiled, "captures", lambda device: True)
+    marked = []
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda one, guard: marked.append(one.data_ptr()))
+    steps = CompiledSteps()
+    steps.lend(Cache())  # layers that keep nothing
+    kinds = [torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.float64)]
+    for buffer in kinds:
+        cache = Cache(buffer)
+        steps.lend(cache)
+        assert cache.held[0] is buffer
+        del cache
+        assert len(steps._free) == 1, "the last set only"
+    # where a captured graph writes must not move
+    assert marked == [buffer.data_ptr() for buffer in kinds]
+
+
+def test_scores_of_a_captured_graph_are_taken_away_before_the_next_replay(monkeypatch):
+    monkeypatch.setattr(compiled, "captures", lambda device: True)
+    begun = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    cache = SimpleNamespace(place_by_data=lambda: None, device=torch.device("cpu"))
+    place = torch.zeros(1)
+    scores = [compiled._replay(lambda *_: place.add_(1), None, {}, cache) for _ in range(2)]
+    assert [one.item() for one in scores] == [1, 2]
+    assert len(begun) == 2
 
 
 def test_a_model_is_not_kept_alive(traced):
@@ -315,6 +399,21 @@ def test_a_missing_compiler_is_named_at_once(monkeypatch):
         SpeculativeGenerator(target, draft, compile=True)
     with pytest.raises(InvalidInput, match=r"C\+\+ compiler"):
         DraftModel(draft, compile=True)
+
+
+def test_a_missing_triton_is_named_at_once(monkeypatch):
+    from torch.utils import _triton
+
+    model = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(_triton, "has_triton", lambda: True)
+    compiled.check_compiler(model)
+    monkeypatch.setattr(_triton, "has_triton", lambda: False)
+    with pytest.raises(InvalidInput, match="Triton on CUDA"):
+        compiled.check_compiler(model)
+
+
+def test_what_a_compiler_says_is_cut_short():
+    assert compiled._short(ValueError("a page\n" * 100)) == ("a page " * 100)[:200]
 
 
 def test_widths_and_rooms_are_few():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from specdec import DraftModel, SpeculativeGenerator, UnsupportedModel, UnsupportedOption, quantize_draft
 from specdec.attaching import having, own_settings
@@ -237,3 +237,26 @@ def test_settings_of_a_wrapped_model_while_a_call_has_lent_it_others(adapted):
     with having(adapted, copy.deepcopy(own)):
         assert own_settings(adapted) is own
     assert own_settings(adapted) is own
+
+
+def test_a_wrapped_model_heals_tokens_with_the_tokenizer_of_the_call(adapted, monkeypatch):
+    healed = []
+    inner = adapted.get_base_model()
+    monkeypatch.setattr(inner, "heal_tokens", lambda ids, given=None: healed.append(given) or ids, raising=False)
+    gen = SpeculativeGenerator(adapted, "ngram")
+    options = {**prompts(1), **GREEDY, "token_healing": True, "tokenizer": letters()}
+    assert gen.generate(**options).tolist() == adapted.generate(**options).tolist()
+    assert healed == [options["tokenizer"]] * 2
+
+
+def test_settings_that_a_wrapper_has_of_its_own(adapted):
+    """PEFT hands them to the model inside whenever it generates."""
+    text = adapted.generate(**prompts(1), **GREEDY)[0]
+    own = adapted.generation_config = GenerationConfig(pad_token_id=0, stop_strings=[text_of(text[12:13])])
+    with having(adapted, GenerationConfig()):
+        assert own_settings(adapted) is own
+    options = {**prompts(1), **GREEDY, "tokenizer": letters()}
+    wanted = adapted.generate(**options)
+    assert wanted.shape[1] < len(text)
+    assert SpeculativeGenerator(adapted, "ngram").generate(**options).tolist() == wanted.tolist()
+    assert adapted.generation_config is own

@@ -1,12 +1,14 @@
 """transformers' own options for assisted decoding: the same meaning here, or refused by name."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from specdec import DraftModel, InvalidInput, NGram, SpeculativeGenerator, UnsupportedOption
+from specdec.assistance import read_assistance
 from specdec.testing import byte_tokenizer, tiny_llama
 
 from .contract import NEW, Counted, assert_untouched, fingerprint, llama, noisy, plain, prompts, speculative
@@ -128,6 +130,33 @@ def test_refused(name):
     with Counted(llama()) as counted, pytest.raises(kind, match=message):
         speculative(llama(), "ngram").generate(**prompts(1), **options, **GREEDY)
     assert counted.calls == 0
+
+
+def test_what_counts_before_what():
+    config = GenerationConfig(prompt_lookup_num_tokens=4, max_matching_ngram_size=3)
+    found = read_assistance(True, config, None, {})
+    assert (found.num_draft_tokens, max(found.draft._sizes)) == (4, 3)
+    given = {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 1, "assistant_confidence_threshold": 0.5}
+    found = read_assistance(True, config, None, given)
+    assert (found.num_draft_tokens, max(found.draft._sizes), found.confidence) == (5, 1, 0.5)
+    found = read_assistance(True, None, config, {"prompt_lookup_num_tokens": 5, "num_assistant_tokens": 2})
+    assert (found.num_draft_tokens, max(found.draft._sizes)) == (2, 2), "transformers' own length of a match"
+    assert read_assistance(True, None, config, {}) is None
+    # what the draft's own settings say yields to the call's
+    settings = GenerationConfig(num_assistant_tokens=7, assistant_confidence_threshold=0.25)
+    model = SimpleNamespace(generation_config=settings)
+    found = read_assistance(True, None, None, {"assistant_model": model})
+    assert (found.draft, found.num_draft_tokens, found.confidence) == (model, 7, 0.25)
+    given = {"num_assistant_tokens": 3, "assistant_confidence_threshold": 0.0, "assistant_tokenizer": 1}
+    found = read_assistance(True, None, None, {"assistant_model": model, **given})
+    assert (found.num_draft_tokens, found.confidence, found.tokenizer) == (3, 0.0, 1)
+
+
+def test_nothing_is_asked_for():
+    for given in ({}, {"assistant_early_exit": 0}, {"assistant_early_exit": None, "num_assistant_tokens": None}):
+        assert read_assistance(False, GenerationConfig(), GenerationConfig(), given) is None
+    for name, value in {"num_assistant_tokens": 3, "assistant_confidence_threshold": 0.5}.items():
+        assert read_assistance(False, None, None, {name: value}).draft is None, "the generator's own"
 
 
 def test_what_an_exit_of_the_models_config_teaches_is_kept():

@@ -254,6 +254,15 @@ def test_an_encoder_decoder_takes_its_inputs_in_every_way(way):
     assert gen.stats.acceptance_rate == 1.0  # the draft read the same text
 
 
+def test_the_mask_of_an_encoder_says_nothing_of_the_answer():
+    """It may have as many columns as the answer has begun with."""
+    starts = []
+    draft = Guesses(lambda row, column, state: starts.append(state.starts.tolist()) or 5)
+    speculative(t5(), draft).generate(**prompts(3), decoder_input_ids=IDS, **GREEDY)
+    assert starts
+    assert all(found == [0, 0, 0] for found in starts)
+
+
 @pytest.mark.parametrize("draft", ["noisy", "ngram", None])
 def test_what_the_encoder_put_out(draft):
     inputs = {"encoder_outputs": t5().get_encoder()(**prompts(3)), "attention_mask": MASK}

@@ -104,8 +104,10 @@ def test_flags_without_the_dictionary_are_ignored_as_in_plain():
 
 @pytest.mark.parametrize("flag", ["output_attentions", "output_hidden_states"])
 def test_these_outputs_are_ignored_without_the_dictionary_as_in_plain(flag):
-    got = speculative(llama(), "noisy").generate(**prompts(1), max_new_tokens=NEW, do_sample=False, **{flag: True})
+    gen = speculative(llama(), "noisy")
+    got = gen.generate(**prompts(1), max_new_tokens=NEW, do_sample=False, **{flag: True})
     assert got.tolist() == plain(llama(), prompts(1)).tolist()
+    assert gen.stats.drafted > 0
 
 
 FLAGS = {"output_hidden_states": True, "output_attentions": True}

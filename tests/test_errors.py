@@ -32,6 +32,7 @@ from specdec import (
     prune_head,
 )
 from specdec.testing import TableModel, tiny_llama
+from specdec.whole import real, whole
 
 from .contract import Counted, bart, llama, noisy, oracle, plain, prompts, speculative, t5
 
@@ -132,6 +133,13 @@ def test_a_confidence_that_is_no_probability(confidence):
 def test_a_confidence_of_any_kind(kind):
     got = speculative(llama(), DraftModel(noisy(llama()), confidence=kind(0.5))).generate(**prompts(1), **SHORT)
     assert got.equal(plain(llama(), prompts(1), max_new_tokens=9))
+
+
+def test_what_is_a_number():
+    assert [whole(one) for one in (3, np.int8(3), torch.tensor(3))] == [3] * 3
+    assert not any(whole(one) for one in (True, np.True_, torch.tensor(True), 3.0, "3", None, torch.ones(2)))
+    assert [real(one) for one in (0.5, np.float32(0.5), torch.tensor(0.5))] == [0.5] * 3
+    assert not any(real(one) for one in (True, "0.5", b"0.5", None, [0.5], torch.ones(2), 10**400))
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])

@@ -1,6 +1,8 @@
 """In place: `target.generate` made speculative for a while, pipelines, and the `custom_generate` folder."""
 
 import copy
+import inspect
+import pickle
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,25 @@ def test_attached_to_a_model_with_a_generate_of_its_own(target):
         target.generate(**prompts(3), **GREEDY)
     assert target.generate is counted
     assert calls == [1]
+
+
+def test_a_copy_of_an_attached_target_is_its_own_and_plain(target, gen):
+    wanted = plain(target, prompts(3)).tolist()
+    with gen.attached():
+        copies = [copy.deepcopy(target), pickle.loads(pickle.dumps(target))]
+        calls = []
+        for one in copies:
+            one.register_forward_pre_hook(lambda *_: calls.append(1))
+            assert one.generate(**prompts(3), **GREEDY).tolist() == wanted
+    assert len(calls) == 2 * NEW
+
+
+def test_attached_shows_what_it_stands_for(target, gen):
+    """Frameworks ask which arguments generate() takes."""
+    wanted = inspect.signature(target.generate)
+    with gen.attached():
+        assert inspect.signature(target.generate) == wanted
+        assert target.generate.__name__ == "generate"
 
 
 def test_attached_leaves_other_doors_open(target, gen):

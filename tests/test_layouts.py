@@ -27,6 +27,8 @@ from specdec.proposers.draft_model import DraftModel
 from specdec.scorer import Scorer
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
+from .contract import Counted
+
 
 def fresh_cache(model, ids, mask):
     """Keys and values of a forward pass over ``ids`` alone: a list of (keys, values) a layer."""
@@ -152,6 +154,37 @@ def windowed(**config):
     return lively(MistralForCausalLM(MistralConfig(**{**sizes, **config})).eval())
 
 
+def test_what_is_handed_over_is_not_held_twice(monkeypatch):
+    """Layer by layer: at no time are there two of all of them."""
+    right, held = slots.give_back, []
+
+    def watched(layer, keys, values, columns):
+        held.append([one.keys.numel() > 0 for one in cache.layers])
+        right(layer, keys, values, columns)
+
+    def hand_over(self, columns, right=slots.Slots.hand_over):
+        nonlocal cache
+        cache = self._cache
+        return right(self, columns)
+
+    cache = None
+    monkeypatch.setattr(slots, "give_back", watched)
+    monkeypatch.setattr(slots.Slots, "hand_over", hand_over)
+    gen = SpeculativeGenerator(tiny_llama(num_hidden_layers=3), "ngram", num_draft_tokens=3, layout="slots")
+    gen.generate(**ragged_prompt(), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    assert held == [[True, True, True], [False, True, True], [False, False, True]]
+    assert not any(one.keys.numel() for one in cache.layers)
+
+
+def test_without_positions_columns_are_counted_hidden_ones_too():
+    layout = object.__new__(slots.Slots)
+    layout._hidden, layout._width, layout._last_position = 4, 2, None
+    columns = torch.tensor([[2, 3], [5, 6]])
+    assert layout._positions_of(columns).tolist() == [[6, 7], [9, 10]]
+    layout._last_position = torch.tensor([[7], [5]])
+    assert layout._positions_of(columns).tolist() == [[8, 9], [9, 10]]
+
+
 def test_a_cache_holds_what_its_fullest_layer_does():
     """Some layers keep nothing: they read what others keep."""
     cache = DynamicCache()
@@ -242,11 +275,12 @@ def test_a_model_that_fails_the_self_check_decodes_plainly_and_says_so():
     model.generation_config = tiny_llama().generation_config
     prompt = ragged_prompt()
     gen = SpeculativeGenerator(model, "ngram")
-    with pytest.warns(UserWarning, match="decodes Forgetful plainly"):
+    with Counted(model) as counted, pytest.warns(UserWarning, match="decodes Forgetful plainly"):
         out = gen.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert torch.equal(out, tiny_llama().generate(**prompt, max_new_tokens=12, do_sample=False))
     assert gen.stats.layout == "plain"
     assert gen.stats.drafted == 0
+    assert gen.stats.target_forwards == counted.calls, "those of the layouts that failed as well"
 
 
 def test_a_full_memory_says_nothing_of_the_next_call(monkeypatch):
@@ -262,6 +296,23 @@ def test_a_full_memory_says_nothing_of_the_next_call(monkeypatch):
         with pytest.warns(UserWarning, match="plainly"):
             assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
     assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
+    assert gen.stats.layout == "slots"
+
+
+def test_what_another_layout_met_does_not_make_a_full_memory_a_verdict(monkeypatch):
+    model, prompt = tiny_llama(6), ragged_prompt((6,))
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+    met = [torch.OutOfMemoryError, ValueError]
+
+    def meets(*_):
+        raise met.pop(0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(check, "_agrees", meets)
+        with pytest.warns(UserWarning, match="plainly"):
+            gen.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert not met
+    gen.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert gen.stats.layout == "slots"
 
 
@@ -376,6 +427,29 @@ def test_what_a_trial_changes_in_a_model_is_as_it_was():
     assert not model.running_mean.any()
 
 
+def test_the_way_back_is_that_of_the_modules_too():
+    went = []
+    model, cache = torch.nn.BatchNorm1d(2), DynamicCache()
+    plain = SimpleNamespace(model=model, cache=cache, mark=lambda: 7, go_back=lambda *args: went.append(args))
+    mark = check._Mark(plain)
+    model.running_mean += 1
+    mark.put_back()
+    assert not model.running_mean.any()
+    assert [one for one, _ in went] == [7]
+
+
+def test_large_states_are_put_back_and_quantised_weights_not_copied():
+    model = torch.nn.Linear(1, 1)
+    model.state = torch.zeros(256, 256)
+    model.register_buffer("packed", torch.zeros(256, 256, dtype=torch.uint8))
+    states = check._ModuleStates(model)
+    for one in (model.state, model.packed):
+        one += 1
+    states.put_back()
+    assert not model.state.any()
+    assert model.packed.all()
+
+
 @pytest.mark.parametrize("wrong", [None, (0, 0, 0), (0, 1, 0), (0, 1, 1), (1, 0, 0)])
 def test_every_row_that_the_self_check_looks_at_counts(wrong):
     """Two ragged passes over two rows; one number is off: in which pass, row and place?"""
@@ -398,6 +472,28 @@ def test_every_row_that_the_self_check_looks_at_counts(wrong):
 
     tokens = torch.randint(3, 9, (2, 5))
     assert check._agrees(Layout(), tokens, 3, truth) == (wrong is None)
+
+
+@pytest.mark.parametrize("wrong", [None, (0, 0), (1, 0), (2, 0), (2, 1)])
+def test_one_row_alone_is_looked_at_behind_a_right_guess_as_well(wrong):
+    truth = [torch.randn(1, 5), torch.randn(1, 5)]
+    fed, rewound = [], []
+
+    class Layout:
+        def forward(self, tokens, lengths, first, count):
+            scores = torch.stack([*truth, torch.randn(1, 5)], dim=1) if count == 3 else truth[1][:, None].clone()
+            if wrong is not None and wrong[0] == len(fed):
+                scores[0, wrong[1]] += torch.arange(5)
+            fed.append(tokens[0, first[0] : lengths[0]].tolist())
+            return scores
+
+        def rewind(self, kept, live):
+            rewound.extend(kept.tolist())
+
+    assert check._agrees(Layout(), torch.tensor([[5, 6, 7, 8, 9]]), 3, truth) == (wrong is None)
+    # wrong guesses; what they overwrote; a right guess and a wrong one
+    assert fed == [[8, 7, 8], [9], [8, 9, 8]][: len(fed)]
+    assert rewound == [4, 3][: len(fed) - 1]
 
 
 @torch.no_grad()
@@ -435,6 +531,16 @@ def test_the_check_sees_what_it_is_for():
     ruled_out = torch.tensor([[0.0, 1.0, -1e9]])
     assert check.close(torch.tensor([[0.0, 1.0, -2e9]]), ruled_out)
     assert not check.close(torch.tensor([[0.0, 1.0, 0.5]]), ruled_out)
+    assert not check.close(torch.tensor([[0.0, 1.0, torch.nan]]), ruled_out)
+    assert not check.close(truth - 7e-4, truth)
+    assert not check.close(torch.zeros(1, 50), torch.zeros(3, 50))
+    # far below the best there are no differences; of large scores the last digits are others
+    assert check.close(torch.tensor([[0.0, 1.0, -35.0]]), torch.tensor([[0.0, 1.0, -60.0]]))
+    large = torch.tensor([[60.0, 80.0]])
+    assert check.close(large + 1.5e-3, large)
+    assert not check.close(large + 3e-3, large)
+    nothing = torch.full((1, 3), -torch.inf)
+    assert check.close(nothing, nothing)
     half = truth.bfloat16()
     assert check.close((truth * 1.01).bfloat16(), half)
     assert not check.close((truth + 0.2 * torch.randn(3, 50)).bfloat16(), half)

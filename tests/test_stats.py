@@ -4,14 +4,18 @@ Forward passes are counted at the models, copies to the host where they are made
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 
+import specdec.clock as clock_room
 import specdec.proposers.draft_model as draft_model_room
 import specdec.state as state_room
 from specdec import Stats
+from specdec.clock import happens_once
 from specdec.testing import noisy_copy, tiny_llama
 
 from .contract import (
@@ -217,3 +221,19 @@ def test_layouts_are_named():
     assert gen.stats.layout == "columns+snapshot"
     assert gen.stats.draft_layout == "slots"
     assert torch.is_tensor(prompts(3)["input_ids"])
+
+
+def test_the_clock_stands_still_for_what_happens_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(clock_room, "perf_counter", lambda: now[0])
+    read = clock_room.clock
+    with ThreadPoolExecutor(1) as other:
+        before = read(), other.submit(read).result()
+        for seconds in (5, 2):
+            with suppress(ZeroDivisionError), happens_once():
+                now[0] += seconds
+                raise ZeroDivisionError
+        now[0] += 3
+        assert read() - before[0] == 3
+        # it is this thread's affair
+        assert other.submit(read).result() - before[1] == 10

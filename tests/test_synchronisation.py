@@ -14,9 +14,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 from transformers.generation import logits_process as hf
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 import specdec.sampling
-from specdec import Cascade, EarlyExit, Fallback, LayerSkip, Mixture, Recycling, Suffix
+from specdec import Cascade, EarlyExit, Fallback, LayerSkip, Mixture, Recycling, Suffix, abroad
 from specdec.layouts import compiled
 from specdec.layouts.check import Trial
 from specdec.layouts.compiled import CompiledSteps
@@ -29,6 +31,7 @@ from specdec.records import Stats
 from specdec.sampling import Coupled, Greedy, Rejection
 from specdec.scorer import Scorer
 from specdec.state import State
+from specdec.stepwise import Stepwise
 from specdec.testing import tiny_llama
 
 BATCH, PROMPT, GUESSES, NEW = 3, 7, 4, 24
@@ -258,3 +261,74 @@ def test_a_hidden_read_would_be_seen(monkeypatch):
 
     with pytest.raises(DataDependentOutputException):
         rounds_on_fake_cuda(monkeypatch, SAMPLINGS["greedy"], "slots", [Reads()])
+
+
+# --- inputs on another device than the target -------------------------------------------------------
+
+HOME, THERE = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_where_the_inputs_of_a_call_are():
+    target, given = SimpleNamespace(device=HOME), torch.zeros(1, 3, device="meta")
+    for inputs, options in ((given, {}), (None, {"input_ids": given}), (None, {"inputs_embeds": given})):
+        assert abroad.home_of(target, inputs, options) == given.device
+    hears = SimpleNamespace(device=HOME, main_input_name="input_features")
+    assert abroad.home_of(hears, None, {"input_features": given}) == given.device
+    # none of these is what the text begins with
+    assert abroad.home_of(target, None, {"attention_mask": given, "input_ids": None}) is None
+    assert abroad.home_of(target, torch.zeros(1, 3), {}) is None
+
+
+class Adds:
+    """Whatever it is called with must be at home, and what it answers is."""
+
+    def __call__(self, ids, scores, **_):
+        assert ids.device == scores.device == HOME
+        return scores + 1
+
+
+def test_what_is_taken_abroad_and_brought_home():
+    target = SimpleNamespace(device=THERE)
+    with FakeTensorMode():
+        ids, scores = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 5)
+        own, theirs = Adds(), hf.SuppressTokensLogitsProcessor([4])
+        options = {
+            "attention_mask": ids, "max_new_tokens": 3,
+            "encoder_outputs": BaseModelOutput(last_hidden_state=scores),
+            "logits_processor": [own, theirs], "stopping_criteria": [lambda ids, scores: Adds()(ids, scores) > 0],
+            "prefix_allowed_tokens_fn": lambda row, ids: [row, ids.device],
+        }  # fmt: skip
+        before = dict(options)
+        moved_ids, moved = abroad.taken_abroad(target, HOME, ids, options)
+        assert moved_ids.device == moved["attention_mask"].device == THERE
+        assert moved["encoder_outputs"].last_hidden_state.device == THERE
+        assert moved["max_new_tokens"] == 3
+        assert moved["prefix_allowed_tokens_fn"](1, moved_ids) == [1, HOME]
+        called, kept = moved["logits_processor"]
+        far = scores.to(THERE)
+        assert called(moved_ids, far).device == THERE
+        assert not called.specdec_pure
+        # transformers' own kinds are recognised by their type; the caller's stays as it was
+        assert type(kept) is type(theirs)
+        assert kept.suppress_tokens.device == THERE
+        assert theirs.suppress_tokens.device == HOME
+        assert moved["stopping_criteria"][0](moved_ids, far).device == THERE
+        assert options == before
+        assert abroad.taken_abroad(target, HOME, None, {})[0] is None
+        out = ModelOutput(sequences=moved_ids, scores=(far,), logits=(far,), hidden_states=(far,))
+        home = abroad.brought_home(out, HOME)
+        assert {home.sequences.device, home.scores[0].device, home.logits[0].device} == {HOME}
+        assert home.hidden_states[0].device == THERE  # where plain generate() leaves them
+        assert abroad.brought_home(moved_ids, HOME).device == HOME
+
+
+def test_what_a_processor_is_abroad():
+    pure = Adds()
+    pure.specdec_pure = True
+    # one whose state is a value is called by its own methods
+    grammar = SimpleNamespace(**dict.fromkeys(("start", "advance", "process"), print))
+    assert isinstance(grammar, Stepwise)
+    options = {"logits_processor": [pure, grammar]}
+    _, moved = abroad.taken_abroad(SimpleNamespace(device=THERE), HOME, None, options)
+    assert moved["logits_processor"][0].specdec_pure
+    assert moved["logits_processor"][1] is grammar

@@ -9,12 +9,14 @@ import string
 import warnings
 import weakref
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from specdec import InvalidInput, SpeculativeGenerator, TranslatedDraft, UnsupportedModel, VocabularyMismatch
+from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
 from specdec.proposers import draft_past
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
@@ -173,6 +175,41 @@ def test_committed_text_becomes_the_ids_that_the_draft_would_have(target, draft)
         assert head + row.tail == theirs.encode([text])[0]
 
 
+def test_what_ids_say_to_the_draft():
+    ours, theirs = characters("ab"), characters("abc")
+    ours.add_special_tokens({"eos_token": "<stop>"})
+    theirs.add_special_tokens({"eos_token": "<end>"})
+    between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+    # the end is the draft's own; ids that the tokenizer does not have say nothing
+    assert between.bytes_of(np.array([0, 1, 2, 3, -1])) == b"ab<end>"
+
+
+def test_prompts_begin_as_the_drafts_own_do():
+    between = translator("bytes 420", "bytes 300")
+    (ids, behind_a_space), begin = between.target.encode(["The fox", " The fox"]), between.target.pieces.roles
+    rows = [[begin["bos_token_id"], *ids], ids, behind_a_space, []]
+    prompts, rest = between.prompts([np.array(row, dtype=np.int64) for row in rows])
+    theirs = between.draft.encode(["The fox", " The fox"])
+    # no text has no ids, and there must be one to be fed
+    assert prompts == [theirs[0], theirs[0], theirs[1], [between.draft.pieces.roles["bos_token_id"]]]
+    assert rest == [b""] * 4
+
+
+def test_a_prompt_may_end_inside_a_character():
+    between = translator("bytes 300", "bytes 420")
+    half = np.array([between.target.pieces.of.index(byte) for byte in (b"a", b"\xc3")])
+    prompts, (rest,) = between.prompts([half])
+    assert prompts == between.draft.encode(["a"])
+    assert DraftRow(1, rest).add(b"\xa9") == "é"
+
+
+def test_bytes_that_finish_no_character_are_one_id_where_the_draft_has_it():
+    between = translator("bytes 300", "bytes 420")
+    of = between.draft.pieces.of
+    assert between.unfinished_ids(b"\xe2\x82") == [of.index(b"\xe2\x82")]
+    assert between.unfinished_ids(b"\xe2\x83") == [of.index(b"\xe2"), of.index(b"\x83")]
+
+
 def test_a_split_character_is_fed_as_bytes():
     between = translator("bytes 300", "spaces 345")
     row = DraftRow(0, b"")
@@ -205,6 +242,35 @@ def test_a_text_that_a_tokenizer_cannot_say_is_left_behind():
     assert row.settled > 200
 
 
+def test_what_is_left_behind_is_whole_characters():
+    ours, theirs = byte_level(300), characters("AB")
+    theirs.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace("B", "A")
+    between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+    row = DraftRow(0, b"")
+    said = row.add(b"B" * (LONGEST_TAIL + 1) + b"\xc3")
+    row.encoded(between.draft.encode([said])[0], between)
+    assert row.settled == LONGEST_TAIL + 1
+    assert row.add(b"\xa9") == "é"
+
+
+def test_a_tail_is_not_cut_where_its_ids_say_another_text():
+    ours, theirs = characters("AB"), characters("AB")
+    theirs.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace("B", "AA")
+    between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+    row = DraftRow(0, b"")
+    assert row.encoded(between.draft.encode([row.add(b"B" * 10)])[0], between) == []
+    assert row.add(b"B") == "B" * 11
+
+
+def test_a_text_without_ids_has_no_end_to_guess_behind():
+    ours, theirs = characters("ab"), characters("a")
+    between = Translator(Vocabulary(ours), Vocabulary(theirs), shared_ids(ours, theirs))
+    row = DraftRow(0, b"")
+    row.encoded(between.draft.encode([row.add(b"b")])[0], between)
+    assert row.tail == [0]
+    assert not row.known
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_behind_committed_tokens(kind):
     between = translator(kind, "bytes 300")
@@ -217,6 +283,20 @@ def test_text_behind_committed_tokens(kind):
             assert found == ids[cut:] or not found
         found = between.follow([np.array(ids[:6])] * 2, [vocabulary.pieces.join(ids[6:]), b""])
         assert found == [ids[6:], []]
+
+
+def test_tokens_that_no_encoding_would_give_are_looked_behind_less():
+    between = translator("bytes 420", "bytes 300")
+    encoded = between.target.encode
+    letters = [one for ids in encoded(["T", "h", "e", " quick"]) for one in ids]
+    assert between.follow([np.array(letters)], [b" brown"]) == encoded([" brown"])
+    # half of a character comes out as another one: what is compared begins behind it
+    half = between.target.pieces.of.index(b"\xa9")
+    assert len(encoded(["ÿ"])[0]) == 2
+    assert between.follow([np.array([half, *encoded(["ÿ"])[0]])], [b"a"]) == encoded(["a"])
+    assert between.follow([np.array([half])], [b"a"]) == [[]]
+    # an id of a padded vocabulary says nothing
+    assert between.follow([np.array([10**6, *encoded(["The"])[0]])], [b" quick"]) == encoded([" quick"])
 
 
 def test_text_that_would_change_a_committed_token_is_no_guess():
@@ -450,6 +530,76 @@ def test_a_draft_that_is_too_short_for_the_text():
     with pytest.warns(UserWarning, match="drafts nothing with LlamaForCausalLM: the prompt has"):
         gen.generate(**long, max_new_tokens=8, do_sample=False)
     assert gen.stats.drafted == 0
+
+
+def test_a_row_that_is_too_long_for_the_draft_leaves_the_others_theirs(monkeypatch):
+    target, letters = parrot("bytes 420"), byte_level(260)
+    draft = Parrot(letters)
+    draft.config.max_position_embeddings = 40
+    proposer = TranslatedDraft(draft, tokenizer("bytes 420"), letters, method="strings", confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
+    right, seen = draft_past.DraftPast.follow, []
+
+    def watched(self, state, limits):
+        found = right(self, state, limits)
+        if self._rows:
+            assert not found[~self._active].any()
+            assert (self.lengths + found).max() <= 40
+            seen.append(self._active.copy())
+        return found
+
+    monkeypatch.setattr(draft_past.DraftPast, "follow", watched)
+    inputs = prompts("bytes 420", (4, 4, 4))
+    plain = target.generate(**inputs, max_new_tokens=40, do_sample=False)
+    assert gen.generate(**inputs, max_new_tokens=40, do_sample=False).tolist() == plain.tolist()
+    assert any(active.any() and not active.all() for active in seen)
+    # who has left does not come back
+    assert all((after <= before).all() for before, after in pairwise(seen))
+
+
+def test_a_draft_that_knows_fewer_ids_than_its_tokenizer():
+    target, draft = parrot("bytes 300"), tiny_llama(1, vocabulary=300)
+    for method in METHODS:
+        proposer = TranslatedDraft(
+            draft, tokenizer("bytes 300"), tokenizer("bytes 420"), method=method, confidence=0
+        )
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=3)
+        plain = target.generate(**prompts("bytes 300"), max_new_tokens=20, do_sample=False)
+        assert gen.generate(**prompts("bytes 300"), max_new_tokens=20, do_sample=False).tolist() == plain.tolist()
+        assert gen.stats.drafted > 0
+
+
+def test_guesses_are_remembered_as_they_were_fed():
+    past = object.__new__(draft_past.DraftPast)
+    past._embeds = 4
+    past.remember(np.array([[1, 5, -1]]))
+    assert past._guesses.tolist() == [[1, 3, -1]]  # one that is unknown is no id
+
+
+def test_a_text_may_be_much_longer_in_the_drafts_ids(monkeypatch):
+    made, pasts = draft_past.DraftPast.__init__, []
+    monkeypatch.setattr(draft_past.DraftPast, "__init__", lambda *args: pasts.append(args[0]) or made(*args))
+    letters, inputs = byte_level(260), tokenizer("bytes 420")([TEXTS[0][:3]], return_tensors="pt")
+    proposer = TranslatedDraft(Parrot(letters), tokenizer("bytes 420"), letters, method="strings")
+    gen = SpeculativeGenerator(parrot("bytes 420"), proposer, num_draft_tokens=4)
+    gen.generate(inputs["input_ids"], max_new_tokens=50, do_sample=False)
+    assert gen.stats.emitted < 50  # the end of the text was reached
+    assert pasts[0].lengths[0] > 90  # and followed: a letter is a column
+
+
+def test_the_draft_of_a_pair_is_run_as_one(monkeypatch):
+    target, draft = pair_of_models()
+    proposer = TranslatedDraft(draft, tokenizer("bytes 420"), tokenizer("bytes 300"))
+    proposer._steps = CompiledSteps()
+    proposer._steps.refused = "nothing is compiled here"
+    made, given = draft_past.Scorer, []
+    monkeypatch.setattr(
+        draft_past, "Scorer", lambda *args, **options: given.append(options) or made(*args, **options)
+    )
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
+    gen.generate(**ragged_prompt(vocabulary=400), max_new_tokens=12, do_sample=False)
+    assert given[0]["steps"] is proposer._steps
+    assert gen.stats.draft_layout == "slots"
 
 
 @pytest.mark.parametrize("method", METHODS)
