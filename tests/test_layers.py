@@ -18,6 +18,7 @@ from transformers import (
     StaticCache,
 )
 
+import specdec.state as state_room
 from specdec import (
     Cascade,
     DraftModel,
@@ -181,6 +182,26 @@ def test_the_part_is_the_models_own_weights():
     assert_untouched(target, before)
     assert [layer.self_attn.layer_idx for layer in target.model.layers] == [0, 1, 2, 3]
     assert target.model.layers[0] is part.model.layers[0]
+
+
+def test_the_part_is_made_once_for_layers_and_attention():
+    target, part = copy.deepcopy(deep()), layers_room._Part()
+    first = part.of(target, (0, 1))
+    assert part.of(target, (0, 1)) is first
+    assert count_layers(part.of(target, (0,))) == 1
+    target.set_attn_implementation("eager")
+    assert part.of(target, (0,)).config._attn_implementation == "eager"
+
+
+def test_a_text_that_grows_out_of_its_room(monkeypatch):
+    """Nothing but a condition ends it, so room is made as it grows."""
+    monkeypatch.setattr(state_room, "ROOM", 5)
+    gen = SpeculativeGenerator(deep(), EarlyExit(layers=2), num_draft_tokens=3, layout="slots")
+    options = {**prompts(3), "do_sample": False}
+    options["stopping_criteria"] = [lambda ids, _: torch.full((len(ids),), ids.shape[1] >= 60)]
+    wanted = deep().generate(**options, max_new_tokens=60)
+    assert gen.generate(**options, max_new_tokens=10**6).tolist() == wanted.tolist()
+    assert gen.stats.drafted > 60
 
 
 def test_the_part_follows_the_models_weights():
