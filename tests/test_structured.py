@@ -260,10 +260,10 @@ def test_layers_of_the_target_go_on_behind_what_is_foreseen():
     processor, inputs = Alternating(), ragged_prompt()
     processor.length = inputs["input_ids"].shape[1]
     options = {**inputs, "max_new_tokens": 24, "do_sample": False, "logits_processor": [processor]}
-    gen = SpeculativeGenerator(target, EarlyExit(1), num_draft_tokens=5, layout="slots")
+    gen = SpeculativeGenerator(target, EarlyExit(1), num_draft_tokens=7, layout="slots")
     assert gen.generate(**options).tolist() == target.generate(**options).tolist()
     assert gen.stats.acceptance_rate == 1.0
-    assert gen.stats.drafted > 30
+    assert gen.stats.drafted > 4 * gen.stats.draft_forwards  # none for what is foreseen, however far ahead
 
 
 class ForeseesTooMuch(LogitsProcessor):
