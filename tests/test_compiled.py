@@ -336,6 +336,13 @@ def test_two_calls_at_once_do_not_share_buffers(monkeypatch):
     steps.lend(third)
     assert third.held[0].data_ptr() == place
     assert (third.held[0] == 1).all()
+    fourth = Cache(torch.zeros(2, 3))
+    steps.lend(fourth)
+    assert fourth.held[0].data_ptr() != place, "the third has them"
+    del fourth, third
+    fifth = Cache(torch.zeros(2, 3))
+    steps.lend(fifth)
+    assert fifth.held[0].data_ptr() == place
 
 
 def test_buffers_are_lent_to_their_own_kind(monkeypatch):

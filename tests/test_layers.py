@@ -18,6 +18,7 @@ from transformers import (
     StaticCache,
 )
 
+import specdec.state as state_room
 from specdec import (
     Cascade,
     DraftModel,
@@ -34,6 +35,7 @@ from specdec import (
 )
 from specdec.layouts import compiled
 from specdec.layouts.slots import Slots
+from specdec.length.fixed import Fixed
 from specdec.proposers import layers as layers_room
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 from specdec.weights.layers import count_layers, with_layers
@@ -108,6 +110,24 @@ def test_an_exit_guesses_what_a_model_of_the_first_layers_does(batch):
     assert counts[0][1][0] > 0
 
 
+def test_an_exit_guesses_with_the_processors_of_the_call():
+    """They look at the guesses before, as they do in any draft."""
+    target, counts = deep(torch.float64), []
+    options = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+    for draft in (EarlyExit(layers=2), DraftModel(first_layers(target, 2), layout="slots", confidence=0.0)):
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, layout="slots")
+        assert gen.generate(**prompts(3), **options).tolist() == target.generate(**prompts(3), **options).tolist()
+        counts.append((gen.stats.accepted_at, gen.stats.row_accepted.tolist()))
+    assert counts[0] == counts[1]
+
+
+def test_an_exit_begins_no_guess_that_does_not_pay(monkeypatch):
+    monkeypatch.setattr(Fixed, "begins", lambda self, opening=None: False)
+    gen = SpeculativeGenerator(deep(), EarlyExit(layers=2), num_draft_tokens=3, layout="slots")
+    gen.generate(**prompts(1), max_new_tokens=8, do_sample=False)
+    assert gen.stats.drafted == gen.stats.draft_forwards == 0
+
+
 @pytest.mark.parametrize("name", DRAFTS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_nothing_is_fed_twice(name, batch):
@@ -162,6 +182,26 @@ def test_the_part_is_the_models_own_weights():
     assert_untouched(target, before)
     assert [layer.self_attn.layer_idx for layer in target.model.layers] == [0, 1, 2, 3]
     assert target.model.layers[0] is part.model.layers[0]
+
+
+def test_the_part_is_made_once_for_layers_and_attention():
+    target, part = copy.deepcopy(deep()), layers_room._Part()
+    first = part.of(target, (0, 1))
+    assert part.of(target, (0, 1)) is first
+    assert count_layers(part.of(target, (0,))) == 1
+    target.set_attn_implementation("eager")
+    assert part.of(target, (0,)).config._attn_implementation == "eager"
+
+
+def test_a_text_that_grows_out_of_its_room(monkeypatch):
+    """Nothing but a condition ends it, so room is made as it grows."""
+    monkeypatch.setattr(state_room, "ROOM", 5)
+    gen = SpeculativeGenerator(deep(), EarlyExit(layers=2), num_draft_tokens=3, layout="slots")
+    options = {**prompts(3), "do_sample": False}
+    options["stopping_criteria"] = [lambda ids, _: torch.full((len(ids),), ids.shape[1] >= 60)]
+    wanted = deep().generate(**options, max_new_tokens=60)
+    assert gen.generate(**options, max_new_tokens=10**6).tolist() == wanted.tolist()
+    assert gen.stats.drafted > 60
 
 
 def test_the_part_follows_the_models_weights():
@@ -411,6 +451,13 @@ def test_early_exit_of_transformers(source):
     assert_untouched(target, before)
 
 
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+def test_the_confidence_of_an_exit(layout):
+    gen = SpeculativeGenerator(deep(), EarlyExit(layers=2, confidence=1.0), num_draft_tokens=3, layout=layout)
+    gen.generate(**prompts(1), max_new_tokens=12, do_sample=False)
+    assert len(gen.stats.drafted_at) == 1
+
+
 @pytest.mark.parametrize("draft", [None, EarlyExit(layers=2), LayerSkip(skip=[1])])
 def test_the_confidence_of_a_call(draft):
     gen = SpeculativeGenerator(deep(), draft, num_draft_tokens=4)
@@ -436,6 +483,7 @@ def test_the_confidence_of_a_call(draft):
         (lambda: LayerSkip(skip=[0.5]), "from 0"),
         (lambda: SpeculativeGenerator(deep(), EarlyExit(layers=4)), "an exit after 4 layers.* 1 to 3"),
         (lambda: SpeculativeGenerator(deep(), LayerSkip(skip=[4])), "0 to 3"),
+        (lambda: SpeculativeGenerator(deep(), LayerSkip(skip=[8, 1])), "0 to 3"),
         (lambda: SpeculativeGenerator(deep(), LayerSkip(skip=range(4))), "not all"),
     ],
 )
@@ -470,10 +518,11 @@ def test_a_part_that_does_not_run_costs_its_guesses_only(monkeypatch):
 
     monkeypatch.setattr(layers_room, "with_layers", broken)
     gen = SpeculativeGenerator(deep(), LayerSkip(skip=[1]), num_draft_tokens=3)
-    with pytest.warns(UserWarning, match="the value of another layer"):
+    with pytest.warns(UserWarning, match="the value of another layer") as told:
         got = gen.generate(**prompts(3), **LONG)
     assert got.tolist() == plain(deep(), prompts(3), max_new_tokens=90).tolist()
     assert gen.stats.drafted == 0
+    assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SpeculativeGenerator(deep(), "ngram").generate(**prompts(3), **LONG)

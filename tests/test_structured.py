@@ -4,6 +4,7 @@ The grammars are state machines in pure Python, and both optional libraries over
 here. Tokens that a grammar leaves no choice about are guessed without a draft.
 """
 
+import copy
 import json
 from functools import cache
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from specdec import DraftModel, InvalidInput, InvalidScores, Proposal, SpeculativeGenerator, prune_head
+from specdec import DraftModel, EarlyExit, InvalidInput, InvalidScores, Proposal, SpeculativeGenerator, prune_head
 from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
 from specdec.processing import Processing
@@ -248,6 +249,21 @@ def test_foreseen_and_drafted_guesses_in_one_round(sample, number, layout):
     if not sample:
         assert torch.equal(out, target.generate(**inputs, **options))
     assert out[:, processor.length + 3].tolist() == [8] * 3
+
+
+def test_layers_of_the_target_go_on_behind_what_is_foreseen():
+    target = copy.deepcopy(tiny_llama(num_hidden_layers=2))
+    last = target.model.layers[1]
+    with torch.no_grad():  # it adds nothing, so the first layer alone knows all
+        for part in (last.self_attn.o_proj, last.mlp.down_proj):
+            part.weight.zero_()
+    processor, inputs = Alternating(), ragged_prompt()
+    processor.length = inputs["input_ids"].shape[1]
+    options = {**inputs, "max_new_tokens": 24, "do_sample": False, "logits_processor": [processor]}
+    gen = SpeculativeGenerator(target, EarlyExit(1), num_draft_tokens=7, layout="slots")
+    assert gen.generate(**options).tolist() == target.generate(**options).tolist()
+    assert gen.stats.acceptance_rate == 1.0
+    assert gen.stats.drafted > 4 * gen.stats.draft_forwards  # none for what is foreseen, however far ahead
 
 
 class ForeseesTooMuch(LogitsProcessor):

@@ -320,6 +320,7 @@ def test_what_is_taken_abroad_and_brought_home():
         assert {home.sequences.device, home.scores[0].device, home.logits[0].device} == {HOME}
         assert home.hidden_states[0].device == THERE  # where plain generate() leaves them
         assert abroad.brought_home(moved_ids, HOME).device == HOME
+        assert list(abroad.brought_home(ModelOutput(sequences=moved_ids), HOME)) == ["sequences"]
 
 
 def test_what_a_processor_is_abroad():

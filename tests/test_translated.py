@@ -557,6 +557,23 @@ def test_a_row_that_is_too_long_for_the_draft_leaves_the_others_theirs(monkeypat
     assert all((after <= before).all() for before, after in pairwise(seen))
 
 
+def test_no_guess_where_the_draft_cannot_say_what_there_is(monkeypatch):
+    right, seen = draft_past.DraftPast.follow, []
+
+    def watched(self, state, limits):
+        found = right(self, state, limits)
+        seen.extend((row.known, int(most)) for row, most in zip(self._rows, found, strict=False))
+        return found
+
+    monkeypatch.setattr(draft_past.DraftPast, "follow", watched)
+    theirs = characters("abcdefghijklmnopqrstuvwxyz .")
+    proposer = TranslatedDraft(tiny_llama(1, vocabulary=28), tokenizer("bytes 300"), theirs, confidence=0)
+    gen = SpeculativeGenerator(tiny_llama(vocabulary=300), proposer, num_draft_tokens=3)
+    gen.generate(**ragged_prompt((6,), 300), max_new_tokens=30, do_sample=False)
+    assert any(not known for known, _ in seen), "half a character"
+    assert not any(most for known, most in seen if not known)
+
+
 def test_a_draft_that_knows_fewer_ids_than_its_tokenizer():
     target, draft = parrot("bytes 300"), tiny_llama(1, vocabulary=300)
     for method in METHODS:
