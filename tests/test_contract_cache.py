@@ -5,14 +5,22 @@ cache; texts must be equal, and plain generate() must be able to go on from a ca
 """
 
 import copy
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from specdec import InvalidInput
+from specdec import EarlyExit, InvalidInput, SpeculativeGenerator
 from specdec.layouts.forget import own_cache
 from specdec.testing import lively, noisy_copy, tiny_llama
 
@@ -24,6 +32,7 @@ from .contract import (
     llama,
     mamba2,
     mistral,
+    noisy,
     oracle,
     plain,
     prompts,
@@ -475,13 +484,63 @@ def test_embeddings_of_an_encoder():
 # --- positions, token types, starts ---------------------------------------------------------------
 
 
+class Reaches(StoppingCriteria):
+    """Ends all rows at so many columns."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.columns)
+
+
 @cache
-def gpt2(positions=64):
+def gpt2(positions=64, layers=1):
     config = GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=positions, bos_token_id=1, eos_token_id=None,
-        pad_token_id=0,
+        vocab_size=64, n_embd=32, n_layer=layers, n_head=4, n_positions=positions, bos_token_id=1,
+        eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return lively(GPT2LMHeadModel(config).eval())
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize(
+    "draft", ["model", "ngram", "recycling", EarlyExit(1)], ids=["model", "ngram", "recycling", "exit"]
+)
+def test_no_guess_lies_behind_the_last_position(draft, layout):
+    """Plain generate() stops two tokens before them, at a condition that the guesses do not know."""
+    target, inputs = gpt2(24, 2), prompts(1)
+    how = {**inputs, "max_new_tokens": 60, "do_sample": False}
+    wanted = target.generate(**how, stopping_criteria=StoppingCriteriaList([Reaches(22)]))
+    far = torch.nn.functional.pad(wanted, (0, 20), value=5)
+    draft = {"model": noisy(target), "oracle": oracle(far)}.get(draft, draft)
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=8, layout=layout)
+    for _ in range(2):
+        got = gen.generate(**how, stopping_criteria=StoppingCriteriaList([Reaches(22)]))
+        assert got.tolist() == wanted.tolist()
+        assert gen.stats.drafted
+
+
+def test_a_prompt_at_the_last_positions_says_nothing_of_other_calls():
+    """The self-check has no room there: nothing is guessed, and the next call is checked as ever."""
+    target = copy.deepcopy(gpt2(32, 2))
+    draft = noisy(target)
+    for columns in (30, 9):
+        inputs = {"input_ids": torch.arange(3, 3 + columns)[None], "attention_mask": torch.ones(1, columns).long()}
+        how = {**inputs, "max_new_tokens": 3 if columns == 30 else NEW, "do_sample": False}
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=3)
+        with pytest.warns(UserWarning, match="positions end") if columns == 30 else nullcontext():
+            got = gen.generate(**how)
+        assert got.tolist() == target.generate(**how).tolist()
+    assert (gen.stats.layout, gen.stats.draft_layout) == ("slots", "slots")
+    # nor does the draft's, where only that has so few
+    other, draft = copy.deepcopy(gpt2(64, 2)), copy.deepcopy(draft)
+    for columns in (30, 9):
+        inputs = {"input_ids": torch.arange(3, 3 + columns)[None], "attention_mask": torch.ones(1, columns).long()}
+        gen = SpeculativeGenerator(other, draft, num_draft_tokens=3)
+        gen.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        assert (gen.stats.drafted > 0) == (columns == 9)
+    assert gen.stats.draft_layout == "slots"
 
 
 @pytest.mark.parametrize("batch", [1, 3])

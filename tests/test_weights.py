@@ -442,6 +442,21 @@ def test_models_that_take_the_matrix_out_of_its_layer(kind, keep):
     assert gen.stats.accepted > 0
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_for_wide_passes_do_not_fail_a_draft_in_its_self_check(kind):
+    """Three columns of four rows are a wide pass, the steps that they are compared with narrow ones."""
+    target, prompt = tiny_llama(num_hidden_layers=4), ragged_prompt((9, 6, 4, 8))
+    gen = SpeculativeGenerator(target, quantize_draft(target, kind), num_draft_tokens=4)
+    for _ in range(2):
+        got = gen.generate(**prompt, **GREEDY)
+        assert torch.equal(got, target.generate(**prompt, **GREEDY))
+        assert gen.stats.draft_layout == "slots"
+    # where nothing is compared the wide passes go through the weights given
+    states = torch.randn(8, target.config.hidden_size)
+    draft = quantize_draft(target, kind)
+    assert torch.equal(draft.lm_head(states), target.lm_head(states))
+
+
 def test_a_draft_shares_all_but_linear_weights_and_leaves_the_model_alone():
     model = tiny_llama(tie_word_embeddings=True)
     before = fingerprint(model)

@@ -16,13 +16,15 @@ import numpy as np
 from torch import Tensor
 
 from specdec.layouts import NEVER, Layout
-from specdec.layouts.check import Trial
+from specdec.layouts.check import FED, Trial
 from specdec.layouts.choices import choices, inexact, plain
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
+from specdec.layouts.facts import last_position
 from specdec.layouts.handover import is_callers
 from specdec.layouts.slots import Slots
 from specdec.records import States
+from specdec.weights.quantized import all_alike
 
 
 class Scorer:
@@ -65,6 +67,7 @@ class Scorer:
         self.kept = np.zeros(0, dtype=np.int64)
         self.reason = ""
         self._max_length = max_length
+        self._positions = last_position(model)
         self._wanted = layout
         self._is_draft = is_draft
         self._trial: Trial | None = None  # until the layout is settled: one-token steps, which it watches
@@ -107,12 +110,16 @@ class Scorer:
         if not speculate:
             self.layout = plain(self._columns)
             return scores
+        if prompt.shape[1] + self.hidden + FED > self._positions:
+            self.layout, self.reason = plain(self._columns), "its positions end right behind the prompt"
+            return scores
         candidates, self.reason = choices(self._columns, self._wanted, prompt, self._max_length, self._is_draft)
         trial = Trial(self._columns, prompt, candidates)
         known = trial.known()
         forced = self._wanted not in ("auto", "plain")
         if known is None and (self._is_draft or at_once or forced):
-            known = trial.decide_at_once(scores)
+            with all_alike():  # a quantised draft's wide passes may have weights of their own
+                known = trial.decide_at_once(scores)
         if forced and known is not None and known.name == "plain":
             raise inexact(self._wanted, "it does not give the scores of one-token steps")
         if known is None:
@@ -232,7 +239,11 @@ class Scorer:
             yield scores[:, 0], end
 
     def reach(self, limits: np.ndarray, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """(B,) ``limits``, lowered to the guesses that each row may have scored in the next forward."""
+        """(B,) ``limits``, lowered to the guesses that each row may have scored in the next forward.
+
+        Plain ``generate()`` may stop before the last position, and a guess behind it would be an error.
+        """
+        limits = np.clip(self._positions - self.hidden - lengths, 0, limits)
         return self.layout.reach(limits, lengths, live)
 
     def _compile(self) -> None:

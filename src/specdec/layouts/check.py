@@ -39,7 +39,7 @@ Candidate = Callable[[Columns], Layout]
 _VERDICTS: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
 METHODS = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 LARGE = 1 << 16  # numbers
-STEPS = 2  # one-token steps that a layout is compared with
+STEPS, FED = 2, 3  # one-token steps that a layout is compared with; columns behind the prompt that it is fed
 
 
 class Trial:
@@ -145,7 +145,7 @@ class _Mark:
 def _agrees(layout: Layout, tokens: Tensor, width: int, truth: list[Tensor]) -> bool:
     """Two ragged forwards with wrong guesses, and the way back between them."""
     batch = tokens.shape[0]
-    tokens = torch.nn.functional.pad(tokens, (0, 3 - STEPS))
+    tokens = torch.nn.functional.pad(tokens, (0, FED - STEPS))
     live = np.ones(batch, dtype=bool)
     odd = np.arange(batch) % 2  # odd rows are one token ahead
     odd_rows = to_device(odd.astype(bool), tokens.device)

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import GenerationMixin
 
+from specdec.layouts import NEVER
+
 # model_type -> why several tokens in one cached forward differ from one-token steps
 ONE_TOKEN_ONLY = {
     "recurrent_gemma": "its recurrent state lives in the modules and several tokens count as a prompt",
@@ -94,6 +96,15 @@ def _rope_reason(config: Any, prompt_length: int, max_length: int) -> str:
         if kind == "longrope" and boundary is not None and prompt_length <= boundary < max_length:
             return f"longrope changes its frequencies for a whole forward at {boundary}"
     return ""
+
+
+def last_position(model: Any) -> int:
+    """Columns that ``model`` has positions for, where they are a table that ends; rotary ones have no end."""
+    config = model.config.get_text_config(decoder=True)
+    if any(_ropes(config)):
+        return NEVER
+    sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=NEVER)
 
 
 def odd_states(model: Any) -> int | None:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from specdec.errors import FAULTS, SpecdecError, UnsupportedModel
+from specdec.layouts.check import FED
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length import Opening
 from specdec.proposers import Call
@@ -126,7 +127,8 @@ class Past:
         )
         self._prompt: Tensor | None = prompt.to(self.device)
         self._opening = opening(model, call.target)
-        self._usable = np.ones(call.prompt.shape[0], dtype=bool)
+        fits = call.prompt.shape[1] + FED <= self.longest  # its layout can be tried
+        self._usable = np.full(call.prompt.shape[0], fits)
         self._looked = 0
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ GROUP = 32  # neighbours in a row that share scale and zero
 WIDE = {("int4", "cpu"): 8, ("int8", "cpu"): 5, ("int4", "cuda"): 32, ("int8", "cuda"): 32}
 # where a CPU has no instructions for bfloat16, plain matrices never are, and packed ones are from here on
 WIDE_PACKED = 3
+
+_here = threading.local()  # .alike: passes of all widths are computed with few bits
 
 
 def quantize_draft(model: Any, kind: str = "int4", *, keep: bool = True) -> Any:
@@ -82,6 +85,17 @@ def has_two_weights(model: Any) -> bool:
     return any(isinstance(module, _Quantized) and module._given for module in model.modules())
 
 
+class all_alike:
+    """While this lasts, wide passes in this thread go through few bits as well, to be compared with narrow ones."""
+
+    def __enter__(self) -> None:
+        self._before = getattr(_here, "alike", False)
+        _here.alike = True
+
+    def __exit__(self, *_: object) -> None:
+        _here.alike = self._before
+
+
 class _Quantized(torch.nn.Module):
     """A linear layer with few bits a weight; the kernel is the subclass's."""
 
@@ -123,6 +137,8 @@ class _Quantized(torch.nn.Module):
 
     def _wide(self) -> float:
         """Tokens in a pass from which on the given weight is faster."""
+        if not torch.compiler.is_compiling() and getattr(_here, "alike", False):
+            return math.inf
         weight = self._given[0].weight
         if weight.device.type == "cpu" and not _multiplies_bfloat16():
             return WIDE_PACKED if isinstance(weight, PackedWeight) else math.inf
