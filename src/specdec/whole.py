@@ -13,7 +13,7 @@ from specdec.errors import InvalidInput
 
 def whole(number: Any) -> int | None:
     """``number`` as Python's own if it is a whole one, else None; True and False are none."""
-    if isinstance(number, bool) or str(getattr(number, "dtype", "")).endswith("bool"):
+    if _is_truth(number):
         return None
     try:
         return index(number)
@@ -23,12 +23,16 @@ def whole(number: Any) -> int | None:
 
 def real(number: Any) -> float | None:
     """``number`` as Python's own if it is a real one, else None; a text is none, nor are True and False."""
-    if isinstance(number, (bool, str, bytes)):
+    if isinstance(number, (str, bytes)) or _is_truth(number):
         return None
     try:
         return float(number)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
+
+
+def _is_truth(number: Any) -> bool:
+    return isinstance(number, bool) or str(getattr(number, "dtype", "")).endswith("bool")
 
 
 def at_least(least: int, name: str, number: Any, wanted: str = "") -> int:
