@@ -139,7 +139,10 @@ def test_what_is_a_number():
     assert [whole(one) for one in (3, np.int8(3), torch.tensor(3))] == [3] * 3
     assert not any(whole(one) for one in (True, np.True_, torch.tensor(True), 3.0, "3", None, torch.ones(2)))
     assert [real(one) for one in (0.5, np.float32(0.5), torch.tensor(0.5))] == [0.5] * 3
-    assert not any(real(one) for one in (True, np.True_, torch.tensor(True), "0.5", b"0.5", None, [0.5], torch.ones(2), 10**400))
+    assert not any(
+        real(one)
+        for one in (True, np.True_, torch.tensor(True), "0.5", b"0.5", None, [0.5], torch.ones(2), 10**400)
+    )
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])
