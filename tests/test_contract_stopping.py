@@ -191,6 +191,23 @@ def test_an_end_of_sequence_criterion_of_the_user_takes_precedence(configured, b
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("lengths", [(START + 8, START + 4), (START + 4, START + 8)])
+def test_of_several_length_criteria_the_shortest_ends_rows(lengths, batch):
+    make = lambda: {"stopping_criteria": [MaxLengthCriteria(length) for length in lengths]}  # noqa: E731
+    assert assert_stops_alike(batch, make=make).shape[1] == START + 4
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("places", [(6, 3), (3, 6)])
+def test_of_several_end_of_sequence_criteria_each_ends_rows(places, batch):
+    row = free_text(batch)[-1, START:].tolist()
+    make = lambda: {"stopping_criteria": [EosTokenCriteria(row[place]) for place in places]}  # noqa: E731
+    text = assert_stops_alike(batch, make=make)
+    if batch == 1:
+        assert text.shape[1] == START + 4
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("first", "last"), [(0, 2), (2, 3), (3, 7), (5, 8), (9, 11)])
 def test_stop_strings(first, last, batch):
     """Strings that lie in a token, across two, and across more."""

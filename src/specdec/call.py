@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from specdec.abroad import brought_home
 from specdec.clock import clock
@@ -224,15 +224,16 @@ def _state(
     starts = np.zeros(len(prompt), dtype=np.int64)
     if mask is not None and not model.config.is_encoder_decoder and mask.shape == prompt.shape:
         starts = np.argmax(to_host(mask) != 0, axis=1).astype(np.int64)
-    # a criterion that the user gave has replaced the one of its type that generate() built
-    eos = next((c.eos_token_id for c in criteria if type(c) is EosTokenCriteria), None)
-    longest = ceil(config.max_length if criteria.max_length is None else criteria.max_length)
+    # criteria that the user gave have replaced the one of their type that generate() built; each of them ends a row
+    ends = [c.eos_token_id.reshape(-1).to(prompt.device) for c in criteria if type(c) is EosTokenCriteria]
+    limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+    longest = ceil(min(limits, default=config.max_length))
     pad = config._pad_token_tensor
     return State(
         prompt,
         max_length=longest,
         max_guesses=guesses,
-        eos_ids=None if eos is None else eos.to(prompt.device),
+        eos_ids=torch.cat(ends) if ends else None,
         pad_id=int(pad) if pad is not None else 0,
         starts=starts,
     )
