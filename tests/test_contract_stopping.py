@@ -208,6 +208,18 @@ def test_of_several_end_of_sequence_criteria_each_ends_rows(places, batch):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("length", [START, START - 5])
+@pytest.mark.parametrize("draft", ["noisy", "ngram", None])
+def test_a_length_criterion_that_the_prompt_exceeds(draft, length, batch):
+    """Plain judges it behind the first token, which so is the only one."""
+    options = {"stopping_criteria": [MaxLengthCriteria(length)], "max_new_tokens": NEW, "do_sample": False}
+    wanted = llama().generate(**prompts(batch), **options)
+    got = speculative(llama(), draft).generate(**prompts(batch), **options)
+    assert got.tolist() == wanted.tolist()
+    assert got.shape[1] == START + 1
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("first", "last"), [(0, 2), (2, 3), (3, 7), (5, 8), (9, 11)])
 def test_stop_strings(first, last, batch):
     """Strings that lie in a token, across two, and across more."""
