@@ -266,6 +266,20 @@ def test_stop_strings_in_a_config(source, batch):
         assert given.stop_strings == [string]
 
 
+@pytest.mark.parametrize("source", ["config given", "the model's own"])
+def test_no_stop_strings_given_takes_back_those_of_a_config(source):
+    string = text_of(free_text(1)[0, START:])[3:6]
+    model = copy.deepcopy(llama())
+    options = {"max_new_tokens": NEW, "do_sample": False, "stop_strings": None}
+    if source == "the model's own":
+        model.generation_config.stop_strings = [string]
+    else:
+        options["generation_config"] = GenerationConfig(stop_strings=[string], pad_token_id=0)
+    wanted = model.generate(**prompts(1), tokenizer=tokenizer(), **options)
+    got = speculative(model, noisy(llama()), tokenizer=tokenizer()).generate(**prompts(1), **options)
+    assert got.tolist() == wanted.tolist() == free_text(1).tolist()
+
+
 def failing(ids, scores):
     raise RuntimeError("on purpose")
 
