@@ -220,9 +220,9 @@ def _state(
         raise InvalidInput(
             "the prompt is empty and the model has no bos token to begin with; give at least one token"
         )
-    mask = model_kwargs.get("attention_mask")
+    mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     starts = np.zeros(len(prompt), dtype=np.int64)
-    if mask is not None and not model.config.is_encoder_decoder and mask.shape == prompt.shape:
+    if mask is not None and mask.shape == prompt.shape:
         starts = np.argmax(to_host(mask) != 0, axis=1).astype(np.int64)
     # criteria that the user gave have replaced the one of their type that generate() built; each of them ends a row
     ends = [c.eos_token_id.reshape(-1).to(prompt.device) for c in criteria if type(c) is EosTokenCriteria]
@@ -249,7 +249,8 @@ def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
     mask = inputs.get("attention_mask")
     for name in sorted(inputs):
         value = inputs[name]
-        if "mask" in name or "position" in name or value.shape[:1] != (state.batch,):
+        beside = name != "decoder_input_ids" and "mask" not in name and "position" not in name
+        if not beside or value.shape[:1] != (state.batch,):
             continue
         for row, prompt in enumerate(prompts):
             part = value[row]
