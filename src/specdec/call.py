@@ -223,7 +223,7 @@ def _state(
     mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     starts = np.zeros(len(prompt), dtype=np.int64)
     if mask is not None and mask.shape == prompt.shape:
-        starts = np.argmax(to_host(mask) != 0, axis=1).astype(np.int64)
+        starts = np.argmax(to_host(mask != 0), axis=1).astype(np.int64)
     # criteria that the user gave have replaced the one of their type that generate() built; each of them ends a row
     ends = [c.eos_token_id.reshape(-1).to(prompt.device) for c in criteria if type(c) is EosTokenCriteria]
     limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
