@@ -120,7 +120,7 @@ def follow_call(
     guesses = processing.foresees or not isinstance(request.proposer, Nothing)
     speculates = room and guesses and length.most > 0 and not collector.takes_steps
     length = length if speculates else Fixed(0)
-    inputs = _repeated(request.inputs, state.batch)
+    inputs = _repeated(model, request.inputs, state.batch, generation_config.num_return_sequences)
     sampling = request.sampling(
         generation_config.do_sample, request.seed, state.device, lambda: _prompts(state, inputs)
     )
@@ -262,16 +262,20 @@ def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
     return prompts
 
 
-def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
-    """The user's inputs with one row a row of the batch: ``num_return_sequences`` repeats rows."""
-    named = [inputs[n] for n in ("attention_mask", "input_ids", "input_features", "inputs_embeds") if n in inputs]
-    rows = int(named[0].shape[0]) if named else batch
+def _repeated(model: Any, inputs: dict[str, Any], batch: int, samples: int) -> dict[str, Any]:
+    """The user's inputs with one row a row of the batch: ``num_return_sequences`` makes ``samples`` of each."""
+    main = inputs.get(model.main_input_name)
+    # a generate() of a model's own may have made them itself (Whisper), and then asks for one of each
+    rows = batch // samples if main is None else int(main.shape[0])
     if rows == batch or batch % rows:
         return inputs
-    return {
-        name: value.repeat_interleave(batch // rows, dim=0) if value.shape[:1] == (rows,) else value
-        for name, value in inputs.items()
-    }
+    repeated = {}
+    for name, value in inputs.items():
+        # positions in time, height and width come before the batch; what has other rows belongs to no row
+        along = int(name == "position_ids" and value.ndim == 3)
+        mine = value.shape[along] == rows
+        repeated[name] = value.repeat_interleave(batch // rows, dim=along) if mine else value
+    return repeated
 
 
 def _count(stats: Stats, state: State, target: Scorer, proposer: Any, processing: Processing) -> None:
