@@ -212,7 +212,7 @@ def test_a_compiler_that_fails_or_errs_is_not_used(monkeypatch, backend, reason)
 
 
 def test_passes_that_no_graph_is_made_for():
-    steps, cache = CompiledSteps(), SimpleNamespace(shape=(1, 5, 256))
+    steps, cache = CompiledSteps(), SimpleNamespace(shape=(1, 5, 256), eager=False)
     inputs = {"past_key_values": None}
     # a graph gives scores only: with None for a model, whatever gets as far as making one is warned about
     for asked in ("output_hidden_states", "output_attentions"):
@@ -250,7 +250,7 @@ def test_a_graph_is_of_one_shape_and_whole(traced):
 
     def run(model, *shape):
         inputs = {"ids": torch.ones(shape[:2], dtype=torch.int64), "past_key_values": None}
-        cache = SimpleNamespace(shape=shape, place_by_data=lambda: None, device=torch.device("cpu"))
+        cache = SimpleNamespace(shape=shape, place_by_data=lambda: None, device=torch.device("cpu"), eager=False)
         return steps.run(model, inputs, cache, 1)
 
     shapes = [(1, 2, 256), (3, 2, 256), (3, 2, 512), (3, 5, 256)]
@@ -273,6 +273,41 @@ def test_what_interrupts_a_compiled_pass_is_the_callers(monkeypatch, traced):
         with pytest.raises(TimeoutError, match="deadline"):
             gen.generate(**ragged_prompt(), **GREEDY)
     assert torch.equal(gen.generate(**ragged_prompt(), **GREEDY), target.generate(**ragged_prompt(), **GREEDY))
+    assert gen.stats.layout == "slots+compiled"
+
+
+@pytest.mark.parametrize("when", ["compiling", "a pass"])
+def test_a_full_memory_says_nothing_of_the_next_call(monkeypatch, when):
+    """The call goes on eagerly, and does not compile again for every pass."""
+    full = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            if full and when == "a pass":
+                full.append(1)
+                raise torch.OutOfMemoryError("full")
+            return graph(*args)
+
+        if full and when == "compiling":
+            full.append(1)
+            raise torch.OutOfMemoryError("full")
+        return run
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    target, _ = pair()
+    prompt = ragged_prompt()
+    wanted = target.generate(**prompt, **GREEDY)
+    gen = SpeculativeGenerator(target, "ngram", num_draft_tokens=3, compile=True)
+    if when == "a pass":
+        gen.generate(**prompt, **GREEDY)
+    graphs = gen._steps.graphs
+    full.append(0)
+    assert torch.equal(gen.generate(**prompt, **GREEDY), wanted)
+    assert full == [0, 1]
+    assert gen._steps.graphs == graphs
+    full.clear()
+    assert torch.equal(gen.generate(**prompt, **GREEDY), wanted)
+    assert gen._steps.graphs > 0
     assert gen.stats.layout == "slots+compiled"
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from specdec import Stats
+from specdec import Stats, call
 from specdec.testing import lively, ragged_prompt
 
 from .architectures.build import Case, build
@@ -38,6 +38,7 @@ from .contract import (
     qwen3_next,
     speculative,
     t5,
+    whisper,
 )
 
 BATCHES = (1, 3)
@@ -352,6 +353,41 @@ def test_several_samples_a_prompt_without_a_mask():
     gen = speculative(llama(), "noisy", verification="coupled", seed=1)
     options = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": 6, "pad_token_id": 0}
     assert gen.generate(ids, **options).shape == (4, START + 6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_several_samples_of_rows_with_positions_of_their_own(masked):
+    ids = prompts(3)["input_ids"][:2, -3:]
+    inputs = {"input_ids": ids, "position_ids": torch.tensor([[2, 3, 4], [7, 8, 9]])}
+    inputs |= {"attention_mask": torch.ones_like(ids)} if masked else {}
+    options = {"do_sample": True, "num_return_sequences": 2, "top_k": 1, "max_new_tokens": NEW}
+    wanted = llama().generate(**inputs, **options)
+    gen = speculative(llama(), llama())
+    assert gen.generate(**inputs, **options).tolist() == wanted.tolist()
+    assert gen.stats.acceptance_rate == 1.0
+
+
+def test_several_samples_of_what_was_heard():
+    """Whisper's generate() makes the rows itself, and asks for one of each."""
+    features = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(1))
+    options = {"do_sample": True, "num_return_sequences": 2, "top_k": 1, "max_new_tokens": NEW}
+    wanted = whisper().generate(features, **options)
+    gen = speculative(whisper(), whisper())
+    assert gen.generate(features, **options).tolist() == wanted.tolist()
+    assert gen.stats.acceptance_rate == 1.0
+
+
+def test_what_is_repeated_for_several_samples():
+    inputs = {
+        "position_ids": torch.tensor([[[1, 2], [3, 4]]] * 3),
+        "pictures": torch.tensor([5, 6, 7]),
+        "rows": torch.tensor([8, 9]),
+    }
+    found = call._repeated(llama(), inputs, 4, 2)
+    assert found["position_ids"].tolist() == [[[1, 2], [1, 2], [3, 4], [3, 4]]] * 3
+    assert found["pictures"].tolist() == [5, 6, 7]
+    assert found["rows"].tolist() == [8, 8, 9, 9]
+    assert call._repeated(llama(), inputs, 2, 1) is inputs
 
 
 @pytest.mark.parametrize("eos", [torch.tensor(5), torch.tensor([5, 6])])

@@ -242,6 +242,22 @@ def test_shared_noise_of_an_encoder_decoder_model_is_keyed_by_what_the_encoder_r
     assert gen.generate(**alone, **options)[0].tolist() == together[0].tolist()
 
 
+@pytest.mark.parametrize("draft", ["noisy", "ngram", None])
+def test_padding_of_what_a_decoder_begins_with_is_no_part_of_the_key(draft):
+    ids, mask = prompts(3).values()
+    start = torch.tensor([[0, 0, 0, 11, 12], [0, 20, 21, 22, 23], [0, 0, 30, 31, 32]])
+    seen = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 12, "seed": 5}
+    gen = speculative(t5(), draft, verification="coupled")
+    together = gen.generate(
+        ids, attention_mask=mask, decoder_input_ids=start, decoder_attention_mask=seen, **options
+    )
+    for row, first in enumerate(seen.argmax(dim=1).tolist()):
+        one = slice(row, row + 1)
+        alone = gen.generate(ids[one], attention_mask=mask[one], decoder_input_ids=start[one, first:], **options)
+        assert alone[0, -12:].tolist() == together[row, -12:].tolist(), row
+
+
 def test_samples_of_one_prompt_are_keyed_by_what_the_encoder_reads():
     """Whatever other prompts there are."""
     ids = prompts(3)["input_ids"][:2, -3:]

@@ -191,6 +191,35 @@ def test_an_end_of_sequence_criterion_of_the_user_takes_precedence(configured, b
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("lengths", [(START + 8, START + 4), (START + 4, START + 8)])
+def test_of_several_length_criteria_the_shortest_ends_rows(lengths, batch):
+    make = lambda: {"stopping_criteria": [MaxLengthCriteria(length) for length in lengths]}  # noqa: E731
+    assert assert_stops_alike(batch, make=make).shape[1] == START + 4
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("places", [(6, 3), (3, 6)])
+def test_of_several_end_of_sequence_criteria_each_ends_rows(places, batch):
+    row = free_text(batch)[-1, START:].tolist()
+    make = lambda: {"stopping_criteria": [EosTokenCriteria(row[place]) for place in places]}  # noqa: E731
+    text = assert_stops_alike(batch, make=make)
+    if batch == 1:
+        assert text.shape[1] == START + 4
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("length", [START, START - 5])
+@pytest.mark.parametrize("draft", ["noisy", "ngram", None])
+def test_a_length_criterion_that_the_prompt_exceeds(draft, length, batch):
+    """Plain judges it behind the first token, which so is the only one."""
+    options = {"stopping_criteria": [MaxLengthCriteria(length)], "max_new_tokens": NEW, "do_sample": False}
+    wanted = llama().generate(**prompts(batch), **options)
+    got = speculative(llama(), draft).generate(**prompts(batch), **options)
+    assert got.tolist() == wanted.tolist()
+    assert got.shape[1] == START + 1
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("first", "last"), [(0, 2), (2, 3), (3, 7), (5, 8), (9, 11)])
 def test_stop_strings(first, last, batch):
     """Strings that lie in a token, across two, and across more."""
@@ -235,6 +264,20 @@ def test_stop_strings_in_a_config(source, batch):
         assert own.stop_strings == [string]
     else:
         assert given.stop_strings == [string]
+
+
+@pytest.mark.parametrize("source", ["config given", "the model's own"])
+def test_no_stop_strings_given_takes_back_those_of_a_config(source):
+    string = text_of(free_text(1)[0, START:])[3:6]
+    model = copy.deepcopy(llama())
+    options = {"max_new_tokens": NEW, "do_sample": False, "stop_strings": None}
+    if source == "the model's own":
+        model.generation_config.stop_strings = [string]
+    else:
+        options["generation_config"] = GenerationConfig(stop_strings=[string], pad_token_id=0)
+    wanted = model.generate(**prompts(1), tokenizer=tokenizer(), **options)
+    got = speculative(model, noisy(llama()), tokenizer=tokenizer()).generate(**prompts(1), **options)
+    assert got.tolist() == wanted.tolist() == free_text(1).tolist()
 
 
 def failing(ids, scores):

@@ -218,6 +218,16 @@ def test_a_refused_option_that_holds_nothing_is_fine(name):
     assert got.tolist() == plain(llama(), {"inputs": IDS}, max_new_tokens=4).tolist()
 
 
+@pytest.mark.parametrize("name", ["cache_implementation", "penalty_alpha", "prompt_lookup_num_tokens"])
+def test_an_argument_that_holds_nothing_takes_back_what_the_models_own_config_has(name):
+    target = copy.deepcopy(llama())
+    setattr(target.generation_config, name, {**REFUSED, "prompt_lookup_num_tokens": 3}[name])
+    given = {name: None, "max_new_tokens": 4, "do_sample": False}
+    gen = SpeculativeGenerator(target)
+    assert gen.generate(IDS, **given).tolist() == target.generate(IDS, **given).tolist()
+    assert gen.stats.drafted == 0
+
+
 def test_an_unknown_argument_is_refused_as_in_plain():
     assert_refused(llama(), ValueError, "temprature", IDS, temprature=0.5)
 

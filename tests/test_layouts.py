@@ -427,6 +427,27 @@ def test_what_a_trial_changes_in_a_model_is_as_it_was():
     assert not model.running_mean.any()
 
 
+def test_modules_may_change_while_their_states_are_looked_at(monkeypatch):
+    """Another thread's pass puts methods and hooks in place and takes them away."""
+    model = torch.nn.BatchNorm1d(2)
+    model.steps = 3
+    copied = check._copied
+
+    def meanwhile(value):
+        vars(model).setdefault("forward", lambda: None)
+        return copied(value)
+
+    monkeypatch.setattr(check, "_copied", meanwhile)
+    states = check._ModuleStates(model)
+    model.steps = 4
+    states.put_back()
+    assert model.steps == 3
+    for hook in (print, repr):
+        model.register_forward_hook(hook)
+    for _ in check._changes(model):
+        model.register_forward_hook(str)
+
+
 def test_the_way_back_is_that_of_the_modules_too():
     went = []
     model, cache = torch.nn.BatchNorm1d(2), DynamicCache()

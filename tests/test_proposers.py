@@ -83,6 +83,28 @@ def test_encoder_decoder(name, make):
     assert got.tolist() == plain(make(), prompts(3)).tolist()
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_a_prompt_with_ids_that_the_target_cannot_write(name, do_sample):
+    """It reads more ids than it has scores for, as models do that have some for pictures."""
+    target = tiny_llama()
+    more = torch.nn.Embedding(72, 32)
+    with torch.no_grad():
+        more.weight[:64] = target.model.embed_tokens.weight
+    target.model.embed_tokens = more
+    ids = torch.tensor([[column for i in range(3, 63) for column in (i, i + 1, 70)]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    draft, given = PROPOSERS[name](noisy(target), [[5, 9, 70, 3]])
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=3, seed=0)
+    options = {"max_new_tokens": NEW, "do_sample": do_sample, "top_k": 0 if do_sample else None}
+    got = gen.generate(**inputs, **options, **given)
+    assert got[0, ids.shape[1] :].max() < 64
+    if not do_sample:
+        assert got.tolist() == plain(target, inputs).tolist()
+    if name == "ngram":
+        assert gen.stats.drafted > 0
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", PROPOSERS)
 def test_a_text_that_outgrows_the_room_made_for_it(name, batch, monkeypatch):

@@ -102,9 +102,14 @@ def read_assistance(has_draft: bool, config: Any, own: Any, given: dict[str, Any
 
 
 def first_given(sources: Sequence[Any], name: str) -> Any:
-    """What the first of ``sources`` (arguments, configs or None) that says something about ``name`` says."""
+    """What the first of ``sources`` (arguments, configs or None) that says something about ``name`` says.
+
+    An argument that is None says something as well: it takes back what a config has.
+    """
     for source in sources:
-        found = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+        if isinstance(source, dict) and name in source:
+            return source[name]
+        found = getattr(source, name, None)
         if found is not None:
             return found
     return None

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from specdec.abroad import brought_home
 from specdec.clock import clock
@@ -120,7 +120,7 @@ def follow_call(
     guesses = processing.foresees or not isinstance(request.proposer, Nothing)
     speculates = room and guesses and length.most > 0 and not collector.takes_steps
     length = length if speculates else Fixed(0)
-    inputs = _repeated(request.inputs, state.batch)
+    inputs = _repeated(model, request.inputs, state.batch, generation_config.num_return_sequences)
     sampling = request.sampling(
         generation_config.do_sample, request.seed, state.device, lambda: _prompts(state, inputs)
     )
@@ -220,19 +220,20 @@ def _state(
         raise InvalidInput(
             "the prompt is empty and the model has no bos token to begin with; give at least one token"
         )
-    mask = model_kwargs.get("attention_mask")
+    mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     starts = np.zeros(len(prompt), dtype=np.int64)
-    if mask is not None and not model.config.is_encoder_decoder and mask.shape == prompt.shape:
-        starts = np.argmax(to_host(mask) != 0, axis=1).astype(np.int64)
-    # a criterion that the user gave has replaced the one of its type that generate() built
-    eos = next((c.eos_token_id for c in criteria if type(c) is EosTokenCriteria), None)
-    longest = ceil(config.max_length if criteria.max_length is None else criteria.max_length)
+    if mask is not None and mask.shape == prompt.shape:
+        starts = np.argmax(to_host(mask != 0), axis=1).astype(np.int64)
+    # criteria that the user gave have replaced the one of their type that generate() built; each of them ends a row
+    ends = [c.eos_token_id.reshape(-1).to(prompt.device) for c in criteria if type(c) is EosTokenCriteria]
+    limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+    longest = ceil(min(limits, default=config.max_length))
     pad = config._pad_token_tensor
     return State(
         prompt,
         max_length=longest,
         max_guesses=guesses,
-        eos_ids=None if eos is None else eos.to(prompt.device),
+        eos_ids=torch.cat(ends) if ends else None,
         pad_id=int(pad) if pad is not None else 0,
         starts=starts,
     )
@@ -248,7 +249,8 @@ def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
     mask = inputs.get("attention_mask")
     for name in sorted(inputs):
         value = inputs[name]
-        if "mask" in name or "position" in name or value.shape[:1] != (state.batch,):
+        beside = name != "decoder_input_ids" and "mask" not in name and "position" not in name
+        if not beside or value.shape[:1] != (state.batch,):
             continue
         for row, prompt in enumerate(prompts):
             part = value[row]
@@ -260,16 +262,20 @@ def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
     return prompts
 
 
-def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
-    """The user's inputs with one row a row of the batch: ``num_return_sequences`` repeats rows."""
-    named = [inputs[n] for n in ("attention_mask", "input_ids", "input_features", "inputs_embeds") if n in inputs]
-    rows = int(named[0].shape[0]) if named else batch
+def _repeated(model: Any, inputs: dict[str, Any], batch: int, samples: int) -> dict[str, Any]:
+    """The user's inputs with one row a row of the batch: ``num_return_sequences`` makes ``samples`` of each."""
+    main = inputs.get(model.main_input_name)
+    # a generate() of a model's own may have made them itself (Whisper), and then asks for one of each
+    rows = batch // samples if main is None else int(main.shape[0])
     if rows == batch or batch % rows:
         return inputs
-    return {
-        name: value.repeat_interleave(batch // rows, dim=0) if value.shape[:1] == (rows,) else value
-        for name, value in inputs.items()
-    }
+    repeated = {}
+    for name, value in inputs.items():
+        # positions in time, height and width come before the batch; what has other rows belongs to no row
+        along = int(name == "position_ids" and value.ndim == 3)
+        mine = value.shape[along] == rows
+        repeated[name] = value.repeat_interleave(batch // rows, dim=along) if mine else value
+    return repeated
 
 
 def _count(stats: Stats, state: State, target: Scorer, proposer: Any, processing: Processing) -> None:

@@ -22,7 +22,7 @@ from transformers import GenerationMixin
 
 from specdec.abroad import home_of, taken_abroad
 from specdec.ahead import resumed
-from specdec.assistance import Assistance, read_assistance
+from specdec.assistance import Assistance, first_given, read_assistance
 from specdec.attaching import attached, healing_with, own_settings
 from specdec.call import Request, follow_call, run_call
 from specdec.construction import NAMES, build_proposer, check_compile, check_constructor, check_seed
@@ -399,7 +399,7 @@ class SpeculativeGenerator:
         def run(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
             return decode(request, model, input_ids, **prepared)
 
-        heals = options.get("token_healing") or any(getattr(c, "token_healing", None) for c in (config, own))
+        heals = first_given((options, config, own), "token_healing")
         lent = healing_with(self.target, tokenizer) if heals else nullcontext()
         criteria = options.pop("stopping_criteria", None)
         door = with_stop_strings(self.target, config, criteria, tokenizer, options)

@@ -158,11 +158,9 @@ def with_stop_strings(
     The door of ``generate()`` loses the tokenizer, and takes ``prompt_lookup_num_tokens`` for its own decoding.
     Yields the generation config, the criteria and the keyword arguments to call ``generate()`` with.
     """
-    given = {name: value for name, value in given.items() if name not in UNDERSTOOD}
     own = own_settings(target)
-    strings = given.pop("stop_strings", None)
-    for source in (config, own):
-        strings = getattr(source, "stop_strings", None) if strings is None else strings
+    strings = first_given((given, config, own), "stop_strings")
+    given = {name: value for name, value in given.items() if name not in (*UNDERSTOOD, "stop_strings")}
     user = criteria
     if strings is not None:
         if tokenizer is None:

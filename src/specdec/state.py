@@ -36,7 +36,7 @@ class State:
         prompt_length: columns of the prompt, padding included.
         vocabulary: entries of the target's scores, once the prompt was fed.
         starts: (B,) the first column of a row's prompt that is no padding.
-        max_length: columns at which every row ends.
+        max_length: columns at which every row ends; at least one more than the prompt's.
         reserve: columns that there are behind the longest row, whatever its length: a round's guesses and two more.
         host_copies: copies from device to host made so far.
     """
@@ -53,10 +53,11 @@ class State:
     ) -> None:
         """Start with ``prompt`` (B, P) committed; rows end at ``eos_ids`` (n,) or at ``max_length`` columns."""
         batch, self.prompt_length = prompt.shape
-        self.max_length = min(max_length, FOREVER)
+        # as in plain generate(), a limit is judged behind a token: one is written, however low the limit
+        self.max_length = min(max(max_length, self.prompt_length + 1), FOREVER)
         self.pad_id = pad_id
         self.starts = starts
-        self.reserve = max(min(max_guesses, self.max_length - self.prompt_length), 0) + 2
+        self.reserve = min(max_guesses, self.max_length - self.prompt_length) + 2
         capacity = min(self.max_length, self.prompt_length + ROOM) + self.reserve
         self.tokens = torch.full((batch, capacity), pad_id, dtype=torch.int64, device=prompt.device)
         self.tokens[:, : self.prompt_length] = prompt

@@ -228,7 +228,7 @@ class _ModuleStates:
             (place, name, value, _copied(value))
             for module in model.modules()
             for place in (vars(module), vars(module)["_buffers"])
-            for name, value in place.items()
+            for name, value in list(place.items())  # passes of other threads may change it meanwhile
             if isinstance(value, KEPT) and name not in MODULE_PARTS and not _is_weight(value)
         ]
 
@@ -294,7 +294,7 @@ def _changes(model: Any) -> Iterator[Any]:
         held = vars(module)
         for hooks in (held["_forward_hooks"], held["_forward_pre_hooks"]):
             # by what is written, for the same one may be registered for every call anew
-            yield from (getattr(hook, "__code__", None) or type(hook) for hook in hooks.values())
+            yield from (getattr(hook, "__code__", None) or type(hook) for hook in list(hooks.values()))
         if held.get("gradient_checkpointing"):
             yield "gradient_checkpointing"
     yield from (_Very(vars(model)[name]) for name in METHODS if name in vars(model))

@@ -80,7 +80,7 @@ class CompiledSteps:
         """
         shape = _shape(inputs, cache)
         asked = any(inputs.get(name) for name in ("output_hidden_states", "output_attentions"))
-        if self.refused or asked or cache.shape[1] not in WIDTHS:
+        if self.refused or cache.eager or asked or cache.shape[1] not in WIDTHS:
             return None
         self._encoded.add(shape[-1])
         if len(self._encoded) > MOST_ENCODED:
@@ -95,6 +95,9 @@ class CompiledSteps:
             return _replay(graph, model, inputs, cache)
         except FAULTS as error:
             # whatever the compiler met: an eager pass writes the same slots again; an interruption is the caller's
+            if _is_full_memory(error):  # it says nothing of the next call, and this one shall not compile again
+                cache.eager = True
+                return None
             self.refuse(model, f"{type(error).__name__}: {_short(error)}")
             return None
 
@@ -214,6 +217,12 @@ def _keep(free: dict[Any, list[Tensor]], key: Any, buffers: list[Tensor]) -> Non
     """Keep ``buffers`` for the next call; one set only, the last one."""
     free.clear()
     free[key] = buffers
+
+
+def _is_full_memory(error: BaseException) -> bool:
+    """Whether memory ran out, also where the compiler has put the error into one of its own."""
+    inner = getattr(error, "inner_exception", None)
+    return isinstance(error, torch.OutOfMemoryError) or (inner is not None and _is_full_memory(inner))
 
 
 def _short(error: Exception) -> str:

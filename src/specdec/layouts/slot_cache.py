@@ -42,13 +42,20 @@ class Place:
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """A cache whose rows stand at columns of their own."""
+    """A cache whose rows stand at columns of their own.
+
+    Attributes:
+        where: where the next forward writes.
+        room: columns that there are.
+        eager: passes over it go through no graphs.
+    """
 
     def __init__(self, layers: list[Any], where: Place) -> None:
         """Hold ``layers``, all slots among them made with the place ``where``."""
         super().__init__(layers=layers)
         self.where = where
         self.room = 0
+        self.eager = False
 
     def place(self, columns: Tensor, lowest: int, longest: int) -> None:
         """The next forward writes at ``columns`` (B, W), rows beginning between ``lowest`` and ``longest``."""

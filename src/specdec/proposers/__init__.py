@@ -139,7 +139,7 @@ def checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:
 
 
 def existing(guess: list[int], vocabulary: int) -> list[int]:
-    """The guesses before the first id that the target lacks: a text of another tokenizer may hold some."""
+    """The guesses before the first id that the target cannot write: prompts may hold some, as for pictures."""
     wrong = next((place for place, token in enumerate(guess) if not 0 <= token < vocabulary), len(guess))
     return guess[:wrong]
 

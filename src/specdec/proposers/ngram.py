@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from specdec.proposers import existing
 from specdec.records import Proposal
 from specdec.state import State
 from specdec.whole import at_least
@@ -28,7 +29,8 @@ class NGram:
         guesses: list[list[int]] = [[] for _ in limits]
         for row in np.flatnonzero(limits):
             text = state.host_tokens[row, state.starts[row] : state.lengths[row]]
-            guesses[row] = self.follow(text, int(limits[row])).tolist()
+            guess = self.follow(text, int(limits[row])).tolist()
+            guesses[row] = existing(guess, state.vocabulary)
         return Proposal.certain(guesses, state.device)
 
     def follow(self, text: np.ndarray, limit: int) -> np.ndarray:

@@ -142,5 +142,5 @@ def _sources(call: Call) -> list[list[int]]:
     if not call.target.config.is_encoder_decoder or ids is None or ids.shape[:1] != (batch,) or ids.ndim != 2:
         return [[] for _ in range(batch)]
     mask = call.inputs.get("attention_mask")
-    read = np.ones(ids.shape, dtype=bool) if mask is None else to_host(mask).astype(bool)
+    read = np.ones(ids.shape, dtype=bool) if mask is None else to_host(mask != 0)
     return [row[seen].tolist() for row, seen in zip(to_host(ids), read, strict=True)]
