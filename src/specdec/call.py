@@ -184,7 +184,9 @@ def follow_call(
             watcher.follow(state, collector.scores)
             yield state, round_, watcher.final(state)
     except BaseException:
-        target.abandon(state.tokens, state.lengths - 1, state.live)
+        # before the first token the whole prompt is fed; later the last one may stand where a guess was fed
+        sure = np.maximum(state.lengths - 1, state.prompt_length)
+        target.abandon(state.tokens, sure, state.live)
         raise
     finally:  # a stream may be closed in the middle
         _count(stats, state, target, proposer, processing)
