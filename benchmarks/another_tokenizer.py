@@ -114,9 +114,9 @@ def contest(pair: Pair, generators: dict[str, Any], arguments: argparse.Namespac
             drafted, accepted = (sum(one[key] for one in counts[name]) for key in ("drafted", "accepted"))
             line["accepted"] = accepted / drafted if drafted else 0.0
             line["tokens_per_round"] = statistics.mean(one["tokens_per_round"] for one in counts[name])
-            line["first"] = sum(one["accepted_at"][0] for one in counts[name]) / sum(
-                one["drafted_at"][0] for one in counts[name]
-            )
+            # a call that drafted nothing has no first guesses
+            kept, tried = (sum(sum(one[key][:1]) for one in counts[name]) for key in ("accepted_at", "drafted_at"))
+            line["first"] = kept / max(tried, 1)
         summary[name] = {**line, "parted": [one for one in parted[name] if one]}
         print(f"{name:8s} " + "  ".join(f"{key} {value:.2f}" for key, value in line.items()))
         for one in summary[name]["parted"]:

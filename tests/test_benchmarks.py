@@ -392,6 +392,8 @@ def test_another_tokenizer(saved, capsys):
     for name in ("tokens", "strings"):
         assert found[name]["parted"] == []
         assert found[name]["tokens_per_round"] >= 1
+    another_tokenizer.main([*command, "--classes", "chat", "--prompts", "1", "--new", "1"])
+    assert last_line(capsys)["summary"]["tokens"]["first"] == 0, "one token has no guess before it"
     another_tokenizer.main([*command, "--law", "100"])
     printed = capsys.readouterr().out
     assert printed.count("degrees, p = ") == 9
