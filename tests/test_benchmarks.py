@@ -300,6 +300,15 @@ def test_both_models_are_packed(monkeypatch, saved, capsys):
     assert set(last_line(capsys)["summary"]["chat"]) == {"plain", "packed plain", "specdec model", "specdec none"}
 
 
+def test_what_cannot_be_packed_is_said_at_once(saved, capsys):
+    import run
+
+    command = [*saved, "--drafts", "model", "--classes", "chat", "--prompts", "1", "--new", "3", "--ours-only"]
+    assert run.main([*command, "--pack-draft", "--draft-bits", "int8", "--dtype", "bfloat16"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("The benchmark cannot start: LlamaForCausalLM has no")
+
+
 def test_an_oracle_copies_the_longest_that_there_is():
     from summary import oracle
 
