@@ -1,5 +1,6 @@
 """The benchmarks run from end to end, on tiny models: what they print is complete and adds up."""
 
+import importlib
 import io
 import json
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec.layouts import compiled
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
@@ -424,6 +425,20 @@ def test_exits(saved, capsys):
         assert found["divergences"] == []
     assert exits.main([saved[0], "--search", "0", "--least", "1", "--new", "8", "--dtype", "float32"]) == 0
     assert last_line(capsys)["found"]["1"] in ([0], [1])
+
+
+@pytest.mark.parametrize("name", ["another_tokenizer", "exits"])
+def test_a_device_is_waited_for_and_warm_before_it_is_timed(name, saved, capsys, monkeypatch):
+    script, what = importlib.import_module(name), []
+    one = [*saved, "--k", "2"] if name == "another_tokenizer" else [saved[0], "--exit", "1"]
+    monkeypatch.setattr(script.Clock, "wait", lambda clock: what.append("wait"))
+    right = LlamaForCausalLM.generate
+    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda *a, **b: what.append("call") or right(*a, **b))
+    script.main([*one, "--classes", "chat,code" if name == "exits" else "chat", "--new", "4", "--dtype", "float32"])
+    what = what[what.index("call") :]
+    first = what.index("wait")
+    assert what[:first] == ["call"] * (2 if name == "exits" else 3), "everybody once"
+    assert what[first:] == ["wait", "call", "wait"] * (len(what[first:]) // 3)
 
 
 def test_where_texts_part_and_how_near_the_scores_are():
