@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 import transformers
 from exactness import divergences
 from machine import provenance
+from measure import Clock
 from models import Pair, load
 from workload import batches, encode, prompts_of
 
@@ -31,6 +31,7 @@ from specdec import SpeculativeGenerator, TranslatedDraft
 
 METHODS = ("tokens", "strings")
 BINS = 12
+WARM_UP = 8  # new tokens
 
 
 def main(command: Sequence[str] | None = None) -> None:
@@ -91,15 +92,22 @@ def contest(pair: Pair, generators: dict[str, Any], arguments: argparse.Namespac
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     counts: dict[str, list[dict[str, Any]]] = {name: [] for name in generators}
     parted: dict[str, list[Any]] = {name: [] for name in runs}
+    clock = Clock(target.device)
     prompts = [prompt for name in arguments.classes for prompt in prompts_of(name, arguments.prompts)]
     for number, batch in enumerate(batches(prompts, arguments.batch)):
         inputs = encode(pair.tokenizer, batch, target.device)
         texts = {}
         names = list(runs)
+        if not number:  # a model's first call tries its layout, and a device's loads its kernels
+            for run in runs.values():
+                run(**inputs, **{**options, "max_new_tokens": WARM_UP})
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            start = time.perf_counter()
+            clock.wait()
+            start = clock.mark()
             texts[name] = runs[name](**inputs, **options)
-            seconds[name].append(time.perf_counter() - start)
+            end = clock.mark()
+            clock.wait()
+            seconds[name].append(clock.between(start, end))
             if name in generators:
                 counts[name].append(generators[name].stats.as_dict())
         if not arguments.temperature:
@@ -114,9 +122,9 @@ def contest(pair: Pair, generators: dict[str, Any], arguments: argparse.Namespac
             drafted, accepted = (sum(one[key] for one in counts[name]) for key in ("drafted", "accepted"))
             line["accepted"] = accepted / drafted if drafted else 0.0
             line["tokens_per_round"] = statistics.mean(one["tokens_per_round"] for one in counts[name])
-            line["first"] = sum(one["accepted_at"][0] for one in counts[name]) / sum(
-                one["drafted_at"][0] for one in counts[name]
-            )
+            # a call that drafted nothing has no first guesses
+            kept, tried = (sum(sum(one[key][:1]) for one in counts[name]) for key in ("accepted_at", "drafted_at"))
+            line["first"] = kept / max(tried, 1)
         summary[name] = {**line, "parted": [one for one in parted[name] if one]}
         print(f"{name:8s} " + "  ".join(f"{key} {value:.2f}" for key, value in line.items()))
         for one in summary[name]["parted"]:

@@ -31,6 +31,7 @@ from contestants import draft_length
 from costs import cost_curve
 from exactness import divergences
 from machine import provenance
+from measure import Clock
 from models import load
 from torch import Tensor
 from workload import encode, prompts_of
@@ -100,8 +101,9 @@ def measure(target: Any, inputs: list[dict[str, Tensor]], options: argparse.Name
     wide = 1 + max(k for k in numbers if isinstance(k, int)) if any(isinstance(k, int) for k in numbers) else 4
     whole = cost_curve(target, inputs[0], [1, wide], repeats=3)
     steps = {name: cost_curve(part, inputs[0], [1], repeats=3)[1] / whole[1] for name, part in parts.items()}
-    for generator in generators.values():  # the self-check is not measured
-        generator.generate(**inputs[0], max_new_tokens=6, do_sample=False)
+    for run in (target, *generators.values()):  # the self-check is not measured
+        run.generate(**inputs[0], max_new_tokens=6, do_sample=False)
+    clock = Clock(target.device)
     seconds: dict[Any, list[float]] = {key: [] for key in (None, *generators)}
     counts: dict[Any, list[Any]] = {key: [] for key in generators}
     texts: dict[Any, list[Any]] = {key: [] for key in seconds}
@@ -110,9 +112,12 @@ def measure(target: Any, inputs: list[dict[str, Tensor]], options: argparse.Name
             run = target if key is None else generators[key]
             spent = 0.0
             for one in inputs:
-                start = perf_counter()
+                clock.wait()
+                start = clock.mark()
                 text = run.generate(**one, max_new_tokens=options.new, do_sample=False)
-                spent += perf_counter() - start
+                end = clock.mark()
+                clock.wait()
+                spent += clock.between(start, end)
                 texts[key].append(text)
                 if key is not None:
                     counts[key].append(generators[key].stats)

@@ -103,10 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         weights = {model: weights_of(model) for model in (pair.target, pair.draft) if model is not None}
         contestants = line_up(pair, options)
         weights |= {c.draft: weights_of(c.draft) for c in contestants if c.draft not in {None, *weights}}
+        wanted = ((pair.target, options.pack), (pair.draft, options.pack_draft))
+        dress = Dress([model for model, packs in wanted if packs and model])
+        dress.wear(True)  # what cannot be packed is said now
     except (SpecdecError, ValueError, OSError) as error:
         print(f"The benchmark cannot start: {error}", file=sys.stderr)
         return 2
-    cases, skipped, curve = contest(pair, contestants, work, options)
+    cases, skipped, curve = contest(pair, contestants, work, dress, options)
     taking_part = [c for c in contestants if c.name not in skipped]
     document = {
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()},
@@ -128,13 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def contest(
-    pair: Pair, contestants: Sequence[Contestant], work: dict[str, list[Prompt]], options: argparse.Namespace
+    pair: Pair,
+    contestants: Sequence[Contestant],
+    work: dict[str, list[Prompt]],
+    dress: Dress,
+    options: argparse.Namespace,
 ) -> tuple[list[Case], dict[str, str], dict[str, Any]]:
     """Run everything: the cases, who did not take part and why, the cost curve (empty unless wanted)."""
     device = torch.device(options.device)
-    dress = Dress(
-        [m for m, wanted in ((pair.target, options.pack), (pair.draft, options.pack_draft)) if wanted and m]
-    )
     todo = [
         (Case(kind, number), batch, encode(pair.tokenizer, batch, device))
         for kind, prompts in work.items()

@@ -3,7 +3,7 @@
     python -m pip install . 'transformers[serving]'
     python integrations/serve.py TARGET [DRAFT] [--port 8000]
 
-DRAFT is a hub id or folder, or a word ("ngram", "suffix", "self-int8"; default: suffix). The server calls
+DRAFT is a hub id or folder, or a word ("ngram", "suffix", "auto", "self-int8"; default: suffix). The server calls
 ``model.generate()`` for one request after the other; its continuous batching never calls it and stays plain. A
 streamer hears one token a step; the tokens of a round come together, which tells who watches the wire how well the
 draft guessed (``docs/private-streaming.md``).
@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cli.serve import Serve
 
 from specdec import SpeculativeGenerator
-
-WORDS = ("ngram", "suffix", "recycling", "self-int4", "self-int8")
+from specdec.construction import NAMES
 
 
 @contextmanager
@@ -31,7 +30,7 @@ def serving(target: str, draft: str, port: int) -> Iterator[tuple[Any, Speculati
     try:
         manager = server._model_manager  # the server has no public way to its model
         model, tokenizer = manager.load_model_and_processor(manager.process_model_name(target))
-        guesses = draft if draft in WORDS else AutoModelForCausalLM.from_pretrained(draft, dtype=model.dtype)
+        guesses = draft if draft in NAMES else AutoModelForCausalLM.from_pretrained(draft, dtype=model.dtype)
         generator = SpeculativeGenerator(model, guesses, tokenizer=tokenizer)
         with generator.attached():
             yield server, generator

@@ -137,6 +137,10 @@ CASES |= {
                          "stopping_criteria": [Sum()],
                          "prefix_allowed_tokens_fn": lambda row, ids: (ids[-1:].numpy() + np.arange(9)) % 60 + 3},
     },
+    "watermarks at home": {
+        "inputs": "host",
+        "make": lambda: {"logits_processor": [hf.WatermarkLogitsProcessor(64, device="cpu"), synthid()]},
+    },
     "another tokenizer": {"draft": "translated", "target": bytes_target},
     "another tokenizer, sampled": {"draft": "translated", "target": bytes_target, **RULES["block"]},
     "another tokenizer, draft on the host": {
@@ -146,6 +150,12 @@ CASES |= {
     "reads a value": {"make": lambda: {"logits_processor": [Reads()]}},
     "copies wait": {"queues": False},
 }  # fmt: skip
+
+
+def synthid():
+    """A watermark with a state, which makes tensors on the device that it is told."""
+    sizes = {"ngram_len": 3, "sampling_table_size": 64, "context_history_size": 16}
+    return hf.SynthIDTextWatermarkLogitsProcessor(**sizes, keys=[1, 2, 3], sampling_table_seed=0, device="cpu")
 
 
 def outcome(name):

@@ -1,5 +1,6 @@
 """The benchmarks run from end to end, on tiny models: what they print is complete and adds up."""
 
+import importlib
 import io
 import json
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec.layouts import compiled
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
@@ -300,6 +301,15 @@ def test_both_models_are_packed(monkeypatch, saved, capsys):
     assert set(last_line(capsys)["summary"]["chat"]) == {"plain", "packed plain", "specdec model", "specdec none"}
 
 
+def test_what_cannot_be_packed_is_said_at_once(saved, capsys):
+    import run
+
+    command = [*saved, "--drafts", "model", "--classes", "chat", "--prompts", "1", "--new", "3", "--ours-only"]
+    assert run.main([*command, "--pack-draft", "--draft-bits", "int8", "--dtype", "bfloat16"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("The benchmark cannot start: LlamaForCausalLM has no")
+
+
 def test_an_oracle_copies_the_longest_that_there_is():
     from summary import oracle
 
@@ -392,6 +402,8 @@ def test_another_tokenizer(saved, capsys):
     for name in ("tokens", "strings"):
         assert found[name]["parted"] == []
         assert found[name]["tokens_per_round"] >= 1
+    another_tokenizer.main([*command, "--classes", "chat", "--prompts", "1", "--new", "1"])
+    assert last_line(capsys)["summary"]["tokens"]["first"] == 0, "one token has no guess before it"
     another_tokenizer.main([*command, "--law", "100"])
     printed = capsys.readouterr().out
     assert printed.count("degrees, p = ") == 9
@@ -413,6 +425,20 @@ def test_exits(saved, capsys):
         assert found["divergences"] == []
     assert exits.main([saved[0], "--search", "0", "--least", "1", "--new", "8", "--dtype", "float32"]) == 0
     assert last_line(capsys)["found"]["1"] in ([0], [1])
+
+
+@pytest.mark.parametrize("name", ["another_tokenizer", "exits"])
+def test_a_device_is_waited_for_and_warm_before_it_is_timed(name, saved, capsys, monkeypatch):
+    script, what = importlib.import_module(name), []
+    one = [*saved, "--k", "2"] if name == "another_tokenizer" else [saved[0], "--exit", "1"]
+    monkeypatch.setattr(script.Clock, "wait", lambda clock: what.append("wait"))
+    right = LlamaForCausalLM.generate
+    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda *a, **b: what.append("call") or right(*a, **b))
+    script.main([*one, "--classes", "chat,code" if name == "exits" else "chat", "--new", "4", "--dtype", "float32"])
+    what = what[what.index("call") :]
+    first = what.index("wait")
+    assert what[:first] == ["call"] * (2 if name == "exits" else 3), "everybody once"
+    assert what[first:] == ["wait", "call", "wait"] * (len(what[first:]) // 3)
 
 
 def test_where_texts_part_and_how_near_the_scores_are():

@@ -458,6 +458,39 @@ def test_what_a_compiler_says_is_cut_short():
     assert compiled._short(ValueError("a page\n" * 100)) == ("a page " * 100)[:200]
 
 
+def test_room_for_no_more_than_a_text_may_have(traced):
+    """A limit that means "until the end" is no reason to make room for it."""
+    target, prompt = tiny_llama(), ragged_prompt(LENGTHS["padded"])
+    free = target.generate(**prompt, **GREEDY)
+    options = {"do_sample": False, "eos_token_id": [int(row[20]) for row in free], "pad_token_id": 0}
+    plain = target.generate(**prompt, max_new_tokens=40, **options)
+    gen = SpeculativeGenerator(target, noisy_copy(target), num_draft_tokens=3, compile=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert gen.generate(**prompt, max_new_tokens=10**11, **options).equal(plain)
+            assert gen.stats.layout == "slots"
+    told = [
+        str(one.message) for one in said if "eagerly in a call whose text may have 100000000009" in str(one.message)
+    ]
+    assert len(told) == 2, "target and draft, once each"
+    assert all("32768" in one for one in told)
+    assert gen.generate(**prompt, max_new_tokens=40, **options).equal(plain)
+    assert gen.stats.layout == "slots+compiled"
+
+
+def test_a_model_with_many_positions_may_have_room_for_them():
+    steps = CompiledSteps()
+    wide, narrow = tiny_llama(max_position_embeddings=1 << 17), tiny_llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert steps.fits(wide, 1 << 17)
+        assert steps.fits(narrow, 1 << 15)
+    with pytest.warns(UserWarning, match="131072"):
+        assert not steps.fits(wide, (1 << 17) + 1)
+    assert not steps.fits(narrow, (1 << 15) + 1)
+
+
 def test_widths_and_rooms_are_few():
     steps = CompiledSteps()
     assert [steps.width(n) for n in (1, 2, 3, 4, 5, 6, 9, 10, 17, 18)] == [1, 2, 3, 5, 5, 9, 9, 17, 17, 18]

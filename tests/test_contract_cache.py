@@ -14,6 +14,7 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
+    LogitsProcessor,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -335,6 +336,43 @@ def test_a_cache_of_the_callers_is_sound_behind_an_exception(layout):
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW), value=1)
     more = llama().generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert more.tolist() == plain(llama(), inputs, max_new_tokens=NEW + 4).tolist()
+
+
+class Breaks(LogitsProcessor):
+    """Fails on the scores of its call number `place`, counted from 0."""
+
+    specdec_pure = True
+
+    def __init__(self, place=0):
+        self.left = place
+
+    def __call__(self, input_ids, scores):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return scores
+
+
+def goes_on_from(make, cache, inputs):
+    """Plain generate() writes its own text from a cache that a call left behind."""
+    assert len({int(layer.get_seq_length()) for layer in cache.layers}) == 1
+    text = plain(make(), inputs, max_new_tokens=NEW)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW), value=1)
+    more = make().generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    return more.equal(plain(make(), inputs, max_new_tokens=NEW + 4))
+
+
+@pytest.mark.parametrize("make", [llama, mistral])
+@pytest.mark.parametrize("layout", ["slots", "columns", "snapshot", "auto"])
+def test_a_cache_of_the_callers_is_sound_behind_an_error_about_the_prompts_scores(layout, make):
+    inputs, cache = prompts(3), DynamicCache(config=make().config)
+    gen = speculative(make(), "ngram", layout=layout)
+    with pytest.raises(KeyboardInterrupt):
+        gen.generate(
+            **inputs, past_key_values=cache, logits_processor=[Breaks()], max_new_tokens=NEW, do_sample=False
+        )
+    assert cache.get_seq_length() == START
+    assert goes_on_from(make, cache, inputs)
 
 
 def test_a_cache_that_is_ahead_of_the_text():

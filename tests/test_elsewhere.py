@@ -11,6 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import SuppressTokensLogitsProcessor, WatermarkLogitsProcessor
+
+from specdec.abroad import taken_abroad
+from specdec.processing import is_function
+from specdec.testing import tiny_llama
 
 from .cases_elsewhere import CASES
 
@@ -36,6 +42,7 @@ KNOWN = {
         "stepwise.py process: a tensor of numbers",
     },
     "functions at home": None,
+    "watermarks at home": None,
     # what a draft on another device reads and gives
     **{name: None for name in CASES if name.endswith("draft on the host")},
     "cascade, asked, draft on the host": {
@@ -58,6 +65,18 @@ def test_the_same_text_and_one_wait_a_round(half):
     assert list(results) == names
     wrong = {name: result for name, result in results.items() if not as_it_should_be(name, result)}
     assert not wrong
+
+
+def test_a_processor_with_a_generator_of_random_numbers_stays_at_home():
+    """A generator belongs to one device; this one would be asked for numbers on another."""
+    given = WatermarkLogitsProcessor(64, device="cpu")
+    _, options = taken_abroad(tiny_llama(), torch.device("meta"), None, {"logits_processor": [given]})
+    (called,) = options["logits_processor"]
+    assert is_function(called)
+    assert type(called) is not type(given)
+    plain = SuppressTokensLogitsProcessor([4])
+    _, options = taken_abroad(tiny_llama(), torch.device("meta"), None, {"logits_processor": [plain]})
+    assert type(options["logits_processor"][0]) is type(plain), "generate() must recognise it"
 
 
 def as_it_should_be(name, result):

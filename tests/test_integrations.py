@@ -9,11 +9,13 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from specdec.construction import NAMES
 from specdec.testing import tiny_llama
 
 FOLDER = Path(__file__).resolve().parent.parent / "integrations"
@@ -53,6 +55,16 @@ def folder(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     tiny_llama().save_pretrained(tmp_path)
     return str(tmp_path)
+
+
+@pytest.mark.parametrize("word", NAMES)
+def test_every_word_for_a_draft_is_one_for_the_server(word, monkeypatch):
+    manager = SimpleNamespace(process_model_name=str, load_model_and_processor=lambda _: (tiny_llama(), None))
+    server = SimpleNamespace(_model_manager=manager, kill_server=lambda: None)
+    # the server's own libraries need not be there for it
+    monkeypatch.setitem(sys.modules, "transformers.cli.serve", SimpleNamespace(Serve=lambda **_: server))
+    with runpy.run_path(str(FOLDER / "serve.py"))["serving"]("here", word, 0) as (_, generator):
+        assert generator.draft == word
 
 
 def test_the_server_of_transformers(folder):

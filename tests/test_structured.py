@@ -436,6 +436,62 @@ def test_plain_generate_knows_a_new_call():
         assert torch.equal(gen.generate(**options, logits_processor=[constraint]), fresh)
 
 
+class Unknown(LogitsProcessor):
+    """Changes nothing, and may hold a state for all we know: everything goes in lockstep."""
+
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+def test_in_lockstep_a_grammar_belongs_to_its_call():
+    """Two calls under way at once with one object, and one that goes on where another ended."""
+    target, constraint = tiny_llama(), counting()
+    gen = SpeculativeGenerator(target, noisy_copy(target, 0.1), num_draft_tokens=2)
+    options = {"max_new_tokens": 9, "do_sample": False}
+    inputs = [ragged_prompt((9,)), ragged_prompt((4,), seed=1)]
+    plain = [target.generate(**one, **options, logits_processor=[counting()]) for one in inputs]
+    options["logits_processor"] = [constraint, Unknown()]
+    streams = [gen.stream(**one, **options) for one in inputs]
+    found = [[], []]
+    while any(streams):
+        for number, stream in enumerate(streams):
+            record = stream and next(stream, None)
+            found[number] += record.ids if record else []
+            streams[number] = stream if record else None
+    assert found == [out[0, one["input_ids"].shape[1] :].tolist() for out, one in zip(plain, inputs, strict=True)]
+    more = {"input_ids": plain[0], "attention_mask": torch.ones_like(plain[0])}
+    again = target.generate(**more, max_new_tokens=9, do_sample=False, logits_processor=[counting()])
+    assert gen.generate(**inputs[0], **options).equal(plain[0])
+    assert gen.generate(**more, **options).equal(again)
+
+
+class Bare:
+    """A processor whose state is a value and that plain `generate()` cannot call: even ids, or odd ones."""
+
+    def start(self, prompt):
+        return [row % 2 for row in range(len(prompt))]
+
+    def advance(self, state, token):
+        return state if token % 2 == state else None
+
+    def process(self, states, scores):
+        out = scores.clone()
+        for row, state in enumerate(states):
+            if state is not None:
+                out[row, 1 - state :: 2] = -torch.inf
+        return out
+
+
+@pytest.mark.parametrize("ends", [None, 7])
+def test_in_lockstep_states_are_asked_as_anywhere_else(ends):
+    target, inputs = tiny_llama(), ragged_prompt()
+    gen = SpeculativeGenerator(target, noisy_copy(target, 0.1), num_draft_tokens=4)
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": ends, "pad_token_id": 0}
+    free = gen.generate(**inputs, **options, logits_processor=[Bare()])
+    assert gen.generate(**inputs, **options, logits_processor=[Bare(), Unknown()]).equal(free)
+    assert gen.stats.accepted > 0
+
+
 def test_prefix_allowed_tokens_fn_is_asked_only_what_plain_might_ask():
     """Not in lockstep; never about a prefix that the function itself has forbidden."""
     target, inputs = tiny_llama(), ragged_prompt()

@@ -132,6 +132,48 @@ def test_a_map_is_made_once_and_kept_as_long_as_its_tokenizers(monkeypatch):
     assert gone() is None
 
 
+class Counting:
+    """A tokenizer that counts how often its whole vocabulary is asked for."""
+
+    def __init__(self, inner):
+        self.inner, self.asked = inner, 0
+
+    def get_vocab(self):
+        self.asked += 1
+        return self.inner.get_vocab()
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __call__(self, *arguments, **options):
+        return self.inner(*arguments, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("letters", ["abcdefgh", "hgfedcba"], ids=["the same ids", "others"])
+def test_tokenizers_are_compared_once_and_kept_by_nobody(letters):
+    """A call that names draft and tokenizer looks at vocabularies of 150,000 tokens the first time only."""
+    ours, theirs = Counting(characters("abcdefgh")), Counting(characters(letters))
+    target, draft = tiny_llama(vocabulary=len(ours)), tiny_llama(1, vocabulary=len(ours))
+    gen = SpeculativeGenerator(target, tokenizer=ours)
+    options = {"max_new_tokens": 4, "do_sample": False, "assistant_model": draft, "assistant_tokenizer": theirs}
+    inputs = ragged_prompt((5,), len(ours))
+    gen.generate(**inputs, **options)
+    asked = ours.asked, theirs.asked
+    assert min(asked) > 0
+    gen.generate(**inputs, **options)
+    assert (ours.asked, theirs.asked) == asked
+    theirs.inner.add_tokens(["x"])
+    gen.generate(**inputs, **options)
+    assert ours.asked > asked[0]
+    gone = [weakref.ref(theirs), weakref.ref(draft)]
+    del theirs, draft, options
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
 def test_a_twin_with_its_ids_shuffled_is_always_right():
     """The same model under a permutation of its vocabulary: every guess must be kept, sampled ones too."""
     size = len(LETTERS)

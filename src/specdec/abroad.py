@@ -67,7 +67,8 @@ def _called(kind: Any, one: Any, home: torch.device, abroad: torch.device) -> An
     """``one`` as it is to be called: ``generate()`` must recognise transformers' own kinds, whose tensors move."""
     if isinstance(one, Stepwise):
         return one  # its state is no tensor
-    if not type(one).__module__.startswith("transformers."):
+    own = type(one).__module__.startswith("transformers.")
+    if not own or (kind is _Processor and not _moves(one)):
         return kind(one, home)
     one = copy.copy(one)
     for name, value in vars(one).items():
@@ -76,8 +77,14 @@ def _called(kind: Any, one: Any, home: torch.device, abroad: torch.device) -> An
     return one
 
 
+def _moves(processor: Any) -> bool:
+    """``processor`` is at home wherever its tensors are; one with a state may make others, where it was told to."""
+    fixed = any(isinstance(one, torch.Generator) for one in vars(processor).values())
+    return is_function(processor) and not fixed
+
+
 class _Processor(LogitsProcessor):  # type: ignore[misc]
-    """A processor of the caller's, called at home."""
+    """A processor of the caller's, or one of transformers' that cannot be moved, called at home."""
 
     def __init__(self, inner: Callable[..., Tensor], home: torch.device) -> None:
         self._inner, self._home = inner, home

@@ -184,7 +184,9 @@ def follow_call(
             watcher.follow(state, collector.scores)
             yield state, round_, watcher.final(state)
     except BaseException:
-        target.abandon(state.tokens, state.lengths - 1, state.live)
+        # before the first token the whole prompt is fed; later the last one may stand where a guess was fed
+        sure = np.maximum(state.lengths - 1, state.prompt_length)
+        target.abandon(state.tokens, sure, state.live)
         raise
     finally:  # a stream may be closed in the middle
         _count(stats, state, target, proposer, processing)
@@ -273,7 +275,7 @@ def _repeated(model: Any, inputs: dict[str, Any], batch: int, samples: int) -> d
     for name, value in inputs.items():
         # positions in time, height and width come before the batch; what has other rows belongs to no row
         along = int(name == "position_ids" and value.ndim == 3)
-        mine = value.shape[along] == rows
+        mine = value.shape[along : along + 1] == (rows,)
         repeated[name] = value.repeat_interleave(batch // rows, dim=along) if mine else value
     return repeated
 

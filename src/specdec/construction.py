@@ -16,6 +16,7 @@ from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.layers import OwnLayers
 from specdec.proposers.mixture import Mixture
 from specdec.proposers.translated import TranslatedDraft
+from specdec.proposers.vocabulary import same_ids
 from specdec.proposers.words import WORDS, check_sizes, one_behind_another
 from specdec.sampling import VERIFICATIONS
 from specdec.weights.adapters import inner_model
@@ -145,8 +146,6 @@ def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -
     sizes may differ by a little; ids past the smaller one are never guessed.
     """
     if tokenizer is not None and draft_tokenizer is not None:
-        ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-        others = any(ours.get(token, one) != one for token, one in theirs.items())
-        return not others and len(ours.keys() - theirs.keys()) <= 0.01 * len(ours)
+        return same_ids(tokenizer, draft_tokenizer)
     check_sizes(target, draft)
     return True

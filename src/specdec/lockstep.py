@@ -29,7 +29,7 @@ def verify_in_lockstep(
         logits: (B, K + 1, V) of the target, in float32.
         state: all live rows have the same length.
         proposal: rows may have submitted different numbers of guesses.
-        processing: its processors are called as plain ``generate()`` calls them.
+        processing: its processors are called as plain ``generate()`` calls them, or walk along the rows.
         sampling: draws the tokens.
 
     Returns:
@@ -42,8 +42,7 @@ def verify_in_lockstep(
     scores = torch.zeros_like(logits)
     step = 0
     while True:
-        # plain generate() shows whole tensors, of which a processor may take other views
-        rows = processing.processors(state.tokens[:, : length + step].contiguous(), logits[:, step].contiguous())
+        rows = processing.at(length + step, state.tokens, logits[:, step], state.live)
         scores[:, step] = rows
         waiting = step < guesses
         here = slice(step, step + 1) if waiting else slice(0, 0)

@@ -10,7 +10,7 @@ know row indices and prompts. Five kinds:
 * those whose state is a value (grammars, ``prefix_allowed_tokens_fn``): the state of every guess is worked out
   along the guesses before it (``stepwise.py``), for the draft's rows as well;
 * anything else (guidance, SynthID, a user's own): may hold state, so it must see exactly the calls of plain
-  ``generate()``. Then ``in_lockstep`` is True and the loop verifies one position after the other.
+  ``generate()``. Then ``in_lockstep`` is True and the loop verifies one position after the other (``at``).
 
 A processor of your own that is a pure function of each row's tokens and scores may say so with a class attribute
 ``specdec_pure = True``; it then belongs to the third kind and touches the draft's rows as well.
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from specdec.state import span
@@ -66,7 +67,6 @@ class Processing:
     """The processors of a call, in their order.
 
     Attributes:
-        processors: as they were given.
         in_lockstep: one of them may hold state, so that the loop must go position by position.
         forbids: one of them looks at the text, and so may forbid everything behind an impossible one.
         host_copies: copies from the device, made for processors whose state follows the guesses.
@@ -80,19 +80,23 @@ class Processing:
             prompt: (B, P) ids of the call, for processors whose state begins behind it.
             ends: ids that end a row, behind which such processors are not asked.
         """
-        self.processors = processors
         self.host_copies = 0
         self._known: list[Any] = []
+        self._in_order: list[Any] = []  # what lockstep calls
         self._walks: list[Walk] = []
         self.in_lockstep = False
         self.forbids = any(type(one) not in SCORES_ONLY for one in processors)
         for place, processor in enumerate(processors):
             stepwise = _stepwise(processor, processors[place + 1 :])
+            self._in_order.append(LogitsProcessorList([processor]))
             if is_function(processor):
                 self._known.append(processor)
             elif stepwise is not None and prompt is not None:
                 self._walks.append(Walk(stepwise, prompt, ends))
                 self._known.append(self._walks[-1])
+                if stepwise is processor:
+                    # what it remembers of the calls that plain generate() makes is of one text at a time
+                    self._in_order[-1] = self._walks[-1]
             else:
                 self.in_lockstep = True
 
@@ -117,6 +121,30 @@ class Processing:
         if wanted is None:
             wanted = np.full(len(lengths), logits.shape[1])
         return self._apply(logits.float(), tokens, lengths, wanted, final=True)
+
+    def at(self, length: int, tokens: Tensor, scores: Tensor, live: np.ndarray) -> Tensor:
+        """Processed scores (B, V) of one position in lockstep, by the calls of plain ``generate()``.
+
+        Only those whose state is a value are asked as anywhere else, and not about ended rows.
+
+        Args:
+            length: tokens of every live row before the position, all of them final.
+            tokens: (B, capacity) of them.
+            scores: (B, V) of the target, in float32.
+            live: (B,) bool, the rows that go on.
+        """
+        walks = any(isinstance(one, Walk) for one in self._in_order)
+        lengths = np.full(len(tokens), length)
+        seen = self._seen(tokens, lengths, live.astype(np.int64)) if walks else None
+        # plain generate() shows whole tensors, of which a processor may take other views
+        ids, scores = tokens[:, :length].contiguous(), scores.contiguous()
+        for processor in self._in_order:
+            if isinstance(processor, Walk):
+                assert seen is not None
+                scores = processor.process(scores[:, None], seen, final=True)[:, 0].contiguous()
+            else:
+                scores = processor(ids, scores)
+        return scores
 
     def draft(
         self, logits: Tensor, tokens: Tensor, lengths: np.ndarray, vocabulary: int, live: np.ndarray | None = None

@@ -252,7 +252,8 @@ class Scorer:
         if steps is None or steps.refused:
             return
         if isinstance(self.layout, Slots):
-            self.layout.compile_with(steps, self._max_length)
+            if steps.fits(self.model, self._max_length + self.hidden):
+                self.layout.compile_with(steps, self._max_length)
         else:
             steps.refuse(self.model, f"its layout is {self.layout.name!r}, and only slots keep their shapes")
 

@@ -36,6 +36,8 @@ MOST_ENCODED = 3  # lengths of an encoder's input: Whisper has one, a translator
 WIDTHS = (1, 2, 3, 5, 9, 17)
 # room is rounded up to this many columns, so that calls of similar length share their graphs
 ROOM = 256
+# a buffer of more columns is not made at once, unless the model has so many positions
+MOST_ROOM = 1 << 15
 BACKEND = "inductor"  # of torch.compile; tests take others, which need no compiler
 
 
@@ -53,6 +55,7 @@ class CompiledSteps:
         self._graphs: dict[tuple[int, ...], Callable[..., Tensor]] = {}
         self._encoded: set[int] = set()  # columns that encoders gave, a part of a graph's shape
         self._free: dict[Any, list[Tensor]] = {}
+        self._said = False  # that a call may be too long
 
     @property
     def graphs(self) -> int:
@@ -66,6 +69,20 @@ class CompiledSteps:
     def room(self, columns: int) -> int:
         """Room of the buffer for a call whose rows may reach ``columns``: filled up columns need some, too."""
         return -(-(columns + WIDTHS[-1]) // ROOM) * ROOM
+
+    def fits(self, model: Any, columns: int) -> bool:
+        """Whether rows that may reach ``columns`` can have their whole room at once; says so the first time not."""
+        config = model.config.get_text_config(decoder=True)
+        most = max(MOST_ROOM, getattr(config, "max_position_embeddings", None) or 0)
+        if columns > most and not self._said:
+            self._said = True
+            warnings.warn(
+                f"specdec runs {type(model).__name__} eagerly in a call whose text may have {columns} tokens: "
+                f"graphs need room for all of them from the start, and have it for {most}; give the max_new_tokens "
+                "that you need",
+                stacklevel=2,
+            )
+        return columns <= most
 
     def run(self, model: Any, inputs: dict[str, Any], cache: SlotCache, needed: int) -> Tensor | None:
         """Scores (B, W, V) of ``model`` for ``inputs``, or None where this pass has to run eagerly.

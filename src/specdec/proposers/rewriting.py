@@ -11,6 +11,8 @@ Knows no model. A wrong answer here costs a guess, never the output's law. Read 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from specdec.proposers.vocabulary import ROLES, Shared, Vocabulary, split_unfinished
@@ -29,12 +31,16 @@ class Translator:
     def __init__(self, target: Vocabulary, draft: Vocabulary, shared: Shared) -> None:
         """Translate with the pairs of ``shared``."""
         self.target, self.draft, self.shared = target, draft, shared
-        to_draft = dict(zip(shared.target_ids.tolist(), shared.draft_ids.tolist(), strict=True))
         self._said = list(target.pieces.of)
-        for one in target.pieces.special & to_draft.keys():
-            self._said[one] = draft.pieces.of[to_draft[one]]
+        special = np.isin(shared.target_ids, list(target.pieces.special))
+        for one, other in zip(shared.target_ids[special], shared.draft_ids[special], strict=True):
+            self._said[one] = draft.pieces.of[other]
         self._begin = target.pieces.roles.get(ROLES[1])
-        self._byte_ids = {piece: one for one, piece in enumerate(draft.pieces.of) if 0 < len(piece) < 4}
+
+    @cached_property
+    def _byte_ids(self) -> dict[bytes, int]:
+        """The draft's ids for a few bytes, by these; made when a text first ends inside a character."""
+        return {piece: one for one, piece in enumerate(self.draft.pieces.of) if 0 < len(piece) < 4}
 
     def bytes_of(self, ids: np.ndarray) -> bytes:
         """What the target's ``ids`` (n,) say to the draft."""

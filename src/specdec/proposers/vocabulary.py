@@ -129,6 +129,9 @@ _PIECES: weakref.WeakKeyDictionary[Any, tuple[int, Pieces]] = weakref.WeakKeyDic
 _SHARED: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, tuple[Any, Shared]]] = (
     weakref.WeakKeyDictionary()
 )
+_SAME: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, tuple[Any, bool]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def pieces_of(tokenizer: Any) -> Pieces:
@@ -148,6 +151,25 @@ def shared_ids(target: Any, draft: Any) -> Shared:
     if kept is None or kept[0] != sizes:
         kept = of_target[draft] = (sizes, pair(pieces_of(target), pieces_of(draft)))
     return kept[1]
+
+
+def same_ids(target: Any, draft: Any) -> bool:
+    """Whether nearly all ids of the tokenizers ``target`` and ``draft`` mean the same, and none something else."""
+    try:
+        sizes = (len(target), len(draft))
+        of_target = _SAME.setdefault(target, weakref.WeakKeyDictionary())
+        kept = of_target.get(draft)
+    except TypeError:  # something of the caller's that has a vocabulary, and no length or no reference to it
+        return _compared(target, draft)
+    if kept is None or kept[0] != sizes:
+        kept = of_target[draft] = (sizes, _compared(target, draft))
+    return kept[1]
+
+
+def _compared(target: Any, draft: Any) -> bool:
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    others = any(ours.get(token, one) != one for token, one in theirs.items())
+    return not others and len(ours.keys() - theirs.keys()) <= 0.01 * len(ours)
 
 
 def pair(target: Pieces, draft: Pieces) -> Shared:
