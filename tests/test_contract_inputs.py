@@ -223,6 +223,12 @@ OWN_SETTINGS = {
     "stop strings": {"stop_strings": ["a"]},
     "no cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
+    "an end that grows likelier": {"exponential_decay_length_penalty": (2, 1.1)},
+    "hidden states": {"output_hidden_states": True, "output_attentions": True},
+    "a lookup": {"prompt_lookup_num_tokens": 3},
+    "an exit": {"assistant_early_exit": 1},
+    "contrastive search": {"penalty_alpha": 0.6, "top_k": 4},
+    "the prompt in chunks": {"prefill_chunk_size": 4},
 }
 
 
