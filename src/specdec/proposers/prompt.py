@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.pytorch_utils import move_to_device
 
 from specdec.proposers import Call
 from specdec.weights.adapters import device_of
+
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "prefill_chunk_size")
 
 
 def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any], Any, Any]:
@@ -27,12 +29,15 @@ def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any]
         caught.append((input_ids, kwargs, generation_config, inner))
         return input_ids
 
+    # processors, limits and ways to decode are the call's: of what every config has the draft's own says only KEPT;
+    # what its kind of model alone has is left, for its generate() may ask for it
     config = copy.deepcopy(model.generation_config)
+    vars(config).update({name: value for name, value in vars(GenerationConfig()).items() if name not in KEPT})
     device = device_of(model, call.prompt.device)
     prompt = call.prompt.clamp(max=embeds - 1).to(device)
     inputs = move_to_device(_inputs_for(model, call), device)
     read = inputs.get("inputs_embeds", prompt).shape[1]
-    config.update(**{**PLAIN, "max_length": call.max_length + read - prompt.shape[1]})
+    config.update(max_length=call.max_length + read - prompt.shape[1], use_cache=True)
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = prompt
         start = call.target.generation_config.decoder_start_token_id
@@ -52,15 +57,6 @@ def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any]
         type(model).generate(double, custom_generate=catch, **inputs)
     prompt, kwargs, config, inner = caught[0]
     return prompt, kwargs, config, model if inner is double else inner
-
-
-# what the draft's own defaults may not bring in: the call's processors and limits are the target's
-PLAIN: dict[str, Any] = {
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": None,
-    "min_length": 0, "min_new_tokens": None, "max_time": None, "stop_strings": None, "use_cache": True,
-    "temperature": None, "top_k": None, "top_p": None, "guidance_scale": None, "watermarking_config": None,
-    "cache_implementation": None, "return_dict_in_generate": False, "token_healing": False,
-}  # fmt: skip
 
 
 def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
