@@ -375,6 +375,33 @@ def test_a_cache_of_the_callers_is_sound_behind_an_error_about_the_prompts_score
     assert goes_on_from(make, cache, inputs)
 
 
+@pytest.mark.parametrize("make", [tiny_llama, mistral])
+@pytest.mark.parametrize("layout", ["slots", "columns", "snapshot", "auto"])
+def test_a_cache_of_the_callers_is_sound_behind_a_pass_that_broke_off(layout, make):
+    """Between layers, one having written more than the other: in steps, in a trial of the layout, in rounds."""
+    inputs, target = prompts(3), copy.deepcopy(make())
+    wrong = oracle(plain(make(), inputs), wrong={START + 2, START + 3, START + 5})
+    found = set()
+    for place in (*range(1, 8), *range(1, 4)):  # at first the layout is still to be tried
+        passes = iter(range(99))
+
+        def breaks(*_, passes=passes, place=place):
+            if next(passes) == place:
+                raise KeyboardInterrupt
+
+        cache = DynamicCache(config=target.config)
+        hook = target.model.layers[1].register_forward_pre_hook(breaks)
+        try:
+            speculative(target, wrong, layout=layout).generate(**inputs, past_key_values=cache, **DICT)
+        except KeyboardInterrupt:
+            assert goes_on_from(make, copy.deepcopy(cache), inputs)
+            found.add(cache.get_seq_length())
+        finally:
+            hook.remove()
+    assert min(found) == START
+    assert len(found) > 1 or layout != "columns", "committed columns stay where they can"
+
+
 def test_a_cache_that_is_ahead_of_the_text():
     cache = llama().generate(**prompts(1), **DICT).past_key_values
     kept = copy.deepcopy(cache)

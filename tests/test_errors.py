@@ -209,6 +209,20 @@ def test_refused_argument(name):
     assert error.option == name
 
 
+@pytest.mark.parametrize("source", ["argument", "config"])
+def test_a_cache_that_is_not_to_be_used(source):
+    """Plain generate() feeds the whole text behind itself in every pass, and gives some other text."""
+    options = {"max_new_tokens": 6, "do_sample": False, "past_key_values": DynamicCache()}
+    if source == "argument":
+        options["use_cache"] = False
+    else:
+        options["generation_config"] = GenerationConfig(use_cache=False, pad_token_id=0)
+    error = assert_refused(llama(), UnsupportedOption, "`use_cache` is not.*past_key_values", IDS, **options)
+    assert error.option == "use_cache"
+    llama().generate(IDS, **options)
+    assert options["past_key_values"].get_seq_length() > IDS.shape[1] + 6
+
+
 @pytest.mark.parametrize("name", [*REFUSED, *ARGUMENTS])
 def test_a_refused_option_that_holds_nothing_is_fine(name):
     value = 1 if name == "num_beams" else None

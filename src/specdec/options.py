@@ -74,6 +74,12 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
             "what such a cache holds depends on how many tokens are fed at once, or it has no way back; leave it "
             "unset, or " + PLAIN,
         )
+    if first_given(sources, "use_cache") is False and given.get("past_key_values") is not None:
+        raise UnsupportedOption(
+            "use_cache",
+            "False beside past_key_values feeds the whole text in every pass, behind what the cache holds of it "
+            "already; give one of the two",
+        )
     if given.get("synced_gpus") is None and _is_sharded(target):
         raise UnsupportedOption("synced_gpus", "the model is sharded by FSDP or ZeRO-3; " + PLAIN)
     if (first_given(sources, "num_beams") or 1) > 1:

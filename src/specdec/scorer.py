@@ -114,7 +114,7 @@ class Scorer:
             self.layout, self.reason = plain(self._columns), "its positions end right behind the prompt"
             return scores
         candidates, self.reason = choices(self._columns, self._wanted, prompt, self._max_length, self._is_draft)
-        trial = Trial(self._columns, prompt, candidates)
+        trial = self._trial = Trial(self._columns, prompt, candidates)
         known = trial.known()
         forced = self._wanted not in ("auto", "plain")
         if known is None and (self._is_draft or at_once or forced):
@@ -122,8 +122,7 @@ class Scorer:
                 known = trial.decide_at_once(scores)
         if forced and known is not None and known.name == "plain":
             raise inexact(self._wanted, "it does not give the scores of one-token steps")
-        if known is None:
-            self._trial = trial
+        self._trial = trial if known is None else None
         self.layout = known or self._columns
         if known is not None:
             self._compile()
@@ -191,7 +190,10 @@ class Scorer:
         Slots have not written into it yet.
         """
         if isinstance(self.layout, Columns) and is_callers(self._columns.given):
-            with suppress(Exception):  # of a pass that broke off nobody knows what it wrote
+            with suppress(Exception):  # there are caches of which nobody knows what a pass that broke off wrote
+                if self._trial is not None and self._trial.at_prompt is not None:
+                    self._trial.at_prompt.put_back()
+                self._columns.undo()
                 self.rollback(tokens, kept, live)
                 self.layout.hand_over(self.layout.fed)
 

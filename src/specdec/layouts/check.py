@@ -59,13 +59,13 @@ class Trial:
         self._key = _key(plain, prompt, tuple(candidates))
         self._last = list(candidates)[-1]
         self._truth: list[Tensor] = []
-        self._at_prompt: _Mark | None = None
+        self.at_prompt: _Mark | None = None  # the way back behind the prompt
 
     def known(self) -> Layout | None:
         """The layout, where nothing has to be tried; else None, and the steps that follow must be seen."""
         if len(self._candidates) == 1 or self._key in self._verdicts:
             return self._candidates[self._verdicts.get(self._key, self._last)](self._plain)
-        self._at_prompt = _Mark(self._plain)
+        self.at_prompt = _Mark(self._plain)
         return None
 
     def see(self, scores: Tensor) -> bool:
@@ -83,12 +83,12 @@ class Trial:
         return self._decided(tokens)[1]
 
     def _decided(self, tokens: Tensor) -> tuple[str, Layout]:
-        assert self._at_prompt is not None
+        assert self.at_prompt is not None
         now, sure = _Mark(self._plain), True
         tokens = tokens[:, : self._prompt.shape[1] + STEPS].clone()
         found: tuple[str, Layout] | None = None
         for name, make in list(self._candidates.items())[:-1]:
-            self._at_prompt.put_back()
+            self.at_prompt.put_back()
             layout: Layout = self._plain
             try:
                 layout = make(self._plain)
@@ -114,7 +114,7 @@ class Trial:
         Args:
             scores: (B, 1, V) of the prompt's last column.
         """
-        assert self._at_prompt is not None
+        assert self.at_prompt is not None
         tokens = torch.nn.functional.pad(self._prompt, (0, STEPS))
         for column in range(self._prompt.shape[1], tokens.shape[1]):
             tokens[:, column] = scores[:, -1].argmax(dim=-1)
@@ -123,7 +123,7 @@ class Trial:
             self._plain.settle(column + 1)
             self.see(scores)
         name, _ = self._decided(tokens)
-        self._at_prompt.put_back()
+        self.at_prompt.put_back()
         return self._candidates[name](self._plain)
 
 

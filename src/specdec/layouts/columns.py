@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin
 
 from specdec.layouts.facts import CACHE_NAMES, OLD_CACHES, uncounted_padding
-from specdec.layouts.forget import drop, own_cache, trim
+from specdec.layouts.forget import drop, level, own_cache, trim
 from specdec.layouts.handover import cached_columns, end_recording, write_into
 from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.snapshot import Snapshots
@@ -185,6 +185,14 @@ class Columns:
         elif target < self._fed:
             raise RuntimeError("the plain layout cannot forget; this is a bug in specdec")
 
+    def undo(self) -> None:
+        """The last pass may have broken off, with more columns in some layers than in others: take them back."""
+        if self._forget == "crop":
+            level(self.cache, self._fed + self.hidden)
+        elif self._snapshots is not None and self._snapshots.taken:
+            self._put_cache(self._snapshots.put_back())
+            self._fed, self._snapshots = self._columns, None  # no pass follows
+
     def settle(self, columns: int) -> None:
         """Columns below this one are final: no later ``rewind`` goes behind them."""
         if columns <= self._columns:
@@ -242,10 +250,7 @@ class Columns:
         kwargs = dict(self._kwargs)
         for step in [1] * width if self._stepwise else [width] * (width > 0):
             kwargs = self.model._update_model_kwargs_for_generation(
-                self._outputs,
-                kwargs,
-                is_encoder_decoder=self.encoder_decoder,
-                num_new_tokens=step,
+                self._outputs, kwargs, is_encoder_decoder=self.encoder_decoder, num_new_tokens=step
             )
         return kwargs
 
@@ -281,9 +286,7 @@ class Columns:
     def _scores(self, columns: int) -> Tensor:
         scores: Tensor = self._outputs.logits
         if scores.shape[1] < columns:
-            raise RuntimeError(
-                f"{type(self.model).__name__} returned {scores.shape[1]} scores for {columns} tokens"
-            )
+            raise RuntimeError(f"{type(self.model).__name__} gave {scores.shape[1]} scores for {columns} tokens")
         return scores[:, -columns:]
 
 

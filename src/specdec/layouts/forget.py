@@ -12,7 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Cache, EncoderDecoderCache
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 
 
 def drop(cache: Any, columns: int) -> None:
@@ -20,14 +25,18 @@ def drop(cache: Any, columns: int) -> None:
     if columns == 0 or not isinstance(cache, Cache):
         return
     for layer in own_cache(cache).layers:
-        if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
-            _shorten(layer, columns)
-        elif type(layer) is StaticLayer:
-            layer.cumulative_length.sub_(columns)
-        elif isinstance(layer, LinearAttentionCacheLayerMixin):
-            _drop_linear(layer, columns)
-        else:
-            layer.crop(-columns)
+        _drop(layer, columns)
+
+
+def level(cache: Any, columns: int) -> None:
+    """Remove what layers hold beyond the first ``columns``; those that do not count them stay as they are."""
+    if not isinstance(cache, Cache):
+        return
+    for layer in own_cache(cache).layers:
+        if isinstance(layer, CacheLayerMixin) and not isinstance(layer, LinearAttentionCacheLayerMixin):
+            surplus = int(layer.get_seq_length()) - columns
+            if surplus > 0:
+                _drop(layer, surplus)
 
 
 def trim(cache: Any) -> None:
@@ -41,6 +50,17 @@ def trim(cache: Any) -> None:
 def own_cache(cache: Any) -> Any:
     """The decoder's part of an encoder-decoder cache, or the cache itself."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _drop(layer: Any, columns: int) -> None:
+    if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
+        _shorten(layer, columns)
+    elif type(layer) is StaticLayer:
+        layer.cumulative_length.sub_(columns)
+    elif isinstance(layer, LinearAttentionCacheLayerMixin):
+        _drop_linear(layer, columns)
+    else:
+        layer.crop(-columns)
 
 
 def _drop_linear(layer: Any, columns: int) -> None:
