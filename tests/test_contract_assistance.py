@@ -102,6 +102,7 @@ REFUSED = {
         {"num_assistant_tokens_schedule": "heuristic"}, UnsupportedOption, "num_assistant_tokens_schedule"
     ),
     "ensemble": ({"assistant_ensemble_weight": 0.5}, UnsupportedOption, "distribution"),
+    "a schedule's word elsewhere": ({"speculation_type": "constant"}, UnsupportedOption, "speculation_type"),
     "two drafts": (
         {"assistant_model": llama(), "prompt_lookup_num_tokens": 3}, InvalidInput, "several drafts"
     ),

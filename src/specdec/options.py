@@ -63,7 +63,8 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
         if isinstance(found, Tensor) or found not in (None, False):
             raise UnsupportedOption(name, instead)
     for name, instead in ASSISTANCE.items():
-        if given.get(name) not in (None, "constant"):
+        unused = "constant" if name == "num_assistant_tokens_schedule" else None
+        if given.get(name) not in (None, unused):
             raise UnsupportedOption(name, instead)
     for name, where in ELSEWHERE.items():
         if name in given:

@@ -236,8 +236,9 @@ class Slots:
             self._cache.place(*plan.place)
             self.name = "slots" if self._steps.refused else self.name
         batch, width = inputs[self._ids_key].shape[:2]
-        # beside an encoder an input of this shape need not be the tokens
-        leaves_out = nullcontext() if self._encodes else leaving_out_filling(plan.fed, width, self._live)
+        # beside an encoder an input of this shape need not be the tokens; only a CPU computes rather than reads
+        whole = self._encodes or self._cache.device.type != "cpu"
+        leaves_out = nullcontext() if whole else leaving_out_filling(plan.fed, width, self._live)
         with grouped.attending(), leaves_out, self._thin.over(batch * width):
             return self._model(**inputs, return_dict=True)
 

@@ -23,7 +23,7 @@ from specdec.proposers.past import opening, tried
 from specdec.proposers.prompt import embedded, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
-from specdec.state import ROOM, State, widened
+from specdec.state import ROOM, State, in_common, widened
 from specdec.transfer import to_device
 from specdec.weights.adapters import device_of
 
@@ -166,7 +166,8 @@ class DraftPast:
             self._host[b, start : start + len(now)] = now
             self.lengths[b] = start + len(now)
             # the last id is always fed again: its scores are what the next guess needs
-            kept[b] = min(kept[b], start + min(_common(fed, now), len(now) - 1))
+            both = max(min(len(fed), len(now) - 1), 0)
+            kept[b] = min(kept[b], start + int(in_common(fed[None, :both], now[None, :both])[0]))
         if self._active.any():
             # rows that take no part any more must not hold up or stretch the others
             shortest = int(self.lengths[self._active].min())
@@ -176,10 +177,3 @@ class DraftPast:
         self._tokens[:, low:high] = to_device(self._host[:, low:high], self.device)
         settled = np.array([row.settled for row in self._rows])
         self._scorer.rollback(self._tokens, kept, self._active, np.minimum(kept, settled))
-
-
-def _common(one: np.ndarray, other: np.ndarray) -> int:
-    """How many entries two arrays (n,) and (m,) have in common from their beginning on."""
-    size = min(len(one), len(other))
-    differs = one[:size] != other[:size]
-    return int(differs.argmax()) if differs.any() else size
