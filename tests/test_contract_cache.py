@@ -11,6 +11,8 @@ from functools import cache
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
@@ -544,6 +546,23 @@ def test_embeddings_of_an_encoder():
         assert speculative(t5(), draft).generate(**inputs, max_new_tokens=NEW, do_sample=False).tolist() == (
             wanted.tolist()
         )
+
+
+@pytest.mark.parametrize(("window", "guesses"), [(None, True), (24, True), (13, True), (11, False), (9, False)])
+def test_embeddings_take_up_positions_of_a_draft_but_no_columns_of_the_text(window, guesses):
+    """Nine embeddings: a draft without a window guesses to the end of the text, others to that of the window."""
+    if window is None:
+        target = lively(BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)).eval())
+    else:
+        target = llama()
+    draft = noisy_copy(target, 0.01)
+    if window is not None:
+        draft.config.max_position_embeddings = window
+    how = {**embedded(target, 1), "max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=2)
+    assert gen.generate(**how).tolist() == target.generate(**how).tolist()
+    assert (gen.stats.drafted > 0) == guesses
+    assert (gen.stats.rounds <= 6) == (window in (None, 24))
 
 
 # --- positions, token types, starts ---------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from specdec.errors import FAULTS, SpecdecError, UnsupportedModel
+from specdec.layouts import NEVER
 from specdec.layouts.check import FED
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length import Opening
@@ -115,7 +116,10 @@ class Past:
                 f"has {tuple(call.prompt.shape)}; give a draft with the same special tokens"
             )
         text = model.config.get_text_config(decoder=True)
-        self.longest = getattr(text, "max_position_embeddings", None) or call.max_length
+        positions = getattr(text, "max_position_embeddings", None) or NEVER
+        # embeddings that the text goes on from have positions, and are no columns of it
+        before = kwargs.get("inputs_embeds", prompt).shape[1] - prompt.shape[1]
+        self.longest = min(positions - before, call.max_length)
         self.scorer = Scorer(
             inner,
             kwargs,
@@ -147,7 +151,6 @@ class Past:
             name = type(self.scorer.model).__name__
             scores = tried(name, lambda: self.scorer.prefill(prompt, speculate=True))
             self._usable &= scores is not None
-            self.longest -= self.scorer.hidden
         return bool(self._usable.any())
 
     def known(self, ids: Tensor, vocabulary: int | None = None) -> Tensor:
