@@ -15,7 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from specdec import InvalidInput, SpeculativeGenerator, TranslatedDraft, UnsupportedModel, VocabularyMismatch
+from specdec import (
+    Cascade,
+    DraftModel,
+    Fallback,
+    InvalidInput,
+    Mixture,
+    SpeculativeGenerator,
+    Suffix,
+    TranslatedDraft,
+    UnsupportedModel,
+    VocabularyMismatch,
+)
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
 from specdec.proposers import draft_past
@@ -172,6 +183,24 @@ def test_tokenizers_are_compared_once_and_kept_by_nobody(letters):
     del theirs, draft, options
     gc.collect()
     assert [one() for one in gone] == [None, None]
+
+
+def test_a_tokenizer_that_nothing_reads_is_refused_by_name():
+    """What was given a model takes it as it is: another tokenizer beside it would be dropped in silence."""
+    ours, theirs = characters("abcdefgh"), characters("hgfedcba")
+    target, draft = tiny_llama(vocabulary=len(ours)), tiny_llama(1, vocabulary=len(ours))
+    for make in (
+        lambda: DraftModel(draft),
+        lambda: Mixture("suffix", draft),
+        lambda: Cascade("ngram", draft),
+        lambda: Fallback(Suffix(), DraftModel(draft)),
+        lambda: ["suffix", DraftModel(draft)],
+    ):
+        with pytest.raises(InvalidInput, match="TranslatedDraft"):
+            SpeculativeGenerator(target, make(), tokenizer=ours, draft_tokenizer=theirs)
+        SpeculativeGenerator(target, make(), tokenizer=ours, draft_tokenizer=ours)
+    for reads in ([Suffix(), draft], TranslatedDraft(draft, ours, theirs), [Suffix(), "recycling"]):
+        SpeculativeGenerator(target, reads, tokenizer=ours, draft_tokenizer=theirs)
 
 
 def test_a_twin_with_its_ids_shuffled_is_always_right():

@@ -12,7 +12,9 @@ import torch
 from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
 from specdec.layouts.choices import LAYOUTS
 from specdec.proposers import Nothing
+from specdec.proposers.cascade import Cascade
 from specdec.proposers.draft_model import DraftModel
+from specdec.proposers.fallback import Fallback
 from specdec.proposers.layers import OwnLayers
 from specdec.proposers.mixture import Mixture
 from specdec.proposers.translated import TranslatedDraft
@@ -117,6 +119,8 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
     if isinstance(draft, OwnLayers):
         draft.check(target)
     if hasattr(draft, "propose") or hasattr(draft, "begin"):
+        if isinstance(draft, (DraftModel, Mixture, Fallback, Cascade)):
+            _check_unread(draft, tokenizer, draft_tokenizer)
         return draft
     if not hasattr(draft, "generate") or not hasattr(draft, "config"):
         raise UnsupportedModel(
@@ -137,6 +141,16 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
             "encoder-decoder draft of the same family"
         )
     return TranslatedDraft(draft, tokenizer, draft_tokenizer, compile=compile)
+
+
+def _check_unread(draft: Any, tokenizer: Any, draft_tokenizer: Any) -> None:
+    """Refuse another tokenizer beside ``draft``, whose models were given to it and are never translated."""
+    if tokenizer is not None and draft_tokenizer is not None and not same_ids(tokenizer, draft_tokenizer):
+        raise InvalidInput(
+            "draft_tokenizer is for a model that is the draft, or one of a list; a "
+            f"{type(draft).__name__} takes its models as they are: give "
+            "TranslatedDraft(model, tokenizer, draft_tokenizer) in the model's place, and no draft_tokenizer"
+        )
 
 
 def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> bool:
