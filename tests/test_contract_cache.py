@@ -605,6 +605,20 @@ def test_no_guess_lies_behind_the_last_position(draft, layout):
         assert gen.stats.drafted
 
 
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("draft", ["model", "ngram", EarlyExit(1)], ids=["model", "ngram", "exit"])
+def test_a_row_that_ended_behind_the_last_position_is_not_fed_there(draft, layout):
+    """Its last token never is in plain generate(), where all rows come to it together."""
+    target, inputs = gpt2(16, 2), prompts(3)
+    how = {**inputs, "max_new_tokens": 16 + 1 - inputs["input_ids"].shape[1], "do_sample": False}
+    wanted = target.generate(**how)
+    for guesses in range(1, 7):
+        gen = SpeculativeGenerator(
+            target, noisy(target) if draft == "model" else draft, num_draft_tokens=guesses, layout=layout
+        )
+        assert gen.generate(**how).tolist() == wanted.tolist()
+
+
 def test_a_prompt_at_the_last_positions_says_nothing_of_other_calls():
     """The self-check has no room there: nothing is guessed, and the next call is checked as ever."""
     target = copy.deepcopy(gpt2(32, 2))

@@ -255,3 +255,7 @@ def test_demo_leaves_nothing_of_a_failed_conversion(without_network, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         demo_model.demo_model(lambda line: None)
     assert list(without_network.iterdir()) == []
+
+
+def test_names_can_be_completed():
+    assert set(specdec.__all__) <= set(dir(specdec))

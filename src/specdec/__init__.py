@@ -113,6 +113,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """What there is, for notebooks that complete names."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: ``import specdec`` alone stays cheap."""
     for home, names in _HOMES.items():

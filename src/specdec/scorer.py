@@ -68,6 +68,7 @@ class Scorer:
         self.reason = ""
         self._max_length = max_length
         self._positions = last_position(model)
+        self._live = np.ones(0, dtype=bool)
         self._wanted = layout
         self._is_draft = is_draft
         self._trial: Trial | None = None  # until the layout is settled: one-token steps, which it watches
@@ -132,6 +133,9 @@ class Scorer:
         """Scores of ``count`` columns from ``first`` (B,) on, rows being fed up to ``lengths`` (B,)."""
         if self._returns_cache:
             lengths, first = self._with_padding(lengths, first)
+        elif self._positions < NEVER:  # a row that has ended may have done so behind the last position
+            lengths = np.where(self._live, lengths, np.minimum(lengths, self._positions - self.hidden))
+            first = np.minimum(first, lengths - 1)
         self._at_prompt = False
         scores = self.layout.forward(tokens, lengths, first, count)
         self.kept = lengths  # arrays of lengths are exchanged and never written into
@@ -177,6 +181,9 @@ class Scorer:
             self._ends = np.where(live | stays, self._ends, kept)
             kept = np.where(stays, self.kept, kept)
             live = np.ones_like(live)
+        elif self._positions < NEVER:
+            kept = np.where(live, kept, np.minimum(kept, self._positions - self.hidden - 1))
+        self._live = live
         self.kept = np.minimum(self.kept, kept)
         final = self.kept if final is None else np.minimum(self.kept, final)
         self.layout.rewind(self.kept, live)
