@@ -106,6 +106,7 @@ class Scorer:
         """
         scores = self._columns.prefill(prompt).clone()
         self.kept = np.full(prompt.shape[0], prompt.shape[1], dtype=np.int64)
+        self._live = np.ones(len(self.kept), dtype=bool)
         self._at_prompt, self._speculates = True, speculate
         self._ends = np.full_like(self.kept, NEVER)
         if not speculate:
