@@ -564,6 +564,17 @@ def test_prefix_allowed_tokens_fn_is_asked_once_and_what_it_raised_is_raised():
         assert len(asked) == len(set(asked))
 
 
+def test_a_prefix_behind_which_nothing_is_allowed_is_named():
+    target, inputs = tiny_llama(), ragged_prompt((4, 6))
+    options = {"max_new_tokens": 9, "do_sample": False}
+    options["prefix_allowed_tokens_fn"] = lambda row, ids: [] if row == 1 and len(ids) == 9 else range(64)
+    with pytest.raises(ValueError, match="empty list for batch ID 1"):
+        target.generate(**inputs, **options)
+    for draft in (target, None):
+        with pytest.raises(InvalidInput, match="allows nothing behind the 9 tokens of row 1"):
+            SpeculativeGenerator(target, draft, num_draft_tokens=5).generate(**inputs, **options)
+
+
 class NothingFrom(LogitsProcessor):
     """Allows nothing from some column on."""
 

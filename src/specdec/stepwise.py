@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.errors import FAULTS
+from specdec.errors import FAULTS, InvalidInput
 from specdec.transfer import to_device, to_host
 
 
@@ -187,7 +187,7 @@ class Allowed:
         free = to_device(np.array([state is None for state in states]), scores.device)
         out = torch.where(free[:, None], scores, -torch.inf)
         asked = [(row, state) for row, state in enumerate(states) if state is not None]
-        known = [(row, state) for row, state in asked if state.error is None and len(state.listed)]
+        known = [(row, state) for row, state in asked if state.error is None]
         if known:
             rows = to_device(np.array([row for row, _ in known]), scores.device)
             # the arithmetic is transformers' own: where all that is allowed has no chance, it is equally likely
@@ -196,7 +196,7 @@ class Allowed:
         return out
 
     def require(self, state: _Prefix) -> None:
-        """The text has come to ``state``: whatever the function raised about it is the caller's."""
+        """The text has come to ``state``: what the function raised about it, or allowed nothing, is an error."""
         if state.error is not None:
             raise state.error
 
@@ -212,7 +212,11 @@ class _Prefix:
         """What the function returned, and what it raised; it is asked once."""
         try:
             listed = self._ask(self.row, self.ids)
-            len(listed)  # that it has none is what plain ``generate()`` would raise
+            if len(listed) == 0:
+                raise InvalidInput(
+                    f"prefix_allowed_tokens_fn allows nothing behind the {len(self.ids)} tokens of row {self.row}; "
+                    "return at least one id there, such as that of the end of the text"
+                )
         except FAULTS as error:
             return (), error
         return listed, None
@@ -224,7 +228,7 @@ class _Prefix:
 
     @property
     def error(self) -> Exception | None:
-        """What the function raised instead."""
+        """What the function raised instead, or that it allowed nothing."""
         return self._answer[1]
 
     @cached_property
