@@ -437,9 +437,21 @@ def test_refused_cascades():
     translated = TranslatedDraft.__new__(TranslatedDraft)
     with pytest.raises(InvalidInput, match="another tokenizer"):
         Cascade(translated, model)
-    gen = SpeculativeGenerator(llama(), Cascade("ngram", tiny_llama(vocabulary=90)))
+
+
+@pytest.mark.parametrize(
+    "several",
+    [
+        DraftModel,
+        lambda model: Cascade("ngram", model),
+        lambda model: Mixture("ngram", Cascade("suffix", model)),
+        lambda model: Fallback(NGram(), DraftModel(model)),
+    ],
+)
+def test_a_model_inside_a_draft_has_the_ids_of_the_target(several):
     with pytest.raises(VocabularyMismatch, match=r"64.*90"):
-        gen.generate(**prompts(1), max_new_tokens=LONG)
+        SpeculativeGenerator(llama(), several(tiny_llama(vocabulary=90)))
+    SpeculativeGenerator(llama(), several(tiny_llama(vocabulary=64)))
 
 
 # --- mixtures ------------------------------------------------------------------------------------
@@ -584,9 +596,9 @@ def test_a_list_puts_one_behind_another():
     model = noisy(llama())
     proposer = build_proposer(llama(), ["suffix", model], None, None)
     assert isinstance(proposer, Fallback)
-    assert isinstance(proposer._first, Suffix)
-    assert proposer._first._shortest == 4
-    assert proposer._second.model is model
+    assert isinstance(proposer.parts[0], Suffix)
+    assert proposer.parts[0]._shortest == 4
+    assert proposer.parts[1].model is model
     assert isinstance(build_proposer(llama(), ("recycling",), None, None), Recycling)
     got, stats = run(llama(), [NGram(3, 2), "suffix", model], prompts(3))
     assert got == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()

@@ -5,6 +5,7 @@ Everything is judged before any work is done. Knows no option of ``generate()``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
         draft.check(target)
     if hasattr(draft, "propose") or hasattr(draft, "begin"):
         if isinstance(draft, (DraftModel, Mixture, Fallback, Cascade)):
-            _check_unread(draft, tokenizer, draft_tokenizer)
+            _check_ids(target, draft, tokenizer, draft_tokenizer)
         return draft
     if not hasattr(draft, "generate") or not hasattr(draft, "config"):
         raise UnsupportedModel(
@@ -143,14 +144,22 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
     return TranslatedDraft(draft, tokenizer, draft_tokenizer, compile=compile)
 
 
-def _check_unread(draft: Any, tokenizer: Any, draft_tokenizer: Any) -> None:
-    """Refuse another tokenizer beside ``draft``, whose models were given to it and are never translated."""
-    if tokenizer is not None and draft_tokenizer is not None and not same_ids(tokenizer, draft_tokenizer):
+def _check_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> None:
+    """Refuse other token ids in the models of ``draft``, which were given to it and are never translated."""
+    if any(not _shares_ids(target, model, tokenizer, draft_tokenizer) for model in _models(draft)):
         raise InvalidInput(
             "draft_tokenizer is for a model that is the draft, or one of a list; a "
             f"{type(draft).__name__} takes its models as they are: give "
             "TranslatedDraft(model, tokenizer, draft_tokenizer) in the model's place, and no draft_tokenizer"
         )
+
+
+def _models(draft: Any) -> Iterator[Any]:
+    """The draft models in a proposer, and in those that it is made of."""
+    if isinstance(draft, DraftModel):
+        yield draft.model
+    for part in getattr(draft, "parts", ()):
+        yield from _models(part)
 
 
 def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> bool:

@@ -35,7 +35,7 @@ from specdec.proposers.drawn import sound
 from specdec.proposers.fallback import has_model
 from specdec.proposers.past import Past
 from specdec.proposers.translated import TranslatedDraft
-from specdec.proposers.words import check_sizes, named
+from specdec.proposers.words import named
 from specdec.records import Proposal, Round, Stats
 from specdec.state import State, in_common
 from specdec.transfer import to_device
@@ -70,17 +70,16 @@ class Cascade:
             raise InvalidInput(
                 "a draft with another tokenizer cannot stand at the bottom of a Cascade, where text is taken back"
             )
-        self._first, self._models = parts[0], parts[1:]
+        self.parts = parts
 
     def begin(self, call: Call) -> Proposer:
         """Begin all levels, the cheapest first."""
-        for model in self._models:
-            check_sizes(call.target, model.model)
+        first, *models = self.parts
         # how many guesses are made for a level is a question of its own at each
         # and the target's cache holds its text, not a level's
-        judges = [replace(call, length=call.length.within(), scorer=None) for _ in self._models]
-        run: Proposer = begun(self._first, judges[0])
-        for model, judge, above in zip(self._models, judges, [*judges[1:], call], strict=True):
+        judges = [replace(call, length=call.length.within(), scorer=None) for _ in models]
+        run: Proposer = begun(first, judges[0])
+        for model, judge, above in zip(models, judges, [*judges[1:], call], strict=True):
             run = model.open(above, partial(_Level, below=run, length=judge.length))
             if isinstance(run, Nothing):
                 return run

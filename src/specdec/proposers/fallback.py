@@ -44,12 +44,12 @@ class Fallback:
                     f"Fallback was given a {type(part).__name__}; wanted are two proposers, such as Suffix() and "
                     "DraftModel(model). A list, draft=[first, second], takes words and models too"
                 )
-        self._first = first
-        self._second = second
+        self.parts = (first, second)
 
     def begin(self, call: Call) -> Proposer:
         """Begin both."""
-        return Behind(begun(self._first, call), begun(self._second, call))
+        first, second = self.parts
+        return Behind(begun(first, call), begun(second, call))
 
 
 class Behind:

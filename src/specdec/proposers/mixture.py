@@ -53,12 +53,12 @@ class Mixture:
         """
         if len(proposers) < 2:
             raise InvalidInput(f"Mixture of {len(proposers)} proposers; give at least two")
-        self._parts = [named(proposer) for proposer in proposers]
+        self.parts = [named(proposer) for proposer in proposers]
 
     def begin(self, call: Call) -> Proposer:
         """Begin all of them."""
-        runs = [begun(part, call) for part in self._parts]
-        names = [type(part).__name__ for part in self._parts]
+        runs = [begun(part, call) for part in self.parts]
+        names = [type(part).__name__ for part in self.parts]
         return _Run(runs, names, call)
 
 
