@@ -115,7 +115,8 @@ def odd_states(model: Any) -> int | None:
 
 def feeds_all(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether every pass of ``model`` takes the whole text again: it has no cache, or ``kwargs`` forbid it."""
-    return not kwargs.get("use_cache", True) or not _takes(model, *CACHE_NAMES, *OLD_CACHES)
+    takes = inspect.signature(type(model).forward).parameters.keys()
+    return not kwargs.get("use_cache", True) or takes.isdisjoint((*CACHE_NAMES, *OLD_CACHES))
 
 
 def uncounted_padding(model: Any) -> int | None:
@@ -129,10 +130,6 @@ def uncounted_padding(model: Any) -> int | None:
             padding: int | None = config.get_text_config(decoder=True).pad_token_id
             return padding
     return None
-
-
-def _takes(model: Any, *names: str) -> bool:
-    return any(name in inspect.signature(type(model).forward).parameters for name in names)
 
 
 def prepares_as_usual(model: Any) -> bool:
