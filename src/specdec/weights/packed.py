@@ -144,7 +144,7 @@ class _Blocked:
 
     def __init__(self, weight: Tensor) -> None:
         self._packed = blocks.reorder(weight)
-        self._columns, self._is_large = len(weight), weight.numel() >= LEAST
+        self._is_large = weight.numel() >= LEAST
         if self._is_large:
             blocks.fastest(weight.dtype, torch.get_num_threads())  # now, and not in the first pass
         self.number = graphs.number(self)
@@ -153,7 +153,7 @@ class _Blocked:
         """(..., N) from states (..., K)."""
         if not self._is_large:
             return blocks.linear(states, self._packed, bias)
-        return blocks.in_blocks(states, self._columns, lambda states: blocks.linear(states, self._packed, bias))
+        return blocks.in_blocks(states, lambda states: blocks.linear(states, self._packed, bias))
 
     def dense(self) -> Tensor:
         """The matrix as it was, bit for bit."""
