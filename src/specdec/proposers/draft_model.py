@@ -19,7 +19,7 @@ from torch import Tensor
 from specdec.layouts.compiled import CompiledSteps, compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.drafting import Sure, draft
-from specdec.proposers.foresight import Ahead
+from specdec.proposers.foresight import Foresight
 from specdec.proposers.past import Past, model_of, tried, warn_refused
 from specdec.records import Proposal, Round
 from specdec.state import State, in_common, put, put_on_host, span, widened
@@ -106,13 +106,13 @@ class _Run:
         limits = self._past.limits(state, limits)
         if not limits.any():
             return Proposal.empty(state.batch, state.device)
-        ahead = Ahead(self._call.processing, state, limits)
+        foresight = Foresight(self._call.processing, state, limits)
         begins = self._call.length.begins
-        if ahead.covers(limits) or not begins(self._past.opening) or not self._past.feed_prompt():
-            return ahead.proposal()
+        if foresight.covers(limits) or not begins(self._past.opening) or not self._past.feed_prompt():
+            return foresight.proposal()
         self._sync(state)
         self._limits, self._next = limits, -1
-        proposal = draft(self, state, limits, self._call, self._confidence, ahead)
+        proposal = draft(self, state, limits, self._call, self._confidence, foresight)
         self._drafted, self._observed = (state.lengths, proposal), None
         return proposal
 

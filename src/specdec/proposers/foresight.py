@@ -19,7 +19,7 @@ from specdec.state import State
 from specdec.transfer import to_host
 
 
-class Ahead:
+class Foresight:
     """Foreseen ids of each row, from the committed tokens on.
 
     Attributes:
