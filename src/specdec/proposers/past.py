@@ -89,6 +89,7 @@ class Past:
     """A draft's cache, and for which rows it may be used.
 
     Attributes:
+        name: of the model's class.
         scorer: the model, prepared for the call.
         device: where it is.
         embeds: ids from this one on it does not know.
@@ -107,6 +108,7 @@ class Past:
         Raises:
             UnsupportedModel: the draft's prompt would have other columns than the target's.
         """
+        self.name = type(model).__name__
         self.device = device_of(model, call.prompt.device)
         self.embeds = embedded(model)
         prompt, kwargs, config, inner = prepare(model, call, self.embeds)
@@ -148,8 +150,7 @@ class Past:
         """
         if self._prompt is not None:
             prompt, self._prompt = self._prompt, None
-            name = type(self.scorer.model).__name__
-            scores = tried(name, lambda: self.scorer.prefill(prompt, speculate=True))
+            scores = tried(self.name, lambda: self.scorer.prefill(prompt, speculate=True))
             self._usable &= scores is not None
         return bool(self._usable.any())
 
