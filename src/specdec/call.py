@@ -116,7 +116,7 @@ def follow_call(
     # the prompt draws the first token, and a guess needs room for itself and one more
     room = state.max_length - state.prompt_length > 2
     collector = Collector(generation_config, state, model, model_kwargs)
-    processing = Processing(logits_processor, state.tokens[:, : state.prompt_length], state.end_ids)
+    processing = Processing(logits_processor, state.prompt, state.end_ids)
     guesses = processing.foresees or not isinstance(request.proposer, Nothing)
     speculates = room and guesses and length.most > 0 and not collector.takes_steps
     length = length if speculates else Fixed(0)
@@ -137,14 +137,13 @@ def follow_call(
     )
     proposer: Any = Nothing()
     if speculates:
-        prompt = state.tokens[:, : state.prompt_length]
         # by rejection the text depends on the guesses, and a given seed promises one text
         promised = request.seed is not None and sampling.keeps_logits
         proposer = begun_behind(
             request.proposer,
             Call(
                 target=model,
-                prompt=prompt,
+                prompt=state.prompt,
                 inputs=inputs,
                 max_length=state.max_length,
                 processing=processing,

@@ -46,9 +46,7 @@ def decode(
     proposal = Proposal.empty(state.batch, state.device)
     began = start = clock()
     # where the text depends on the number of guesses, a seed must not meet another one on a model's first call
-    logits = target.prefill(
-        state.tokens[:, : state.prompt_length], speculate=length.most > 0, at_once=sampling.keeps_logits
-    )
+    logits = target.prefill(state.prompt, speculate=length.most > 0, at_once=sampling.keeps_logits)
     state.vocabulary = int(logits.shape[-1])
     stats.seconds_scoring += clock() - start
     while True:

@@ -216,9 +216,8 @@ class _Level:
         scorer = self._past.scorer
         since = self._settled
         if self._text is None:
-            prompt = state.tokens[:, : state.prompt_length]
             self._text = State(
-                prompt, max_length=state.max_length, max_guesses=state.reserve - 2,
+                state.prompt, max_length=state.max_length, max_guesses=state.reserve - 2,
                 eos_ids=state.eos_ids, pad_id=state.pad_id, starts=state.starts,
             )  # fmt: skip
             since = state.prompt_length
