@@ -129,11 +129,6 @@ class Columns:
         """The model keeps its past in a form that we cannot copy or put back."""
         return any(self._outputs.get(name) is not None for name in OLD_CACHES)
 
-    @property
-    def describes(self) -> dict[str, Any]:
-        """The model inputs for the columns in the cache, for a layout that takes over."""
-        return self._kwargs
-
     def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """See ``Layout.forward``."""
         start, upto = self._fed, int(lengths.max())
@@ -246,7 +241,7 @@ class Columns:
         return self._scores(fresh)
 
     def described(self, width: int) -> dict[str, Any]:
-        """Model inputs for ``width`` columns more than ``_kwargs`` describes."""
+        """Model inputs for ``width`` columns more than are settled."""
         kwargs = dict(self._kwargs)
         for step in [1] * width if self._stepwise else [width] * (width > 0):
             kwargs = self.model._update_model_kwargs_for_generation(

@@ -103,7 +103,7 @@ class Slots:
         if isinstance(native, EncoderDecoderCache):
             self._handed = EncoderDecoderCache(self._cache, native.cross_attention_cache)
             self._handed.is_updated = dict(native.is_updated)
-        kwargs = columns.describes
+        kwargs = columns.described(0)
         self._mask_key = "decoder_attention_mask" if columns.encoder_decoder else "attention_mask"
         self._position_key = "decoder_position_ids" if columns.encoder_decoder else "position_ids"
         self._prompt_mask = kwargs.get(self._mask_key)
