@@ -20,7 +20,7 @@ from torch import Tensor
 from specdec.layouts.compiled import CompiledSteps
 from specdec.proposers import Call
 from specdec.proposers.past import opening, tried
-from specdec.proposers.prompt import embedded, prepare
+from specdec.proposers.prompt import embedded, positions, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
 from specdec.state import ROOM, State, in_common, widened
@@ -103,9 +103,7 @@ class DraftPast:
         width = max(map(len, prompts))
         # the same text has more tokens here or fewer; a row that goes past the limit guesses no more
         new = state.max_length - state.prompt_length
-        text = self._model.config.get_text_config(decoder=True)
-        longest = getattr(text, "max_position_embeddings", None) or np.iinfo(np.int32).max
-        self._longest = min(int(longest), width + 2 * new + 64)
+        self._longest = min(positions(self._model), width + 2 * new + 64)
         if width >= self._longest:
             raise ValueError(f"the prompt has {width} of its tokens, more than it can take")
         ids, mask = np.zeros((2, state.batch, width), dtype=np.int64)
@@ -119,9 +117,8 @@ class DraftPast:
         prepared, kwargs, config, inner = prepare(self._model, call, self._embeds)
         if prepared.shape != prompt_ids.shape:
             raise ValueError("its generate() changes the prompt")
-        longest = call.max_length
         scorer = Scorer(
-            inner, kwargs, config, max_length=longest, layout=self._layout, is_draft=True, steps=self._steps
+            inner, kwargs, config, max_length=call.max_length, layout=self._layout, is_draft=True, steps=self._steps
         )
         scorer.prefill(prepared, speculate=True)
         self._host, self._tokens = ids, prompt_ids

@@ -14,12 +14,11 @@ import numpy as np
 from torch import Tensor
 
 from specdec.errors import FAULTS, SpecdecError, UnsupportedModel
-from specdec.layouts import NEVER
 from specdec.layouts.check import FED
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length import Opening
 from specdec.proposers import Call
-from specdec.proposers.prompt import embedded, input_table, prepare
+from specdec.proposers.prompt import embedded, input_table, positions, prepare
 from specdec.scorer import Scorer
 from specdec.state import State
 from specdec.weights.adapters import device_of, inner_model
@@ -117,11 +116,9 @@ class Past:
                 f"{type(model).__name__} prepares a prompt of shape {tuple(prompt.shape)} where the target "
                 f"has {tuple(call.prompt.shape)}; give a draft with the same special tokens"
             )
-        text = model.config.get_text_config(decoder=True)
-        positions = getattr(text, "max_position_embeddings", None) or NEVER
         # embeddings that the text goes on from have positions, and are no columns of it
         before = kwargs.get("inputs_embeds", prompt).shape[1] - prompt.shape[1]
-        self.longest = min(positions - before, call.max_length)
+        self.longest = min(positions(model) - before, call.max_length)
         self.scorer = Scorer(
             inner,
             kwargs,

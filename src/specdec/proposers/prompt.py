@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.pytorch_utils import move_to_device
 
+from specdec.layouts import NEVER
 from specdec.proposers import Call
 from specdec.weights.adapters import device_of
 
@@ -94,6 +95,13 @@ def embedded(model: Any) -> int:
     if table is None:
         return int(model.config.get_text_config(decoder=True).vocab_size)
     return int(getattr(table, "num_embeddings", 0) or table.weight.shape[0])
+
+
+def positions(model: Any) -> int:
+    """Columns that a model was made for: beyond them a draft guesses nothing."""
+    text = model.config.get_text_config(decoder=True)
+    found: int | None = getattr(text, "max_position_embeddings", None)
+    return found or NEVER
 
 
 def input_table(model: Any) -> Any:
