@@ -11,7 +11,7 @@ import torch
 
 from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
 from specdec.layouts.choices import LAYOUTS
-from specdec.proposers import Nothing
+from specdec.proposers import Nothing, is_proposer
 from specdec.proposers.cascade import Cascade
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.fallback import Fallback
@@ -21,7 +21,7 @@ from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.vocabulary import same_ids
 from specdec.proposers.words import WORDS, check_sizes, one_behind_another
 from specdec.sampling import VERIFICATIONS
-from specdec.weights.adapters import inner_model
+from specdec.weights.adapters import inner_model, is_model
 from specdec.weights.quantized import has_two_weights, quantize_draft
 from specdec.whole import whole
 
@@ -38,7 +38,7 @@ def check_constructor(
     Returns:
         the number of guesses, as Python's own number.
     """
-    if not hasattr(target, "generate") or not hasattr(target, "config"):
+    if not is_model(target):
         raise UnsupportedModel(
             f"the target is a {type(target).__name__}; wanted is a Hugging Face model with generate()"
         )
@@ -118,11 +118,11 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
         raise UnsupportedModel(f"the draft is the class {draft.__name__}; give an object: {draft.__name__}()")
     if isinstance(draft, OwnLayers):
         draft.check(target)
-    if hasattr(draft, "propose") or hasattr(draft, "begin"):
+    if is_proposer(draft):
         if isinstance(draft, (DraftModel, Mixture, Fallback, Cascade)):
             _check_unread(draft, tokenizer, draft_tokenizer)
         return draft
-    if not hasattr(draft, "generate") or not hasattr(draft, "config"):
+    if not is_model(draft):
         raise UnsupportedModel(
             f"the draft is a {type(draft).__name__}; wanted is a Hugging Face model, an object with "
             f"propose(state, limits), one of {', '.join(map(repr, NAMES))}, a list of such, or None"

@@ -21,7 +21,7 @@ from specdec.proposers import Call
 from specdec.proposers.prompt import embedded, input_table, positions, prepare
 from specdec.scorer import Scorer
 from specdec.state import State
-from specdec.weights.adapters import device_of, inner_model
+from specdec.weights.adapters import device_of, inner_model, is_model
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def model_of(name: str, draft: Any) -> Any:
     Raises:
         UnsupportedModel: it is no model.
     """
-    if not hasattr(draft, "generate") or not hasattr(draft, "config"):
+    if not is_model(draft):
         raise UnsupportedModel(
             f"{name} was given a {type(draft).__name__}; wanted is a Hugging Face model, such as "
             "AutoModelForCausalLM.from_pretrained(...) returns"
