@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from specdec.errors import InvalidInput
+from specdec.length.acceptance import survival
 from specdec.length.adaptive import ASSUMED_COST, FIRST_WAIT, LAG, LONGEST_WAIT, MOST
 from specdec.proposers import Call, Proposer, begun, checked
 from specdec.proposers.fallback import first_layout, has_model, merged, passes, show, wants_hidden
@@ -249,11 +250,8 @@ class Record:
 
     def kept(self, lengths: np.ndarray) -> np.ndarray:
         """(N, B) guesses expected to be kept of ``lengths`` (N, B); of long ones the first ``MOST`` count."""
-        usual = self._kept.sum(axis=2, keepdims=True) + PRIOR_WEIGHT * PRIOR
-        usual = usual / (self._tried.sum(axis=2, keepdims=True) + PRIOR_WEIGHT)
-        chances = (self._kept + PRIOR_WEIGHT * usual) / (self._tried + PRIOR_WEIGHT)
-        survival = np.cumprod(chances, axis=2)
-        kept: np.ndarray = (survival * (np.arange(MOST) < lengths[..., None])).sum(axis=2)
+        chances = survival(self._kept, self._tried, PRIOR, PRIOR_WEIGHT)
+        kept: np.ndarray = (chances * (np.arange(MOST) < lengths[..., None])).sum(axis=2)
         return kept
 
 
