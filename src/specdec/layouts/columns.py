@@ -105,13 +105,11 @@ class Columns:
             wide: feed several tokens a forward; False feeds one after the other.
         """
         self.name = {"crop": "columns", "snapshot": "columns+snapshot", "nothing": "plain"}[forget]
-        self._forget, self._wide, self._snapshots = forget, wide, None
-        cache = self.cache
-        if forget == "crop" and isinstance(cache, Cache):
+        self._forget, self._wide = forget, wide
+        self._snapshots = Snapshots() if forget == "snapshot" else None
+        if forget == "crop" and isinstance(self.cache, Cache):
             # only now: while it records, a sliding layer keeps every column, a whole prompt's too
-            own_cache(cache).activate_past_recording()
-        if forget == "snapshot":
-            self._snapshots = Snapshots()
+            own_cache(self.cache).activate_past_recording()
         return self
 
     @property
