@@ -126,13 +126,17 @@ def follow_call(
     )
     if streamer is not None:
         streamer.put(input_ids.cpu())
+    # the caller will go on with the cache: it is returned, or the caller's own
+    cache_is_seen = bool(generation_config.return_dict_in_generate) or is_callers(
+        model_kwargs.get("past_key_values")
+    )
     target = Scorer(
         model,
         model_kwargs,
         generation_config,
         max_length=state.max_length,
         layout=request.layout,
-        returns_cache=_cache_is_seen(generation_config, model_kwargs),
+        returns_cache=cache_is_seen,
         steps=request.steps,
     )
     proposer: Any = Nothing()
@@ -199,17 +203,10 @@ def follow_call(
             model, target.reason or "several tokens in one forward do not give the scores of one-token steps"
         )
     sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
-    cache = None
-    if _cache_is_seen(generation_config, model_kwargs):
-        cache = target.finish(state.tokens, int(state.lengths.max()) - 1)
+    cache = target.finish(state.tokens, int(state.lengths.max()) - 1) if cache_is_seen else None
     stats.seconds = perf_counter() - request.start
     out = collector.output(sequences, stats, cache)
     return out if request.home is None else brought_home(out, request.home)
-
-
-def _cache_is_seen(config: Any, model_kwargs: dict[str, Any]) -> bool:
-    """The caller will go on with the cache: it is returned, or the caller's own."""
-    return bool(config.return_dict_in_generate) or is_callers(model_kwargs.get("past_key_values"))
 
 
 def _state(
