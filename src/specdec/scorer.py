@@ -162,7 +162,7 @@ class Scorer:
         """
         if not names:
             return None
-        outputs = self._columns.outputs if self._at_prompt else self.layout.outputs
+        outputs = self.layout.outputs
         whole = self._at_prompt or not self._speculates
         found: States = {}
         for name in names:

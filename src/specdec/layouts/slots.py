@@ -111,7 +111,7 @@ class Slots:
         self._last_position = None if positions is None else positions[..., -1:]
         self._starts = np.array([self._width])
         self._live = np.ones(1, dtype=bool)  # all rows
-        self.outputs: Any = None
+        self.outputs: Any = columns.outputs
         self._wanted = (self._starts, 0)  # what ``pick`` takes: rows counted from the last one
         self._mask: Tensor | None = None
         self._columns = self._positions = torch.zeros(0, 0, dtype=torch.int64)  # all there is room for
