@@ -61,13 +61,12 @@ def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any]
 
 
 def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
-    """The user's inputs that this draft can take: all of them for a twin, the text's for another kind."""
-    twin = type(model) is type(call.target)
-    known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
-    inputs = {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
-    embeds = call.inputs.get("inputs_embeds")
+    """The user's inputs that this draft can take: all behind an encoder and for a twin, else those of the text."""
     if model.config.is_encoder_decoder:
-        return inputs
+        return dict(call.inputs)
+    twin = type(model) is type(call.target)
+    inputs = {name: value for name, value in call.inputs.items() if twin or name == "attention_mask"}
+    embeds = call.inputs.get("inputs_embeds")
     if embeds is None:
         # where the target goes on from a cache, masks and positions reach back further than the ids
         columns = call.prompt.shape[1]
@@ -75,7 +74,6 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
         if inputs.get("attention_mask", call.prompt).shape[-1] < columns:
             inputs.pop("attention_mask")  # healed prompts may be longer than what was masked
         return inputs
-    inputs.pop("inputs_embeds", None)
     if call.prompt.shape[1]:
         return {}  # the text alone
     table = input_table(model)
