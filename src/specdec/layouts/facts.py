@@ -79,7 +79,7 @@ def slots_reason(model: Any, max_length: int) -> str:
             return "its scores depend on one length of the cache for all rows"
     if uncounted_padding(model) is not None:
         return "it does not count padding as a position"
-    return "it prepares its inputs in a way of its own" if prepares_otherwise(model) else ""
+    return "it prepares its inputs in a way of its own" if prepared_by_others(model) else ""
 
 
 def _rope_reason(config: Any, prompt_length: int, max_length: int) -> str:
@@ -138,7 +138,7 @@ def prepares_as_usual(model: Any) -> bool:
     return all(usual) and not set(PREPARES) & vars(model).keys() and not model.is_remote_code()
 
 
-def prepares_otherwise(model: Any) -> bool:
+def prepared_by_others(model: Any) -> bool:
     """Whether somebody else than transformers prepares its inputs, who may look at all ids of a text."""
     for name in PREPARES:
         method = vars(model).get(name, getattr(type(model), name))
