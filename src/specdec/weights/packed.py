@@ -9,7 +9,6 @@ the packed form in ``linear`` and is the plain matrix to everything else. CPU on
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -110,9 +109,7 @@ class Packing:
     def __enter__(self) -> Packing:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.unpack()
 
     def __repr__(self) -> str:
