@@ -86,11 +86,11 @@ def check_compile(compile: Any, num_draft_tokens: Any, layout: str) -> None:
 def check_seed(seed: Any) -> int | list[int] | None:
     """A seed, one a row, or None."""
     if isinstance(seed, (list, tuple)):
-        rows = [whole(one) for one in seed]
-        if None not in rows:
-            return [one for one in rows if one is not None]
+        rows = [one for one in map(whole, seed) if one is not None]
+        if len(rows) == len(seed):
+            return rows
     elif seed is None or whole(seed) is not None:
-        return None if seed is None else whole(seed)
+        return whole(seed)
     raise InvalidInput(f"seed={seed!r}; give a whole number, a list with one a row, or None")
 
 
