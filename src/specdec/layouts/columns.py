@@ -168,7 +168,7 @@ class Columns:
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``."""
-        target = min(int(kept[live].min()), self._fed) if live.any() else self._fed
+        target = int(kept[live].min(initial=self._fed))
         if self._forget == "crop":
             drop(self.cache, self._fed - target)
             self._fed = target
