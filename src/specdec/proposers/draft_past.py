@@ -48,7 +48,8 @@ class DraftPast:
         self._failed = False
         self._rows: list[DraftRow] = []
         self.lengths = np.zeros(0, dtype=np.int64)
-        self._guesses: np.ndarray | None = None  # (B, K) the draft's ids behind ``lengths``
+        # (B, K) the draft's ids behind ``lengths``
+        self._guesses: np.ndarray = np.zeros((len(call.prompt), 0), dtype=np.int64)
         self._most = 0  # guesses that a row may make in this round
         self._passes: Iterator[tuple[Tensor, np.ndarray]] = iter(())
 
@@ -148,8 +149,7 @@ class DraftPast:
             said.append(self._rows[b].add(self._translator.bytes_of(new)))
         self._translated = np.where(self._active, state.lengths, self._translated)
         kept = self._scorer.kept.copy()
-        guesses = np.zeros((state.batch, 0), dtype=np.int64) if self._guesses is None else self._guesses
-        self._guesses = None
+        guesses, self._guesses = self._guesses, self._guesses[:, :0]
         for b, ids in zip(active, self._translator.draft.encode(said), strict=True):
             row = self._rows[b]
             start = row.settled
