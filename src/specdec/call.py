@@ -116,7 +116,7 @@ def follow_call(
     # the prompt draws the first token, and a guess needs room for itself and one more
     room = state.max_length - state.prompt_length > 2
     collector = Collector(generation_config, state, model, model_kwargs)
-    processing = Processing(logits_processor, state.tokens[:, : state.prompt_length], state.end_ids)
+    processing = Processing(logits_processor, state.prompt, state.end_ids)
     guesses = processing.foresees or not isinstance(request.proposer, Nothing)
     speculates = room and guesses and length.most > 0 and not collector.takes_steps
     length = length if speculates else Fixed(0)
@@ -126,25 +126,28 @@ def follow_call(
     )
     if streamer is not None:
         streamer.put(input_ids.cpu())
+    # the caller will go on with the cache: it is returned, or the caller's own
+    cache_is_seen = bool(generation_config.return_dict_in_generate) or is_callers(
+        model_kwargs.get("past_key_values")
+    )
     target = Scorer(
         model,
         model_kwargs,
         generation_config,
         max_length=state.max_length,
         layout=request.layout,
-        returns_cache=_cache_is_seen(generation_config, model_kwargs),
+        returns_cache=cache_is_seen,
         steps=request.steps,
     )
     proposer: Any = Nothing()
     if speculates:
-        prompt = state.tokens[:, : state.prompt_length]
         # by rejection the text depends on the guesses, and a given seed promises one text
         promised = request.seed is not None and sampling.keeps_logits
         proposer = begun_behind(
             request.proposer,
             Call(
                 target=model,
-                prompt=prompt,
+                prompt=state.prompt,
                 inputs=inputs,
                 max_length=state.max_length,
                 processing=processing,
@@ -200,17 +203,10 @@ def follow_call(
             model, target.reason or "several tokens in one forward do not give the scores of one-token steps"
         )
     sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
-    cache = None
-    if _cache_is_seen(generation_config, model_kwargs):
-        cache = target.finish(state.tokens, int(state.lengths.max()) - 1)
+    cache = target.finish(state.tokens, int(state.lengths.max()) - 1) if cache_is_seen else None
     stats.seconds = perf_counter() - request.start
     out = collector.output(sequences, stats, cache)
     return out if request.home is None else brought_home(out, request.home)
-
-
-def _cache_is_seen(config: Any, model_kwargs: dict[str, Any]) -> bool:
-    """The caller will go on with the cache: it is returned, or the caller's own."""
-    return bool(config.return_dict_in_generate) or is_callers(model_kwargs.get("past_key_values"))
 
 
 def _state(

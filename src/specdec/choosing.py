@@ -23,6 +23,7 @@ from torch import Tensor
 
 from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.length.cost import speed
+from specdec.proposers.past import opening
 from specdec.weights.layers import count_layers, with_layers
 from specdec.whole import at_least
 
@@ -103,7 +104,6 @@ class _Search:
 
     def __init__(self, model: Any, texts: list[_Text], depth: int, report: Callable[[str], Any] | None) -> None:
         self._model, self._texts, self._depth, self._report = model, texts, depth, report
-        self._whole = _size(model)
         self._seen: set[tuple[int, ...]] = set()
         self.best: tuple[int, ...] = ()
         self.value = 0.0
@@ -117,7 +117,7 @@ class _Search:
         keep = [layer for layer in range(self._depth) if layer not in choice]
         part = with_layers(self._model, keep)
         right = [float(_answers(part, text, keep).eq(text.said).float().mean()) for text in self._texts]
-        acceptance, cost = float(np.mean(right)), _size(part) / self._whole
+        acceptance, cost = float(np.mean(right)), opening(part, self._model).reading
         value = max(speed(acceptance, cost, guesses) for guesses in range(1, MOST_GUESSES + 1))
         if value <= self.value:
             return False
@@ -175,11 +175,3 @@ def _answers(part: Any, text: _Text, keep: Sequence[int]) -> Tensor:
     past.layers = [copy.deepcopy(text.past.layers[layer]) for layer in keep]
     logits: Tensor = part(input_ids=text.fed, past_key_values=past, use_cache=True).logits
     return logits[0].argmax(dim=-1)
-
-
-def _size(model: Any) -> int:
-    """Weights that a step reads: all but the embeddings, which are looked up, unless they are the head too."""
-    head = model.get_output_embeddings()
-    table = model.get_input_embeddings().weight
-    tied = head is not None and head.weight is table
-    return sum(weight.numel() for weight in model.parameters() if tied or weight is not table)

@@ -12,7 +12,7 @@ import torch
 
 from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
 from specdec.layouts.choices import LAYOUTS
-from specdec.proposers import Nothing
+from specdec.proposers import Nothing, is_proposer
 from specdec.proposers.cascade import Cascade
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.fallback import Fallback
@@ -22,7 +22,7 @@ from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.vocabulary import same_ids
 from specdec.proposers.words import WORDS, check_sizes, one_behind_another
 from specdec.sampling import VERIFICATIONS
-from specdec.weights.adapters import inner_model
+from specdec.weights.adapters import inner_model, is_model
 from specdec.weights.quantized import has_two_weights, quantize_draft
 from specdec.whole import whole
 
@@ -39,7 +39,7 @@ def check_constructor(
     Returns:
         the number of guesses, as Python's own number.
     """
-    if not hasattr(target, "generate") or not hasattr(target, "config"):
+    if not is_model(target):
         raise UnsupportedModel(
             f"the target is a {type(target).__name__}; wanted is a Hugging Face model with generate()"
         )
@@ -87,11 +87,11 @@ def check_compile(compile: Any, num_draft_tokens: Any, layout: str) -> None:
 def check_seed(seed: Any) -> int | list[int] | None:
     """A seed, one a row, or None."""
     if isinstance(seed, (list, tuple)):
-        rows = [whole(one) for one in seed]
-        if None not in rows:
-            return [one for one in rows if one is not None]
+        rows = [one for one in map(whole, seed) if one is not None]
+        if len(rows) == len(seed):
+            return rows
     elif seed is None or whole(seed) is not None:
-        return None if seed is None else whole(seed)
+        return whole(seed)
     raise InvalidInput(f"seed={seed!r}; give a whole number, a list with one a row, or None")
 
 
@@ -119,11 +119,11 @@ def build_proposer(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any
         raise UnsupportedModel(f"the draft is the class {draft.__name__}; give an object: {draft.__name__}()")
     if isinstance(draft, OwnLayers):
         draft.check(target)
-    if hasattr(draft, "propose") or hasattr(draft, "begin"):
+    if is_proposer(draft):
         if isinstance(draft, (DraftModel, Mixture, Fallback, Cascade)):
             _check_ids(target, draft, tokenizer, draft_tokenizer)
         return draft
-    if not hasattr(draft, "generate") or not hasattr(draft, "config"):
+    if not is_model(draft):
         raise UnsupportedModel(
             f"the draft is a {type(draft).__name__}; wanted is a Hugging Face model, an object with "
             f"propose(state, limits), one of {', '.join(map(repr, NAMES))}, a list of such, or None"

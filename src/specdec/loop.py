@@ -44,13 +44,11 @@ def decode(
     """Yield rounds until every row has ended. Rows may also be ended from outside, between rounds."""
     observe: Callable[[Round], None] | None = getattr(proposer, "observe", None)
     proposal = Proposal.empty(state.batch, state.device)
-    began = start = clock()
+    began = clock()
     # where the text depends on the number of guesses, a seed must not meet another one on a model's first call
-    logits = target.prefill(
-        state.tokens[:, : state.prompt_length], speculate=length.most > 0, at_once=sampling.keeps_logits
-    )
+    logits = target.prefill(state.prompt, speculate=length.most > 0, at_once=sampling.keeps_logits)
     state.vocabulary = int(logits.shape[-1])
-    stats.seconds_scoring += clock() - start
+    stats.seconds_scoring += clock() - began
     while True:
         start = clock()
         accepted, next_token, scores = _verify(logits, state, proposal, processing, sampling)
@@ -70,13 +68,13 @@ def decode(
         if not target.settled and state.room().any():
             target.decide(state.tokens)
         stats.seconds_scoring += clock() - start
-        began = start = clock()
+        began = clock()
         # all but the last committed token were fed and are final
         target.rollback(state.tokens, state.lengths - 1, state.live)
         if state.done:
             return
         limits = _limits(state, target, length, processing)
-        scored = clock()
+        asked = clock()
         proposal = checked(proposer.propose(state, limits), state, limits)
         drafted = clock()
         state.write_guesses(proposal)
@@ -86,8 +84,8 @@ def decode(
             state.lengths - 1,
             proposal.tokens.shape[1] + 1,
         )
-        stats.seconds_drafting += drafted - scored
-        stats.seconds_scoring += clock() - drafted + scored - start
+        stats.seconds_drafting += drafted - asked
+        stats.seconds_scoring += clock() - drafted + asked - began
 
 
 def _verify(
@@ -136,11 +134,10 @@ def _limits(state: State, target: Scorer, length: DraftLength, processing: Proce
     limits: np.ndarray = target.reach(state.room(), state.lengths, state.live)
     if processing.in_lockstep:
         limits = np.where(state.live, limits[state.live].min(), 0)
-    drafted = length.next(int(limits.max()))
-    if not processing.foresees or drafted >= length.most:
-        limits = np.minimum(limits, drafted)
-        return limits
-    known = processing.foresee(state.tokens, state.lengths, np.minimum(limits, length.most))
-    runs = np.array([len(ids) for ids in known], dtype=np.int64)
-    limits = np.minimum(limits, np.maximum(drafted, np.minimum(runs, length.free(runs[state.live]))))
+    drafted: int | np.ndarray = length.next(int(limits.max()))
+    if processing.foresees and drafted < length.most:
+        known = processing.foresee(state.tokens, state.lengths, np.minimum(limits, length.most))
+        runs = np.array([len(ids) for ids in known], dtype=np.int64)
+        drafted = np.maximum(drafted, np.minimum(runs, length.free(runs[state.live])))
+    limits = np.minimum(limits, drafted)
     return limits

@@ -168,21 +168,20 @@ def with_stop_strings(
     own = own_settings(target)
     strings = first_given((given, config, own), "stop_strings")
     given = {name: value for name, value in given.items() if name not in (*UNDERSTOOD, "stop_strings")}
-    user = criteria
     if strings is not None:
         if tokenizer is None:
             raise InvalidInput(
                 "stop_strings needs a tokenizer: pass tokenizer=... to generate() or to SpeculativeGenerator"
             )
-        user = StoppingCriteriaList(criteria or [])
-        if not any(isinstance(c, StopStringCriteria) for c in user):
-            user.insert(0, StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
+        criteria = StoppingCriteriaList(criteria or [])
+        if not any(isinstance(c, StopStringCriteria) for c in criteria):
+            criteria.insert(0, StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
     if config is not None:
         config = _without(config)
     # the model's own default would come back under the one we took out: lend it a copy without
     lent = _without(own)
     with nullcontext() if lent is own else having(target, lent):
-        yield config, user, given
+        yield config, criteria, given
 
 
 def _without(config: Any) -> Any:

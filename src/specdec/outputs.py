@@ -46,7 +46,7 @@ class Collector:
                 self.keeps_states += _names(kind, self._encodes)
                 if self._encodes:
                     self._encoded[f"encoder_{kind}"] = model_kwargs["encoder_outputs"].get(kind)
-        self._states: dict[str, list[list[Tensor]]] = {name: [] for name in self.keeps_states}
+        self._states: dict[str, list[list[Tensor]]] = {name: [] for name in self.keeps_states}  # by layer and step
         # what has the shapes of plain's steps can only come from such steps
         attends = any("attentions" in name for name in self.keeps_states)
         odd = odd_states(model)
@@ -58,15 +58,19 @@ class Collector:
     def add(self, round_: Round) -> None:
         """Take the rows that drew a committed token."""
         if self.scores is not None:
-            self._place(self.scores, round_.scores.float(), round_)
+            rows = round_.scores.float()
+            self._place(self.scores, rows, rows[:, 0], round_)
         if self._logits is not None and round_.logits is not None:
-            self._place(self._logits, round_.logits.float(), round_)
-        for name, steps in self._states.items():
+            rows = round_.logits.float()
+            self._place(self._logits, rows, rows[:, 0], round_)
+        for name, held in self._states.items():
             layers = (round_.states or {})[name]
-            if not steps or self.takes_steps:
-                steps.append(layers)  # of the whole prompt, or of a one-token step of all rows
-            else:
-                self._place_states(steps, layers, round_)
+            held += [[] for _ in layers[len(held) :]]
+            for steps, rows in zip(held, layers, strict=True):
+                if not steps or self.takes_steps:
+                    steps.append(rows)  # of the whole prompt, or of a one-token step of all rows
+                else:
+                    self._place(steps, rows, rows[:, :1], round_)
 
     def output(self, sequences: Tensor, stats: Stats, cache: Any) -> Any:
         """Ids (B, L), or the output class with ``speculation`` beside."""
@@ -79,9 +83,9 @@ class Collector:
             "past_key_values": cache,
             **self._encoded,
         }
-        for name, steps in self._states.items():
+        for name, held in self._states.items():
             rows_in = self._rows_of_states if "hidden" in name else 0
-            layers = [_cut(list(layer), stats.row_emitted, rows_in) or () for layer in zip(*steps, strict=True)]
+            layers = [_cut(steps, stats.row_emitted, rows_in) or () for steps in held]
             count = int(stats.row_emitted.max())
             kept[name] = tuple(zip(*layers, strict=True)) if layers else ((),) * count
         out: Any
@@ -92,25 +96,15 @@ class Collector:
         out.speculation = stats
         return out
 
-    def _place(self, steps: list[Tensor], rows: Tensor, round_: Round) -> None:
+    def _place(self, steps: list[Tensor], rows: Tensor, one: Tensor, round_: Round) -> None:
+        """Put ``rows`` (B, K + 1, ...) where plain ``generate()`` has them; a step is of the shape of ``one``."""
         first = round_.before - self._prompt_length
         needed = int((first + round_.counts).max())
         while len(steps) < needed:
-            steps.append(torch.zeros_like(rows[:, 0]))
+            steps.append(torch.zeros_like(one))
         for row, count in enumerate(round_.counts):
             for i in range(int(count)):
                 steps[int(first[row]) + i][row] = rows[row, i]
-
-    def _place_states(self, steps: list[list[Tensor]], layers: list[Tensor], round_: Round) -> None:
-        """Hidden states (B, K + 1, ...) a layer, one element a step."""
-        first = round_.before - self._prompt_length
-        needed = int((first + round_.counts).max())
-        while len(steps) < needed:
-            steps.append([torch.zeros_like(layer[:, :1]) for layer in layers])
-        for row, count in enumerate(round_.counts):
-            for i in range(int(count)):
-                for layer, rows in zip(steps[int(first[row]) + i], layers, strict=True):
-                    layer[row, 0] = rows[row, i]
 
 
 def _names(kind: str, encodes: bool) -> tuple[str, ...]:

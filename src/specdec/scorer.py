@@ -124,10 +124,8 @@ class Scorer:
                 known = trial.decide_at_once(scores)
         if forced and known is not None and known.name == "plain":
             raise inexact(self._wanted, "it does not give the scores of one-token steps")
-        self._trial = trial if known is None else None
-        self.layout = known or self._columns
         if known is not None:
-            self._compile()
+            self._settle(known)
         return scores
 
     def score(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
@@ -147,8 +145,7 @@ class Scorer:
     def decide(self, tokens: Tensor) -> None:
         """Settle the layout once the first steps were seen; to be called before ``rollback``."""
         if self._ready and self._trial is not None:
-            self.layout, self._trial = self._trial.decide(tokens), None
-            self._compile()
+            self._settle(self._trial.decide(tokens))
 
     def give_hidden(self) -> str:
         """Have every pass return its hidden states from now on; the name that ``states`` has for them."""
@@ -162,7 +159,7 @@ class Scorer:
         """
         if not names:
             return None
-        outputs = self._columns.outputs if self._at_prompt else self.layout.outputs
+        outputs = self.layout.outputs
         whole = self._at_prompt or not self._speculates
         found: States = {}
         for name in names:
@@ -256,16 +253,17 @@ class Scorer:
         limits = np.clip(self._positions - self.hidden - lengths, 0, limits)
         return self.layout.reach(limits, lengths, live)
 
-    def _compile(self) -> None:
-        """Run the layout, now settled, through the graphs; say so once where it cannot be."""
+    def _settle(self, layout: Layout) -> None:
+        """Go on in ``layout``, and through the graphs; say so once where it cannot be."""
+        self.layout, self._trial = layout, None
         steps = self._steps
         if steps is None or steps.refused:
             return
-        if isinstance(self.layout, Slots):
+        if isinstance(layout, Slots):
             if steps.fits(self.model, self._max_length + self.hidden):
-                self.layout.compile_with(steps, self._max_length)
+                layout.compile_with(steps, self._max_length)
         else:
-            steps.refuse(self.model, f"its layout is {self.layout.name!r}, and only slots keep their shapes")
+            steps.refuse(self.model, f"its layout is {layout.name!r}, and only slots keep their shapes")
 
     def _with_padding(self, lengths: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(lengths, first) with ended rows going on in padding as far as the pass is wide."""

@@ -86,6 +86,11 @@ class State:
         return self.tokens.device
 
     @property
+    def prompt(self) -> Tensor:
+        """(B, P) ids of the prompt on the device, padding included."""
+        return self.tokens[:, : self.prompt_length]
+
+    @property
     def device_lengths(self) -> Tensor:
         """``lengths`` on the device."""
         return to_device(self.lengths, self.device)

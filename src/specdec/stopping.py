@@ -66,9 +66,7 @@ class Watcher:
 
     def _common(self, state: State) -> int:
         """Columns that every row has reached; ended rows are padded as far as it takes."""
-        if state.live.any():
-            return int(state.lengths[state.live].min())
-        return int(state.lengths.max())
+        return int(state.lengths[state.live].min(initial=state.lengths.max()))
 
     def _judge(self, state: State, ended: np.ndarray) -> None:
         if self._pads:

@@ -112,7 +112,6 @@ class TableModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """
 
     config_class = TableConfig
-    _supports_cache_class = True
 
     def __init__(self, table: Tensor) -> None:
         """Look scores up in ``table`` (V, V, V): [token before last, last token] -> scores."""

@@ -270,7 +270,7 @@ def _identical(one: list[Any], other: list[Any]) -> bool:
 
 def _key(plain: Columns, prompt: Tensor, names: tuple[str, ...]) -> Any:
     """What the verdict depends on beside the model object itself."""
-    model, kwargs = plain.model, plain.describes
+    model, kwargs = plain.model, plain.described(0)
     cache, device = own_cache(plain.cache), prompt.device.type
     return (
         names,

@@ -105,13 +105,11 @@ class Columns:
             wide: feed several tokens a forward; False feeds one after the other.
         """
         self.name = {"crop": "columns", "snapshot": "columns+snapshot", "nothing": "plain"}[forget]
-        self._forget, self._wide, self._snapshots = forget, wide, None
-        cache = self.cache
-        if forget == "crop" and isinstance(cache, Cache):
+        self._forget, self._wide = forget, wide
+        self._snapshots = Snapshots() if forget == "snapshot" else None
+        if forget == "crop" and isinstance(self.cache, Cache):
             # only now: while it records, a sliding layer keeps every column, a whole prompt's too
-            own_cache(cache).activate_past_recording()
-        if forget == "snapshot":
-            self._snapshots = Snapshots()
+            own_cache(self.cache).activate_past_recording()
         return self
 
     @property
@@ -128,11 +126,6 @@ class Columns:
     def is_foreign(self) -> bool:
         """The model keeps its past in a form that we cannot copy or put back."""
         return any(self._outputs.get(name) is not None for name in OLD_CACHES)
-
-    @property
-    def describes(self) -> dict[str, Any]:
-        """The model inputs for the columns in the cache, for a layout that takes over."""
-        return self._kwargs
 
     def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """See ``Layout.forward``."""
@@ -175,7 +168,7 @@ class Columns:
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``."""
-        target = min(int(kept[live].min()), self._fed) if live.any() else self._fed
+        target = int(kept[live].min(initial=self._fed))
         if self._forget == "crop":
             drop(self.cache, self._fed - target)
             self._fed = target
@@ -246,7 +239,7 @@ class Columns:
         return self._scores(fresh)
 
     def described(self, width: int) -> dict[str, Any]:
-        """Model inputs for ``width`` columns more than ``_kwargs`` describes."""
+        """Model inputs for ``width`` columns more than are settled."""
         kwargs = dict(self._kwargs)
         for step in [1] * width if self._stepwise else [width] * (width > 0):
             kwargs = self.model._update_model_kwargs_for_generation(

@@ -79,7 +79,7 @@ def slots_reason(model: Any, max_length: int) -> str:
             return "its scores depend on one length of the cache for all rows"
     if uncounted_padding(model) is not None:
         return "it does not count padding as a position"
-    return "it prepares its inputs in a way of its own" if prepares_otherwise(model) else ""
+    return "it prepares its inputs in a way of its own" if prepared_by_others(model) else ""
 
 
 def _rope_reason(config: Any, prompt_length: int, max_length: int) -> str:
@@ -115,7 +115,8 @@ def odd_states(model: Any) -> int | None:
 
 def feeds_all(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether every pass of ``model`` takes the whole text again: it has no cache, or ``kwargs`` forbid it."""
-    return not kwargs.get("use_cache", True) or not _takes(model, *CACHE_NAMES, *OLD_CACHES)
+    takes = inspect.signature(type(model).forward).parameters.keys()
+    return not kwargs.get("use_cache", True) or takes.isdisjoint((*CACHE_NAMES, *OLD_CACHES))
 
 
 def uncounted_padding(model: Any) -> int | None:
@@ -131,17 +132,13 @@ def uncounted_padding(model: Any) -> int | None:
     return None
 
 
-def _takes(model: Any, *names: str) -> bool:
-    return any(name in inspect.signature(type(model).forward).parameters for name in names)
-
-
 def prepares_as_usual(model: Any) -> bool:
     """Whether ``model`` has transformers' own preparation of inputs, which looks at nothing but its arguments."""
     usual = (getattr(type(model), name) is getattr(GenerationMixin, name) for name in PREPARES)
     return all(usual) and not set(PREPARES) & vars(model).keys() and not model.is_remote_code()
 
 
-def prepares_otherwise(model: Any) -> bool:
+def prepared_by_others(model: Any) -> bool:
     """Whether somebody else than transformers prepares its inputs, who may look at all ids of a text."""
     for name in PREPARES:
         method = vars(model).get(name, getattr(type(model), name))

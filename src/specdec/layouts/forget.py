@@ -22,17 +22,13 @@ from transformers.cache_utils import (
 
 def drop(cache: Any, columns: int) -> None:
     """Remove the newest ``columns`` of every layer; past states stay recorded."""
-    if columns == 0 or not isinstance(cache, Cache):
-        return
-    for layer in own_cache(cache).layers:
+    for layer in layers_of(cache) if columns else ():
         _drop(layer, columns)
 
 
 def level(cache: Any, columns: int) -> None:
     """Remove what layers hold beyond the first ``columns``; those that do not count them stay as they are."""
-    if not isinstance(cache, Cache):
-        return
-    for layer in own_cache(cache).layers:
+    for layer in layers_of(cache):
         if isinstance(layer, CacheLayerMixin) and not isinstance(layer, LinearAttentionCacheLayerMixin):
             surplus = int(layer.get_seq_length()) - columns
             if surplus > 0:
@@ -41,15 +37,20 @@ def level(cache: Any, columns: int) -> None:
 
 def trim(cache: Any) -> None:
     """Drop the past that no forward from here on will need; what is left cannot be removed any more."""
-    if isinstance(cache, Cache):
-        for layer in own_cache(cache).layers:
-            if type(layer) is not StaticLayer:
-                layer.crop(0)
+    for layer in layers_of(cache):
+        if type(layer) is not StaticLayer:
+            layer.crop(0)
 
 
 def own_cache(cache: Any) -> Any:
     """The decoder's part of an encoder-decoder cache, or the cache itself."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def layers_of(cache: Any) -> list[Any]:
+    """The layers of the decoder's part; none where it is no cache of transformers."""
+    layers: list[Any] = own_cache(cache).layers if isinstance(cache, Cache) else []
+    return layers
 
 
 def _drop(layer: Any, columns: int) -> None:

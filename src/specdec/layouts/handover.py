@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicSlidingWindowLayer,
@@ -18,14 +17,12 @@ from transformers.cache_utils import (
 )
 
 from specdec.errors import InvalidInput
-from specdec.layouts.forget import own_cache
+from specdec.layouts.forget import layers_of
 
 
 def cached_columns(cache: Any) -> int:
     """Columns that ``cache`` holds; 0 where its layers do not count them (recurrent states)."""
-    if not isinstance(cache, Cache):
-        return 0
-    layers = [layer for layer in own_cache(cache).layers if isinstance(layer, CacheLayerMixin)]
+    layers = [layer for layer in layers_of(cache) if isinstance(layer, CacheLayerMixin)]
     return max((int(layer.get_seq_length()) for layer in layers), default=0)
 
 
@@ -36,10 +33,9 @@ def is_callers(cache: Any) -> bool:
 
 def end_recording(cache: Any) -> None:
     """Layers that recorded their past, so that it could be taken back, keep their window only again."""
-    if isinstance(cache, Cache):
-        for layer in own_cache(cache).layers:
-            if getattr(layer, "record_past", False):
-                layer.record_past = False
+    for layer in layers_of(cache):
+        if getattr(layer, "record_past", False):
+            layer.record_past = False
 
 
 def newest(layer: Any, columns: int) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ class Slots:
         if isinstance(native, EncoderDecoderCache):
             self._handed = EncoderDecoderCache(self._cache, native.cross_attention_cache)
             self._handed.is_updated = dict(native.is_updated)
-        kwargs = columns.describes
+        kwargs = columns.described(0)
         self._mask_key = "decoder_attention_mask" if columns.encoder_decoder else "attention_mask"
         self._position_key = "decoder_position_ids" if columns.encoder_decoder else "position_ids"
         self._prompt_mask = kwargs.get(self._mask_key)
@@ -111,7 +111,7 @@ class Slots:
         self._last_position = None if positions is None else positions[..., -1:]
         self._starts = np.array([self._width])
         self._live = np.ones(1, dtype=bool)  # all rows
-        self.outputs: Any = None
+        self.outputs: Any = columns.outputs
         self._wanted = (self._starts, 0)  # what ``pick`` takes: rows counted from the last one
         self._mask: Tensor | None = None
         self._columns = self._positions = torch.zeros(0, 0, dtype=torch.int64)  # all there is room for

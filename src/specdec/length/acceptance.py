@@ -106,10 +106,7 @@ class Acceptance:
 
     def survival(self) -> np.ndarray:
         """(most,) chance that the guess at each position is submitted and kept, if it is asked for."""
-        expected = self._expected(0)
-        usual = (self._kept.sum() + PRIOR_WEIGHT * expected) / (self._tried.sum() + PRIOR_WEIGHT)
-        chances = (self._kept + PRIOR_WEIGHT * usual) / (self._tried + PRIOR_WEIGHT)
-        return np.cumprod(chances)
+        return survival(self._kept, self._tried, self._expected(0), PRIOR_WEIGHT)
 
     def widths(self) -> np.ndarray:
         """(most,) chance that some row submits a guess at each position, if it is asked for."""
@@ -120,6 +117,15 @@ class Acceptance:
         bins = _bins(chance)
         kept: np.ndarray = (self._right[bins] + BIN_WEIGHT * chance) / (self._sure[bins] + BIN_WEIGHT)
         return kept
+
+
+def survival(kept: np.ndarray, tried: np.ndarray, expected: float, weight: float) -> np.ndarray:
+    """(..., K) chance that each guess and all before it are kept, from counts (..., K) of those kept and tried.
+
+    A position borrows from all, with the ``weight`` of so many guesses, and these from what is ``expected``.
+    """
+    usual = (kept.sum(axis=-1, keepdims=True) + weight * expected) / (tried.sum(axis=-1, keepdims=True) + weight)
+    return np.cumprod((kept + weight * usual) / (tried + weight), axis=-1)
 
 
 def _bins(chance: np.ndarray) -> np.ndarray:

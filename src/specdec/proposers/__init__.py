@@ -84,6 +84,11 @@ class Call:
     scorer: Scorer | None = None
 
 
+def is_proposer(thing: Any) -> bool:
+    """Whether ``thing`` guesses, or begins what does."""
+    return hasattr(thing, "propose") or hasattr(thing, "begin")
+
+
 def begun(proposer: Any, call: Call) -> Any:
     """What ``proposer`` gives for ``call``; one without a ``begin`` serves every call itself."""
     return proposer.begin(call) if hasattr(proposer, "begin") else proposer

@@ -89,13 +89,13 @@ class Cascade:
 class _Level:
     """A draft model during one call, and the proposer that guesses for it."""
 
-    def __init__(self, draft: DraftModel, call: Call, *, below: Proposer, length: DraftLength) -> None:
-        self._call, self._below, self._length = call, below, length
-        self._name = type(draft.model).__name__
-        self._confidence = draft._confidence
-        self._past = Past(draft.model, call, draft._layout, draft._steps)
+    def __init__(
+        self, past: Past, call: Call, confidence: float | None, *, below: Proposer, length: DraftLength
+    ) -> None:
+        self._past, self._call, self._confidence = past, call, confidence
+        self._below, self._length = below, length
         # this model's scores are looked at where the text is
-        self._goes_on = asked(call, draft._confidence, call.prompt.device)
+        self._goes_on = asked(call, confidence, call.prompt.device)
         self._text: State | None = None
         self._settled = 0  # columns that were settled when last asked, of the shortest row
         self._drafted = self._accepted = 0
@@ -116,7 +116,7 @@ class _Level:
     @property
     def drafting(self) -> str:
         """What this level kept of the one below it."""
-        return f"{self._name} kept {self._accepted} of {self._drafted} guesses made for it"
+        return f"{self._past.name} kept {self._accepted} of {self._drafted} guesses made for it"
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
@@ -215,9 +215,8 @@ class _Level:
         scorer = self._past.scorer
         since = self._settled
         if self._text is None:
-            prompt = state.tokens[:, : state.prompt_length]
             self._text = State(
-                prompt, max_length=state.max_length, max_guesses=state.reserve - 2,
+                state.prompt, max_length=state.max_length, max_guesses=state.reserve - 2,
                 eos_ids=state.eos_ids, pad_id=state.pad_id, starts=state.starts,
             )  # fmt: skip
             since = state.prompt_length

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.layouts.compiled import CompiledSteps, compiled_steps
+from specdec.layouts.compiled import compiled_steps
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.drafting import Sure, draft
-from specdec.proposers.foresight import Ahead
+from specdec.proposers.foresight import Foresight
 from specdec.proposers.past import Past, model_of, tried, warn_refused
 from specdec.records import Proposal, Round
 from specdec.state import State, in_common, put, put_on_host, span, widened
@@ -50,18 +50,17 @@ class DraftModel(Sure):
 
     def begin(self, call: Call) -> Proposer:
         """A drafting run for one call: the draft's prompt is prepared by its own ``generate()``."""
-        return self.open(
-            call, lambda draft, call: _Run(draft.model, call, draft._layout, draft._confidence, draft._steps)
-        )
+        return self.open(call, _Run)
 
-    def open(self, call: Call, run: Callable[[DraftModel, Call], Proposer]) -> Proposer:
-        """``run(self, call)``, or nothing and a warning where the draft cannot take what the call gives."""
+    def open(self, call: Call, run: Callable[[Past, Call, float | None], Proposer]) -> Proposer:
+        """``run`` with the model's past and confidence; nothing, and a warning, where it cannot take the call."""
         encodes = self.model.config.is_encoder_decoder
         name = type(self.model).__name__
         if encodes and self.model.main_input_name not in call.inputs:
             warn_refused(name, f"the call gives no {self.model.main_input_name} for its encoder")
             return Nothing()
-        return tried(name, lambda: run(self, call)) or Nothing()
+        made = tried(name, lambda: run(Past(self.model, call, self._layout, self._steps), call, self._confidence))
+        return made or Nothing()
 
 
 class _Run:
@@ -69,14 +68,10 @@ class _Run:
 
     foresees = True
 
-    def __init__(
-        self, model: Any, call: Call, layout: str, confidence: float | None, steps: CompiledSteps | None
-    ) -> None:
-        self._call = call
-        self._confidence = confidence
-        self._past = Past(model, call, layout, steps)
-        self._scorer = self._past.scorer
-        self._on_cpu = self._past.device.type == "cpu"
+    def __init__(self, past: Past, call: Call, confidence: float | None) -> None:
+        self._past, self._call, self._confidence = past, call, confidence
+        self._scorer = past.scorer
+        self._on_cpu = past.device.type == "cpu"
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)  # what the draft was fed, in its own ids
         self._fed = np.zeros(0)  # on the host; on a CPU the same memory, elsewhere -1 where others guessed
         self._settled = 0  # columns of them that nothing takes back
@@ -106,13 +101,13 @@ class _Run:
         limits = self._past.limits(state, limits)
         if not limits.any():
             return Proposal.empty(state.batch, state.device)
-        ahead = Ahead(self._call.processing, state, limits)
+        foresight = Foresight(self._call.processing, state, limits)
         begins = self._call.length.begins
-        if ahead.covers(limits) or not begins(self._past.opening) or not self._past.feed_prompt():
-            return ahead.proposal()
+        if foresight.covers(limits) or not begins(self._past.opening) or not self._past.feed_prompt():
+            return foresight.proposal()
         self._sync(state)
         self._limits, self._next = limits, -1
-        proposal = draft(self, state, limits, self._call, self._confidence, ahead)
+        proposal = draft(self, state, limits, self._call, self._confidence, foresight)
         self._drafted, self._observed = (state.lengths, proposal), None
         return proposal
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from specdec.layouts.compiled import CompiledSteps
 from specdec.proposers import Call
 from specdec.proposers.past import opening, tried
-from specdec.proposers.prompt import embedded, prepare
+from specdec.proposers.prompt import embedded, positions, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
 from specdec.state import ROOM, State, in_common, widened
@@ -48,7 +48,8 @@ class DraftPast:
         self._failed = False
         self._rows: list[DraftRow] = []
         self.lengths = np.zeros(0, dtype=np.int64)
-        self._guesses: np.ndarray | None = None  # (B, K) the draft's ids behind ``lengths``
+        # (B, K) the draft's ids behind ``lengths``
+        self._guesses: np.ndarray = np.zeros((len(call.prompt), 0), dtype=np.int64)
         self._most = 0  # guesses that a row may make in this round
         self._passes: Iterator[tuple[Tensor, np.ndarray]] = iter(())
 
@@ -103,9 +104,7 @@ class DraftPast:
         width = max(map(len, prompts))
         # the same text has more tokens here or fewer; a row that goes past the limit guesses no more
         new = state.max_length - state.prompt_length
-        text = self._model.config.get_text_config(decoder=True)
-        longest = getattr(text, "max_position_embeddings", None) or np.iinfo(np.int32).max
-        self._longest = min(int(longest), width + 2 * new + 64)
+        self._longest = min(positions(self._model), width + 2 * new + 64)
         if width >= self._longest:
             raise ValueError(f"the prompt has {width} of its tokens, more than it can take")
         ids, mask = np.zeros((2, state.batch, width), dtype=np.int64)
@@ -119,9 +118,8 @@ class DraftPast:
         prepared, kwargs, config, inner = prepare(self._model, call, self._embeds)
         if prepared.shape != prompt_ids.shape:
             raise ValueError("its generate() changes the prompt")
-        longest = call.max_length
         scorer = Scorer(
-            inner, kwargs, config, max_length=longest, layout=self._layout, is_draft=True, steps=self._steps
+            inner, kwargs, config, max_length=call.max_length, layout=self._layout, is_draft=True, steps=self._steps
         )
         scorer.prefill(prepared, speculate=True)
         self._host, self._tokens = ids, prompt_ids
@@ -151,8 +149,7 @@ class DraftPast:
             said.append(self._rows[b].add(self._translator.bytes_of(new)))
         self._translated = np.where(self._active, state.lengths, self._translated)
         kept = self._scorer.kept.copy()
-        guesses = np.zeros((state.batch, 0), dtype=np.int64) if self._guesses is None else self._guesses
-        self._guesses = None
+        guesses, self._guesses = self._guesses, self._guesses[:, :0]
         for b, ids in zip(active, self._translator.draft.encode(said), strict=True):
             row = self._rows[b]
             start = row.settled

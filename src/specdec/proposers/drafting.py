@@ -18,7 +18,7 @@ from torch import Tensor
 from specdec.errors import InvalidInput
 from specdec.proposers import Call
 from specdec.proposers.drawn import certain, chance_of, mixed, sound
-from specdec.proposers.foresight import Ahead
+from specdec.proposers.foresight import Foresight
 from specdec.records import Proposal
 from specdec.state import State, span
 from specdec.transfer import to_device
@@ -47,7 +47,7 @@ def draft(
     limits: np.ndarray,
     call: Call,
     confidence: float | None,
-    ahead: Ahead,
+    foresight: Foresight,
 ) -> Proposal:
     """Up to ``limits[b]`` (B,) guesses for row b, at least one for some row.
 
@@ -57,7 +57,7 @@ def draft(
         limits: (B,) guesses that a row may submit.
         call: how tokens are drawn, and whether one more guess pays.
         confidence: a row stops after a guess whose own chance is below this, 0 never stops; None asks the call.
-        ahead: what is foreseen.
+        foresight: what is foreseen.
     """
     guesses: list[Tensor] = []
     rows: list[Tensor] = []
@@ -65,7 +65,7 @@ def draft(
     goes_on = asked(call, confidence, state.device)
     asks = True  # until the call's draft length has had enough: then only what is foreseen is guessed
     for step in range(span(limits)[1]):
-        known = ahead.at(step, limits, steps.history)
+        known = foresight.at(step, limits, steps.history)
         drafted = limits > step if known is None else (known < 0) & (limits > step)
         if not asks:
             limits, drafted = np.where(drafted, step, limits), np.zeros_like(drafted)
@@ -81,8 +81,8 @@ def draft(
         elif goes_on is not None:
             chance = chance_of(scores, guess).double().numpy()
             asks = goes_on(np.where(limits > step, chance, 0.0)) and asks
-        limits = ahead.cut(step, limits, guess)
-        if step + 1 >= span(limits)[1] or not (asks or ahead.more):
+        limits = foresight.cut(step, limits, guess)
+        if step + 1 >= span(limits)[1] or not (asks or foresight.more):
             limits = np.minimum(limits, step + 1)
             break
         steps.write(state, guess, step)

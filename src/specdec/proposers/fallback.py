@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.errors import UnsupportedModel
-from specdec.proposers import Call, Proposer, begun, checked
+from specdec.proposers import Call, Proposer, begun, checked, is_proposer
 from specdec.proposers.drawn import certain
 from specdec.records import Proposal, Round, Stats
 from specdec.state import State
@@ -39,7 +39,7 @@ class Fallback:
             UnsupportedModel: one is neither.
         """
         for part in (first, second):
-            if not hasattr(part, "propose") and not hasattr(part, "begin"):
+            if not is_proposer(part):
                 raise UnsupportedModel(
                     f"Fallback was given a {type(part).__name__}; wanted are two proposers, such as Suffix() and "
                     "DraftModel(model). A list, draft=[first, second], takes words and models too"

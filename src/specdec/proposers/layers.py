@@ -28,7 +28,7 @@ from specdec.layouts.slots import Slots
 from specdec.proposers import Call, Nothing, Proposer
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.drafting import Sure, draft
-from specdec.proposers.foresight import Ahead
+from specdec.proposers.foresight import Foresight
 from specdec.proposers.past import tried
 from specdec.records import Proposal, Round
 from specdec.scorer import Scorer
@@ -218,9 +218,9 @@ class _InSlots:
 
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
-        ahead = Ahead(self._call.processing, state, limits)
-        if ahead.covers(limits) or not self._call.length.begins(None):
-            return ahead.proposal()
+        foresight = Foresight(self._call.processing, state, limits)
+        if foresight.covers(limits) or not self._call.length.begins(None):
+            return foresight.proposal()
         # the target's next pass begins at these columns and writes every one that is written here, or sees none
         self._slots.stand_at(self._scorer.kept.copy(), state.live)
         self._limits, self._next = limits, -1
@@ -230,7 +230,7 @@ class _InSlots:
         longest = int(state.lengths.max())
         self._tokens[:, self._known : longest] = state.tokens[:, self._known : longest]
         self._known = state.foundation
-        return draft(self, state, limits, self._call, self._confidence, ahead)
+        return draft(self, state, limits, self._call, self._confidence, foresight)
 
     def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
         """See ``Steps``. A row that has all its guesses feeds its last token once more."""

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from specdec.errors import InvalidInput
+from specdec.length.acceptance import survival
 from specdec.length.adaptive import ASSUMED_COST, FIRST_WAIT, LAG, LONGEST_WAIT, MOST
 from specdec.proposers import Call, Proposer, begun, checked
 from specdec.proposers.fallback import first_layout, has_model, merged, passes, show, wants_hidden
@@ -84,8 +85,8 @@ class _Run:
         self._when_used = self._has_model | (call.prompt.device.type != "cpu")
         self.record = Record(len(parts), len(call.prompt))
         self._waiting: list[_Waiting] = []
-        self._choice: np.ndarray | None = None  # (B,) the proposer of each row, -1 where none guesses
-        self._proposals: list[Proposal] = []
+        self._choice = np.full(len(call.prompt), -1)  # (B,) the proposer of each row, -1 where none guesses
+        self._proposals = [Proposal.empty(len(call.prompt), call.prompt.device) for _ in parts]
         self._idle = np.zeros(len(parts), dtype=np.int64)  # rounds without a part that is judged by its use
         self._wait = np.full(len(parts), FIRST_WAIT)
         self._prices = np.where(self._has_model, ASSUMED_COST, 0.0)  # of a guess, in rounds without one
@@ -210,12 +211,8 @@ class _Run:
     def observe(self, round_: Round) -> None:
         """Show each its part of the round, and judge the models that guessed."""
         self._see_rest()  # before the reader of a stream has the round
-        choice = self._choice
         for number, part in enumerate(self._parts):
-            if choice is None:
-                show(part, np.ones(len(round_.counts), dtype=bool), None, round_)
-                continue
-            own = choice == number
+            own = self._choice == number
             if self._when_used[number]:
                 asked = own & (round_.lengths > 0)
                 if asked.any():
@@ -249,11 +246,8 @@ class Record:
 
     def kept(self, lengths: np.ndarray) -> np.ndarray:
         """(N, B) guesses expected to be kept of ``lengths`` (N, B); of long ones the first ``MOST`` count."""
-        usual = self._kept.sum(axis=2, keepdims=True) + PRIOR_WEIGHT * PRIOR
-        usual = usual / (self._tried.sum(axis=2, keepdims=True) + PRIOR_WEIGHT)
-        chances = (self._kept + PRIOR_WEIGHT * usual) / (self._tried + PRIOR_WEIGHT)
-        survival = np.cumprod(chances, axis=2)
-        kept: np.ndarray = (survival * (np.arange(MOST) < lengths[..., None])).sum(axis=2)
+        chances = survival(self._kept, self._tried, PRIOR, PRIOR_WEIGHT)
+        kept: np.ndarray = (chances * (np.arange(MOST) < lengths[..., None])).sum(axis=2)
         return kept
 
 

@@ -14,15 +14,14 @@ import numpy as np
 from torch import Tensor
 
 from specdec.errors import FAULTS, SpecdecError, UnsupportedModel
-from specdec.layouts import NEVER
 from specdec.layouts.check import FED
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length import Opening
 from specdec.proposers import Call
-from specdec.proposers.prompt import embedded, input_table, prepare
+from specdec.proposers.prompt import embedded, input_table, positions, prepare
 from specdec.scorer import Scorer
 from specdec.state import State
-from specdec.weights.adapters import device_of, inner_model
+from specdec.weights.adapters import device_of, inner_model, is_model
 
 T = TypeVar("T")
 
@@ -77,7 +76,7 @@ def model_of(name: str, draft: Any) -> Any:
     Raises:
         UnsupportedModel: it is no model.
     """
-    if not hasattr(draft, "generate") or not hasattr(draft, "config"):
+    if not is_model(draft):
         raise UnsupportedModel(
             f"{name} was given a {type(draft).__name__}; wanted is a Hugging Face model, such as "
             "AutoModelForCausalLM.from_pretrained(...) returns"
@@ -89,6 +88,7 @@ class Past:
     """A draft's cache, and for which rows it may be used.
 
     Attributes:
+        name: of the model's class.
         scorer: the model, prepared for the call.
         device: where it is.
         embeds: ids from this one on it does not know.
@@ -107,6 +107,7 @@ class Past:
         Raises:
             UnsupportedModel: the draft's prompt would have other columns than the target's.
         """
+        self.name = type(model).__name__
         self.device = device_of(model, call.prompt.device)
         self.embeds = embedded(model)
         prompt, kwargs, config, inner = prepare(model, call, self.embeds)
@@ -115,11 +116,9 @@ class Past:
                 f"{type(model).__name__} prepares a prompt of shape {tuple(prompt.shape)} where the target "
                 f"has {tuple(call.prompt.shape)}; give a draft with the same special tokens"
             )
-        text = model.config.get_text_config(decoder=True)
-        positions = getattr(text, "max_position_embeddings", None) or NEVER
         # embeddings that the text goes on from have positions, and are no columns of it
         before = kwargs.get("inputs_embeds", prompt).shape[1] - prompt.shape[1]
-        self.longest = min(positions - before, call.max_length)
+        self.longest = min(positions(model) - before, call.max_length)
         self.scorer = Scorer(
             inner,
             kwargs,
@@ -148,8 +147,7 @@ class Past:
         """
         if self._prompt is not None:
             prompt, self._prompt = self._prompt, None
-            name = type(self.scorer.model).__name__
-            scores = tried(name, lambda: self.scorer.prefill(prompt, speculate=True))
+            scores = tried(self.name, lambda: self.scorer.prefill(prompt, speculate=True))
             self._usable &= scores is not None
         return bool(self._usable.any())
 

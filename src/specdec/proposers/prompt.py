@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.pytorch_utils import move_to_device
 
+from specdec.layouts import NEVER
 from specdec.proposers import Call
 from specdec.weights.adapters import device_of
 
@@ -60,13 +61,12 @@ def prepare(model: Any, call: Call, embeds: int) -> tuple[Tensor, dict[str, Any]
 
 
 def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
-    """The user's inputs that this draft can take: all of them for a twin, the text's for another kind."""
-    twin = type(model) is type(call.target)
-    known = {"attention_mask"} if not model.config.is_encoder_decoder else set(call.inputs)
-    inputs = {name: value for name, value in call.inputs.items() if (twin or name in known) and value is not None}
-    embeds = call.inputs.get("inputs_embeds")
+    """The user's inputs that this draft can take: all behind an encoder and for a twin, else those of the text."""
     if model.config.is_encoder_decoder:
-        return inputs
+        return dict(call.inputs)
+    twin = type(model) is type(call.target)
+    inputs = {name: value for name, value in call.inputs.items() if twin or name == "attention_mask"}
+    embeds = call.inputs.get("inputs_embeds")
     if embeds is None:
         # where the target goes on from a cache, masks and positions reach back further than the ids
         columns = call.prompt.shape[1]
@@ -74,7 +74,6 @@ def _inputs_for(model: Any, call: Call) -> dict[str, Any]:
         if inputs.get("attention_mask", call.prompt).shape[-1] < columns:
             inputs.pop("attention_mask")  # healed prompts may be longer than what was masked
         return inputs
-    inputs.pop("inputs_embeds", None)
     if call.prompt.shape[1]:
         return {}  # the text alone
     table = input_table(model)
@@ -94,6 +93,13 @@ def embedded(model: Any) -> int:
     if table is None:
         return int(model.config.get_text_config(decoder=True).vocab_size)
     return int(getattr(table, "num_embeddings", 0) or table.weight.shape[0])
+
+
+def positions(model: Any) -> int:
+    """Columns that a model was made for: beyond them a draft guesses nothing."""
+    text = model.config.get_text_config(decoder=True)
+    found: int | None = getattr(text, "max_position_embeddings", None)
+    return found or NEVER
 
 
 def input_table(model: Any) -> Any:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import codecs
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 ROLES = ("eos_token_id", "bos_token_id", "pad_token_id")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # put in front of a text to keep a tokenizer from adding a space of its own there, and cut off again
@@ -126,12 +127,9 @@ def split_unfinished(data: bytes) -> tuple[str, bytes]:
 
 
 _PIECES: weakref.WeakKeyDictionary[Any, tuple[int, Pieces]] = weakref.WeakKeyDictionary()
-_SHARED: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, tuple[Any, Shared]]] = (
-    weakref.WeakKeyDictionary()
-)
-_SAME: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, tuple[Any, bool]]] = (
-    weakref.WeakKeyDictionary()
-)
+_Kept = weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, tuple[Any, T]]]  # by target, by draft
+_SHARED: _Kept[Shared] = weakref.WeakKeyDictionary()
+_SAME: _Kept[bool] = weakref.WeakKeyDictionary()
 
 
 def pieces_of(tokenizer: Any) -> Pieces:
@@ -145,24 +143,24 @@ def pieces_of(tokenizer: Any) -> Pieces:
 
 def shared_ids(target: Any, draft: Any) -> Shared:
     """The pairs of ids of the tokenizers ``target`` and ``draft``."""
-    sizes = (len(target), len(draft))
-    of_target = _SHARED.setdefault(target, weakref.WeakKeyDictionary())
-    kept = of_target.get(draft)
-    if kept is None or kept[0] != sizes:
-        kept = of_target[draft] = (sizes, pair(pieces_of(target), pieces_of(draft)))
-    return kept[1]
+    return _once(_SHARED, target, draft, lambda: pair(pieces_of(target), pieces_of(draft)))
 
 
 def same_ids(target: Any, draft: Any) -> bool:
     """Whether nearly all ids of the tokenizers ``target`` and ``draft`` mean the same, and none something else."""
     try:
-        sizes = (len(target), len(draft))
-        of_target = _SAME.setdefault(target, weakref.WeakKeyDictionary())
-        kept = of_target.get(draft)
+        return _once(_SAME, target, draft, lambda: _compared(target, draft))
     except TypeError:  # something of the caller's that has a vocabulary, and no length or no reference to it
         return _compared(target, draft)
+
+
+def _once(known: _Kept[T], target: Any, draft: Any, make: Callable[[], T]) -> T:
+    """What ``make()`` gives for a pair of tokenizers; made anew when tokens were added to one of them."""
+    sizes = (len(target), len(draft))
+    of_target = known.setdefault(target, weakref.WeakKeyDictionary())
+    kept = of_target.get(draft)
     if kept is None or kept[0] != sizes:
-        kept = of_target[draft] = (sizes, _compared(target, draft))
+        kept = of_target[draft] = (sizes, make())
     return kept[1]
 
 

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
+from specdec.proposers import is_proposer
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.fallback import Fallback
 from specdec.proposers.ngram import NGram
 from specdec.proposers.prompt import embedded
 from specdec.proposers.recycling import Recycling
 from specdec.proposers.suffix import Suffix
+from specdec.weights.adapters import is_model
 
 # drafts that are no model, by the word for them
 WORDS: dict[str, Callable[[], Any]] = {"ngram": NGram, "recycling": Recycling, "suffix": Suffix}
@@ -39,9 +41,9 @@ def named(draft: Any) -> Any:
             )
         return WORDS[draft]()
     if not isinstance(draft, type):
-        if hasattr(draft, "propose") or hasattr(draft, "begin"):
+        if is_proposer(draft):
             return draft
-        if hasattr(draft, "generate") and hasattr(draft, "config"):
+        if is_model(draft):
             return DraftModel(draft)
     raise UnsupportedModel(
         f"{draft!r} cannot draft; wanted is a Hugging Face model, an object with propose(state, limits), or one "

@@ -15,6 +15,11 @@ from specdec.errors import UnsupportedModel
 from specdec.weights.share import shared_copy
 
 
+def is_model(thing: Any) -> bool:
+    """Whether ``thing`` passes for a Hugging Face model."""
+    return hasattr(thing, "generate") and hasattr(thing, "config")
+
+
 def uncompiled(model: Any) -> Any:
     """What ``torch.compile(model)`` wraps: it has the attributes, and ``generate()`` runs it, eagerly."""
     return getattr(model, "_orig_mod", model)

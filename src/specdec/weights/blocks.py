@@ -43,8 +43,8 @@ def drafting() -> bool:
     return getattr(_here, "single", False)
 
 
-def in_blocks(states: Tensor, columns: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-    """``multiply(states)``, (..., ``columns``) from (..., K), with as many rows as are fastest."""
+def in_blocks(states: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """``multiply(states)``, (..., N) from (..., K), with as many rows as are fastest."""
     rows = states.numel() // states.shape[-1]
     if rows > MOST or (rows == 1 and not drafting()):
         return multiply(states)
@@ -53,7 +53,7 @@ def in_blocks(states: Tensor, columns: int, multiply: Callable[[Tensor], Tensor]
         return multiply(states)
     filled = torch.nn.functional.pad(states.reshape(rows, -1), (0, 0, 0, full - rows))
     # a copy, so that who keeps the product does not keep what fills up
-    return multiply(filled)[:rows].clone().view(*states.shape[:-1], columns)
+    return multiply(filled)[:rows].clone().view(*states.shape[:-1], -1)
 
 
 @functools.cache

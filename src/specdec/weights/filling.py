@@ -25,7 +25,7 @@ MOVING = 1 << 22  # multiplications that must be saved in a layer to be worth mo
 
 
 class leaving_out_filling:
-    """While this lasts, packed layers in this thread compute only what is real of passes over (B, W) tokens."""
+    """While this lasts, large linear layers in this thread compute only what is real of passes over (B, W) ids."""
 
     def __init__(self, fed: np.ndarray, width: int, live: np.ndarray) -> None:
         """The first ``fed[b]`` (B,) of ``width`` tokens are real in a row b that is ``live`` (B,) bool."""

@@ -70,7 +70,9 @@ class HalfMatrix:
 
     def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """(..., N) in the dtype of states (..., K), rounded once."""
-        out = self._multiply(states)
+        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(states.float(), self._packed)
+        if self._scale != 1.0:
+            out.mul_(self._scale)
         return (out if bias is None else out + bias).to(states.dtype)
 
     def dense(self) -> Tensor:
@@ -79,11 +81,6 @@ class HalfMatrix:
         plain = unpacked.mul_(self._scale).to(self._dtype)
         plain.view(-1)[self._where] = self._kept
         return plain
-
-    def _multiply(self, states: Tensor) -> Tensor:
-        """(..., N) in float32."""
-        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(states.float(), self._packed)
-        return out if self._scale == 1.0 else out.mul_(self._scale)
 
 
 @contextmanager

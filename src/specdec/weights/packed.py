@@ -9,7 +9,6 @@ the packed form in ``linear`` and is the plain matrix to everything else. CPU on
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -110,9 +109,7 @@ class Packing:
     def __enter__(self) -> Packing:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.unpack()
 
     def __repr__(self) -> str:
@@ -144,7 +141,7 @@ class _Blocked:
 
     def __init__(self, weight: Tensor) -> None:
         self._packed = blocks.reorder(weight)
-        self._columns, self._is_large = len(weight), weight.numel() >= LEAST
+        self._is_large = weight.numel() >= LEAST
         if self._is_large:
             blocks.fastest(weight.dtype, torch.get_num_threads())  # now, and not in the first pass
         self.number = graphs.number(self)
@@ -153,7 +150,7 @@ class _Blocked:
         """(..., N) from states (..., K)."""
         if not self._is_large:
             return blocks.linear(states, self._packed, bias)
-        return blocks.in_blocks(states, self._columns, lambda states: blocks.linear(states, self._packed, bias))
+        return blocks.in_blocks(states, lambda states: blocks.linear(states, self._packed, bias))
 
     def dense(self) -> Tensor:
         """The matrix as it was, bit for bit."""

@@ -25,7 +25,10 @@ from specdec.weights.filling import on_real
 from specdec.weights.packed import PackedWeight
 from specdec.weights.share import shared_copy
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP = 32  # neighbours in a row that share scale and zero
+INNER = 8  # tiles of 16 columns that the CUDA kernel packs together
+ROWS = 8192  # rows quantised at a time: a head in float32 need not fit into memory beside the model
 # tokens in a pass from which on the given weights are faster: the low-bit kernels are written for few and compute
 # where they should read. Measured on CPUs (docs/weights.md), a guess for CUDA.
 WIDE = {("int4", "cpu"): 8, ("int8", "cpu"): 5, ("int4", "cuda"): 32, ("int8", "cuda"): 32}
@@ -227,9 +230,6 @@ class Int4Linear(_Quantized):
         return torch._weight_int4pack_mm(states, self.packed, GROUP, self.scales)  # pragma: no cover
 
 
-INNER = 8  # tiles of 16 columns that the CUDA kernel packs together
-ROWS = 8192  # rows quantised at a time: a head in float32 need not fit into memory beside the model
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KINDS: dict[str, Any] = {"int4": Int4Linear, "int8": Int8Linear}
 
 
