@@ -200,6 +200,10 @@ def follow_call(
             model, target.reason or "several tokens in one forward do not give the scores of one-token steps"
         )
     sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
+    pad = generation_config._pad_token_tensor
+    if pad is not None and pad < 0:
+        columns = torch.arange(sequences.shape[1], device=sequences.device)
+        sequences[columns >= state.device_lengths.to(sequences.device)[:, None]] = int(pad)
     cache = None
     if _cache_is_seen(generation_config, model_kwargs):
         cache = target.finish(state.tokens, int(state.lengths.max()) - 1)
@@ -236,7 +240,8 @@ def _state(
         max_length=longest,
         max_guesses=guesses,
         eos_ids=torch.cat(ends) if ends else None,
-        pad_id=int(pad) if pad is not None else 0,
+        # an id that does not exist (Llama's -1) must not be fed, and shorter rows of a pass are filled up with it
+        pad_id=max(int(pad), 0) if pad is not None else 0,
         starts=starts,
     )
 
