@@ -1,6 +1,7 @@
 """Targets and drafts with adapters (PEFT), few bits a weight, weights elsewhere: plain's text, or refused."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -134,6 +135,11 @@ def test_learnt_prompts(peft):
     with pytest.warns(UserWarning, match=r"plainly|Position ids"):
         assert gen.generate(**prompts(3), **GREEDY).tolist() == model.generate(**prompts(3), **GREEDY).tolist()
     assert gen.stats.layout == "plain"
+    assert gen.stats.target_forwards > gen.stats.rounds
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gen.generate(**prompts(3), **GREEDY)
+    assert gen.stats.target_forwards == gen.stats.rounds, "the verdict is known, and not looked for anew"
     with pytest.raises(UnsupportedOption, match="learnt prompts"):
         gen.stream(**prompts(3), **GREEDY)
 

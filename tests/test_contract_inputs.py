@@ -5,6 +5,7 @@ Also drafts that do not fit exactly: another vocabulary size, dtype, length, kin
 
 import copy
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -295,6 +296,61 @@ def test_audio(way, batch):
         got = gen.generate(*given, **options, **GREEDY)
         assert got.tolist() == wanted.tolist()
         assert gen.stats.rounds > 0
+
+
+@cache
+def transcriber():
+    """Takes recordings of any length piece by piece, 40 frames each, as long as there is something to hear."""
+    model = copy.deepcopy(whisper())
+    settings = model.generation_config
+    settings.update(eos_token_id=3, return_timestamps=True)
+    settings.no_timestamps_token_id, settings.prev_sot_token_id = 50, 5
+    settings.is_multilingual, settings.max_initial_timestamp_index, settings.alignment_heads = False, None, None
+    return model
+
+
+def recordings(*frames):
+    features = torch.randn(len(frames), 8, max(frames), generator=torch.Generator().manual_seed(1))
+    heard = torch.arange(max(frames)) < torch.tensor(frames)[:, None]
+    return {"input_features": features, "attention_mask": heard.long(), "return_timestamps": True}
+
+
+@pytest.mark.parametrize("frames", [(130,), (130, 70, 35)])
+def test_long_recordings(frames):
+    """Whisper's generate() decodes once for every piece, with fewer rows as recordings end."""
+    model, inputs, options = transcriber(), recordings(*frames), {"max_new_tokens": 10, "do_sample": False}
+    wanted = model.generate(**inputs, **options)
+    for draft in ("ngram", None):
+        gen = speculative(model, draft)
+        assert gen.generate(**inputs, **options).tolist() == wanted.tolist()
+        stats = gen.stats
+        assert stats.decodings == 4
+        assert stats.row_emitted.tolist() == [10] * (4 if len(frames) == 1 else 7)
+        assert stats.emitted == stats.row_emitted.sum()
+        assert stats.accepted == stats.row_accepted.sum() == sum(stats.accepted_at)
+        assert stats.target_forwards >= stats.rounds >= 4
+        assert stats.seconds > stats.seconds_scoring > 0
+        assert 1 <= stats.tokens_per_round <= 10
+
+
+def test_a_prediction_is_counted_for_every_piece():
+    gen = speculative(transcriber(), None)
+    gen.generate(**recordings(130), max_new_tokens=10, do_sample=False, prediction=[[7, 8]])
+    assert gen.stats.prediction_accepted + gen.stats.prediction_rejected == 4 * 2
+
+
+@pytest.mark.parametrize("verification", ["block", "coupled"])
+def test_a_seed_says_something_else_of_every_piece(verification):
+    inputs = recordings(40)
+    piece = inputs["input_features"].repeat(1, 1, 3)
+    inputs = {**inputs, "input_features": piece, "attention_mask": torch.ones(1, 120, dtype=torch.long)}
+    gen = speculative(transcriber(), "ngram", verification=verification)
+    options = {"max_new_tokens": 10, "do_sample": True, "temperature": 5.0, "seed": 3, "return_segments": True}
+    first, again = (gen.generate(**inputs, **options)["sequences"][0].tolist() for _ in range(2))
+    assert first == again
+    pieces = [tuple(first[at : at + 10]) for at in range(0, len(first), 10)]
+    assert len(pieces) == 3
+    assert len(set(pieces)) == 3
 
 
 # --- everything is left as it was -----------------------------------------------------------------

@@ -306,6 +306,19 @@ def test_padding_after_the_end(pad):
     assert (wanted[0, START + 2 :] == pad).all()
 
 
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+def test_padding_that_no_model_can_be_fed(layout):
+    """Llama's first checkpoints name -1: plain generate() can go on as long as no row has ended."""
+    free = plain(llama(), prompts(3))
+    for more in ({}, {"eos_token_id": int(free[0, START + 2]), "max_new_tokens": 4}):
+        options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": -1, **more}
+        wanted = plain(llama(), prompts(3), **options)
+        for draft in ("noisy", "ngram", oracle(free, wrong={START + 5})):
+            got = speculative(llama(), draft, layout=layout).generate(**prompts(3), **options)
+            assert got.tolist() == wanted.tolist()
+    assert wanted[0, -1] == -1
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("model", [t5, bart])
 def test_encoder_decoder(model, batch):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, LogitsProcessor
 
 from specdec import (
     DraftModel,
@@ -85,6 +85,20 @@ def test_constructor(name):
 def test_a_target_that_is_no_model(target):
     with pytest.raises(UnsupportedModel, match=f"{type(target).__name__}.*generate"):
         SpeculativeGenerator(target)
+
+
+class Speaks(LlamaForCausalLM):
+    """Draws its tokens itself, as CSM and Higgs Audio do."""
+
+    def _sample(self, input_ids, **kwargs):
+        return input_ids[:, :1]
+
+
+def test_a_target_with_a_loop_of_its_own():
+    target = Speaks(llama().config)
+    with pytest.raises(UnsupportedModel, match=r"Speaks decodes in a loop of its own.*target\.generate"):
+        SpeculativeGenerator(target, "ngram")
+    speculative(llama(), target).generate(**prompts(1), **SHORT)  # a draft makes passes only
 
 
 def test_a_decoder_only_draft_for_an_encoder_decoder():

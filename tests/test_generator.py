@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, StaticCache
+from transformers import Cache, DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
 import specdec.construction as construction
 import specdec.layouts.choices as choices_room
@@ -552,6 +553,36 @@ def test_a_cache_of_ones_own_decodes_plainly():
     gen.generate(**prompts(1), **options)
     with pytest.warns(UserWarning, match="plainly.*a Sinks may come to change"):
         got = gen.generate(**prompts(1), **options, past_key_values=Sinks(config=target.config))
+    assert got.tolist() == wanted
+
+
+class Coarse(QuantizedLayer):
+    """Quantises as transformers' layers for quanto and HQQ do, without these libraries."""
+
+    def _quantize(self, tensor, axis):
+        step = tensor.abs().amax(-1, keepdim=True) / 7
+        return (tensor / step).round() * step
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+class Own(DynamicLayer):
+    """A layer of the caller's."""
+
+
+@pytest.mark.parametrize("layer", [lambda: Coarse(residual_length=16), Own])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_cache_whose_layers_may_change_what_they_hold_decodes_plainly(layer, batch):
+    target, options = llama(), {"max_new_tokens": 60, "do_sample": False}
+
+    def cache():
+        return Cache(layers=[layer() for _ in range(target.config.num_hidden_layers)])
+
+    wanted = plain(target, prompts(batch), **options, past_key_values=cache()).tolist()
+    gen = SpeculativeGenerator(target, noisy(target), num_draft_tokens=3)
+    with pytest.warns(UserWarning, match=f"plainly.*a {type(layer()).__name__} may come to change"):
+        got = gen.generate(**prompts(batch), **options, past_key_values=cache())
     assert got.tolist() == wanted
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec import SpeculativeGenerator
 from specdec.layouts import check, masks, slots
@@ -604,6 +605,54 @@ def test_masks_of_other_callers_are_left_alone():
     assert masks.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is first
     arguments = {"batch_size": 1, "q_length": 2, "kv_length": 5, "q_offset": 3, "allow_is_causal_skip": False}
     assert torch.equal(first(**arguments), first._specdec_original(**arguments))
+
+
+def fading(original):
+    """Attention to which all but the first 16 columns say half as much."""
+
+    @functools.wraps(original)
+    def attend(module, query, key, value, *args, **kwargs):
+        value = torch.cat([value[:, :, :16], 0.5 * value[:, :, 16:]], dim=2)
+        return original(module, query, key, value, *args, **kwargs)
+
+    return attend
+
+
+def hiding(original):
+    """Masks that hide what is further away than 16 columns, but the first one."""
+
+    @functools.wraps(original)
+    def mask(*args, mask_function, **kwargs):
+        def near(row, head, query, key):
+            return mask_function(row, head, query, key) & ((query - key < 16) | (key < 1))
+
+        return original(*args, **{**kwargs, "mask_function": near, "allow_is_causal_skip": False})
+
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("registered", "other"),
+    [(ALL_ATTENTION_FUNCTIONS, fading), (masks.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, hiding)],
+)
+@pytest.mark.parametrize("lengths", [(9,), (9, 6, 3)])
+def test_attention_and_masks_of_ones_own_under_a_known_name(registered, other, lengths):
+    """What begins behind the self-check's few columns; the verdict of an earlier call is another's as well."""
+    target, prompt = tiny_llama(2), ragged_prompt(lengths)
+    gen = SpeculativeGenerator(target, noisy_copy(target, 0.1), num_draft_tokens=3)
+    options = {**prompt, "max_new_tokens": 40, "do_sample": False}
+    gen.generate(**options)
+    assert gen.stats.layout == "slots"
+    before = registered["sdpa"]
+    type(registered).register("sdpa", other(before._specdec_original))
+    try:
+        wanted, got = target.generate(**options), gen.generate(**options)
+    finally:
+        type(registered).register("sdpa", before)
+    assert torch.equal(got, wanted)
+    assert gen.stats.layout == "columns"
+    gen.generate(**options)
+    assert gen.stats.layout == "slots"
 
 
 @pytest.mark.parametrize("by_vmap", [False, True])

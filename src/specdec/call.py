@@ -6,9 +6,10 @@ exception in mid-round leaves nothing half-done behind. Knows no option by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import count
 from math import ceil
 from time import perf_counter
 from typing import Any
@@ -27,6 +28,7 @@ from specdec.layouts.handover import is_callers
 from specdec.length import DraftLength
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
+from specdec.noise import seed_of
 from specdec.outputs import Collector
 from specdec.processing import Processing
 from specdec.proposers import Call, Nothing
@@ -57,6 +59,7 @@ class Request:
         start: when the call began, by ``perf_counter``.
         tenants: whose text it is: one for all rows, one each, or None.
         home: where ids and scores go in the end, None where they are.
+        decodings: counts how often the call has begun to decode.
     """
 
     proposer: Any
@@ -71,6 +74,7 @@ class Request:
     start: float
     tenants: list[str] | None = None
     home: torch.device | None = None
+    decodings: Iterator[int] = field(default_factory=count)
 
 
 Followed = tuple[State, Round, np.ndarray]
@@ -110,7 +114,9 @@ def follow_call(
         generation_config: as prepared.
         model_kwargs: model inputs beside the ids, as prepared.
     """
-    stats, streamer = request.stats, request.streamer
+    # a generate() of the model's own may decode several times, as Whisper's does for long recordings
+    number, streamer = next(request.decodings), request.streamer
+    stats, seed = Stats() if number else request.stats, seed_of(request.seed, number)
     length = request.length(len(input_ids), generation_config.do_sample)
     state = _state(model, input_ids, generation_config, stopping_criteria, model_kwargs, length.most)
     # the prompt draws the first token, and a guess needs room for itself and one more
@@ -121,9 +127,7 @@ def follow_call(
     speculates = room and guesses and length.most > 0 and not collector.takes_steps
     length = length if speculates else Fixed(0)
     inputs = _repeated(model, request.inputs, state.batch, generation_config.num_return_sequences)
-    sampling = request.sampling(
-        generation_config.do_sample, request.seed, state.device, lambda: _prompts(state, inputs)
-    )
+    sampling = request.sampling(generation_config.do_sample, seed, state.device, lambda: _prompts(state, inputs))
     if streamer is not None:
         streamer.put(input_ids.cpu())
     # the caller will go on with the cache: it is returned, or the caller's own
@@ -142,7 +146,7 @@ def follow_call(
     proposer: Any = Nothing()
     if speculates:
         # by rejection the text depends on the guesses, and a given seed promises one text
-        promised = request.seed is not None and sampling.keeps_logits
+        promised = seed is not None and sampling.keeps_logits
         proposer = begun_behind(
             request.proposer,
             Call(
@@ -193,18 +197,19 @@ def follow_call(
         raise
     finally:  # a stream may be closed in the middle
         _count(stats, state, target, proposer, processing)
-        stats.seconds = perf_counter() - request.start
+        if number:
+            request.stats.add(stats)
+        request.stats.seconds = perf_counter() - request.start
     if streamer is not None:
         streamer.end()
     if hasattr(proposer, "finish"):
-        proposer.finish(state, stats)
+        proposer.finish(state, request.stats)
     if length.most > 0 and target.settled and stats.layout == "plain" and request.layout == "auto":
-        warn_plain(
-            model, target.reason or "several tokens in one forward do not give the scores of one-token steps"
-        )
-    sequences = state.tokens[:, : int(state.lengths.max())].to(input_ids.device, copy=True)
+        warn_plain(model, target.reason)
+    pad = generation_config._pad_token_tensor
+    sequences = state.text(None if pad is None else int(pad)).to(input_ids.device)
     cache = target.finish(state.tokens, int(state.lengths.max()) - 1) if cache_is_seen else None
-    stats.seconds = perf_counter() - request.start
+    request.stats.seconds = perf_counter() - request.start
     out = collector.output(sequences, stats, cache)
     return out if request.home is None else brought_home(out, request.home)
 
@@ -232,7 +237,8 @@ def _state(
         max_length=longest,
         max_guesses=guesses,
         eos_ids=torch.cat(ends) if ends else None,
-        pad_id=int(pad) if pad is not None else 0,
+        # an id that does not exist (Llama's -1) must not be fed, and shorter rows of a pass are filled up with it
+        pad_id=max(int(pad), 0) if pad is not None else 0,
         starts=starts,
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 
 from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
 from specdec.layouts.choices import LAYOUTS
@@ -42,6 +43,12 @@ def check_constructor(
     if not is_model(target):
         raise UnsupportedModel(
             f"the target is a {type(target).__name__}; wanted is a Hugging Face model with generate()"
+        )
+    kind = type(inner_model(target))
+    if getattr(kind, "_sample", GenerationMixin._sample) is not GenerationMixin._sample:
+        raise UnsupportedModel(
+            f"{kind.__name__} decodes in a loop of its own (`_sample`), as models that speak do, and ours would "
+            "take its place; call target.generate()"
         )
     if isinstance(target, torch.nn.Module) and has_two_weights(target):
         raise UnsupportedModel(

@@ -10,10 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+STEP = 0x9E3779B97F4A7C15  # between the seeds of two decodings: nobody counts seeds so
+
 
 def draw_seed() -> int:
     """One seed from torch's global generator."""
     return int(torch.randint(0, 2**62, (1,)))
+
+
+def seed_of(seed: int | list[int] | None, decoding: int) -> int | list[int] | None:
+    """``seed`` for that ``decoding`` of a call: some models decode several times, and no noise shall come twice."""
+    if isinstance(seed, list):
+        return [one + decoding * STEP for one in seed]
+    return None if seed is None else seed + decoding * STEP
 
 
 class Noise:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,8 @@ class Stats:
         drafting: what a draft says of itself: how one with another tokenizer was used and why so, what a level of
             a cascade kept of the one below, how often a mixture used which; "" for any other.
         row_drafted, row_accepted, row_emitted: the same counts per row, (B,).
+        decodings: how often the target's ``generate()`` decoded: once, but for long recordings (Whisper), which it
+            takes piece by piece; the counts per row are then those of the first decoding, the second, and so on.
         seconds_drafting, seconds_scoring, seconds_verifying, seconds: wall-clock time of the host;
             on a GPU the work is asynchronous and the time falls to whoever waits.
     """
@@ -142,6 +145,7 @@ class Stats:
     row_drafted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     row_accepted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     row_emitted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    decodings: int = 1
     seconds_drafting: float = 0.0
     seconds_scoring: float = 0.0
     seconds_verifying: float = 0.0
@@ -155,7 +159,7 @@ class Stats:
     @property
     def tokens_per_round(self) -> float:
         """Emitted / (rounds x rows): tokens a row got from a round, the extra token included."""
-        rows = max(len(self.row_emitted), 1)
+        rows = max(len(self.row_emitted), 1) / self.decodings
         return self.emitted / (self.rounds * rows) if self.rounds else 0.0
 
     @property
@@ -192,6 +196,20 @@ class Stats:
         self.drafted += sum(drafted)
         self.accepted += sum(accepted)
         self.emitted += sum(round_.counts.tolist())
+
+    def add(self, other: Stats) -> None:
+        """Add what a later decoding of the same call did; its layouts and what its draft said count."""
+        for name in ("accepted_at", "drafted_at"):
+            pairs = zip_longest(getattr(self, name), getattr(other, name), fillvalue=0)
+            setattr(self, name, [one + another for one, another in pairs])
+        for name in ("row_drafted", "row_accepted", "row_emitted"):
+            setattr(self, name, np.concatenate([getattr(self, name), getattr(other, name)]))
+        for name in self.__slots__:
+            value = getattr(other, name)
+            if isinstance(value, (int, float)):
+                setattr(self, name, getattr(self, name) + value)
+            elif isinstance(value, str):
+                setattr(self, name, value)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON; the derived rates included."""

@@ -277,7 +277,8 @@ class Scorer:
 
 
 def warn_plain(model: Any, reason: str) -> None:
-    """Say once that a target decodes plainly, and why."""
+    """Say once that a target decodes plainly, and why: for ``reason``, or because a trial has shown it ("")."""
+    reason = reason or "several tokens in one forward do not give the scores of one-token steps"
     if model.training:
         reason += ". It is in training mode, where dropout makes every pass another: call model.eval()"
     warnings.warn(

@@ -221,6 +221,14 @@ class State:
         else:
             self.host_tokens = widened(torch.from_numpy(self.host_tokens), missing + ROOM, self.pad_id).numpy()
 
+    def text(self, pad_id: int | None) -> Tensor:
+        """(B, L) the committed tokens of all rows, a copy, with ``pad_id`` behind the end of a row."""
+        longest = int(self.lengths.max())
+        text = self.tokens[:, :longest].clone()
+        if pad_id is not None and pad_id != self.pad_id:
+            text.masked_fill_(to_device(np.arange(longest) >= self.lengths[:, None], self.device), pad_id)
+        return text
+
     def end_rows(self, rows: np.ndarray, length: int) -> None:
         """End ``rows`` (B,) bool at ``length`` columns; whatever they had beyond is taken back.
 

@@ -150,8 +150,7 @@ def _agrees(layout: Layout, tokens: Tensor, width: int, truth: list[Tensor]) -> 
     odd = np.arange(batch) % 2  # odd rows are one token ahead
     odd_rows = to_device(odd.astype(bool), tokens.device)
     wrong = torch.where(tokens > 0, tokens - 1, tokens + 1)
-    right = tokens
-    tokens = tokens.clone()
+    right, tokens = tokens, tokens.clone()
     tokens[:, width + 1] = torch.where(odd_rows, right[:, width + 1], wrong[:, width])
     tokens[:, width + 2] = wrong[:, width + 1]
     first = np.full(batch, width, dtype=np.int64)
@@ -251,9 +250,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return copy.copy(value)
+    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -297,4 +294,6 @@ def _changes(model: Any) -> Iterator[Any]:
             yield from (getattr(hook, "__code__", None) or type(hook) for hook in list(hooks.values()))
         if held.get("gradient_checkpointing"):
             yield "gradient_checkpointing"
-    yield from (_Very(vars(model)[name]) for name in METHODS if name in vars(model))
+    for method in (vars(model)[name] for name in METHODS if name in vars(model)):
+        # a bound one, as PEFT puts there for every call, is another object whenever it is asked for
+        yield from map(_Very, (getattr(method, "__self__", method), getattr(method, "__func__", method)))

@@ -6,6 +6,7 @@ Knows what configs say (``facts.py``) and nothing of scores. Read next: ``check.
 from __future__ import annotations
 
 from torch import Tensor
+from transformers.cache_utils import QuantizedLayer
 
 from specdec.errors import InvalidInput
 from specdec.layouts import Layout
@@ -38,9 +39,11 @@ def choices(
     reason = one_token_reason(model, int(prompt.shape[1]) + columns.hidden, reach, len(prompt))
     if not reason and columns.is_foreign:
         reason = "its past is of a form of its own, which cannot be put back"
-    kind = type(own_cache(columns.cache))
-    if not reason and is_callers(columns.cache) and not kind.__module__.startswith("transformers."):
-        reason = f"a {kind.__name__} may come to change what it holds"
+    if not reason and is_callers(columns.cache):
+        own = own_cache(columns.cache)
+        kinds = map(type, (own, *getattr(own, "layers", ())))
+        strange = next((kind.__name__ for kind in kinds if _may_change(kind)), None)
+        reason = f"a {strange} may come to change what it holds" if strange else ""
     slotless = slots_reason(model, reach)
     makers = {**MAKERS, "slots": lambda columns: Slots(columns, longest)}
     if wanted != "auto":
@@ -56,6 +59,12 @@ def choices(
     if slotless and not reason:
         names.remove("slots")
     return {name: makers[name] for name in names}, reason
+
+
+def _may_change(kind: type) -> bool:
+    """Whether what a cache or a layer of this ``kind`` holds may depend on how many tokens are fed at once."""
+    # those that quantise do so whenever enough tokens have come together
+    return not kind.__module__.startswith("transformers.") or issubclass(kind, QuantizedLayer)
 
 
 def inexact(layout: str, reason: str) -> InvalidInput:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec.layouts import NEVER
 
@@ -79,7 +81,31 @@ def slots_reason(model: Any, max_length: int) -> str:
             return "its scores depend on one length of the cache for all rows"
     if uncounted_padding(model) is not None:
         return "it does not count padding as a position"
+    if _attends_otherwise(model):
+        return "its attention or its masks are somebody's own"
     return "it prepares its inputs in a way of its own" if prepared_by_others(model) else ""
+
+
+def _attends_otherwise(model: Any) -> bool:
+    """Whether somebody has registered functions of their own under the names that ``model`` attends and masks by.
+
+    Slots would ask neither for rows at columns of their own, and show them keys that nobody may look at.
+    """
+    for config in _configs(model.config):
+        name = getattr(config, "_attn_implementation", None)
+        for registered in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            found = registered.get(name)
+            if _home(found).startswith("specdec."):  # we wrap those that are there
+                found = found._specdec_original
+            if found is not None and not _home(found).startswith("transformers."):
+                return True
+    return False
+
+
+def _home(function: Any) -> str:
+    """The module that ``function`` was written in, whatever it has copied from another by ``functools.wraps``."""
+    home: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return home
 
 
 def _rope_reason(config: Any, prompt_length: int, max_length: int) -> str:
