@@ -51,9 +51,10 @@ class Mixture:
         Raises:
             InvalidInput: fewer than two.
         """
-        if len(proposers) < 2:
-            raise InvalidInput(f"Mixture of {len(proposers)} proposers; give at least two")
-        self._parts = [named(proposer) for proposer in proposers]
+        parts = [named(proposer) for proposer in proposers]
+        if len(parts) < 2:
+            raise InvalidInput(f"Mixture of {len(parts)} proposers; give at least two")
+        self._parts = parts
 
     def begin(self, call: Call) -> Proposer:
         """Begin all of them."""
