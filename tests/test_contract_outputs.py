@@ -367,6 +367,13 @@ def test_several_samples_of_rows_with_positions_of_their_own(masked):
     assert gen.stats.acceptance_rate == 1.0
 
 
+@pytest.mark.parametrize("samples", [0, -1])
+def test_less_than_one_sample_is_one_as_in_plain(samples):
+    ids = prompts(3)["input_ids"][:1]
+    options = {"do_sample": True, "num_return_sequences": samples, "top_k": 1, "max_new_tokens": 3}
+    assert speculative(llama(), "noisy").generate(ids, **options).equal(llama().generate(ids, **options))
+
+
 def test_several_samples_of_what_was_heard():
     """Whisper's generate() makes the rows itself, and asks for one of each."""
     features = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(1))
