@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from specdec.errors import InvalidInput
+from specdec.layouts import NEVER
 from specdec.layouts.forget import own_cache
 
 
@@ -27,6 +28,15 @@ def cached_columns(cache: Any) -> int:
         return 0
     layers = [layer for layer in own_cache(cache).layers if isinstance(layer, CacheLayerMixin)]
     return max((int(layer.get_seq_length()) for layer in layers), default=0)
+
+
+def static_columns(cache: Any) -> int:
+    """Columns that ``cache`` has room for; ``NEVER`` where it grows, or keeps a window only."""
+    if not isinstance(cache, Cache):
+        return NEVER
+    return min(
+        (layer.max_cache_len for layer in own_cache(cache).layers if type(layer) is StaticLayer), default=NEVER
+    )
 
 
 def is_callers(cache: Any) -> bool:
