@@ -168,6 +168,15 @@ def test_hidden_states_and_attentions(eager, flags, ends_early, batch):
             assert (gen.stats.drafted > 0) == ("output_attentions" not in flags)
 
 
+def test_attentions_that_a_model_does_not_tell():
+    model = build(Case("multimodal", "pix2struct"))
+    options = {**DICT, "output_attentions": True, "max_new_tokens": 3, "do_sample": False}
+    options |= {"flattened_patches": torch.rand(2, 6, 34, generator=torch.Generator().manual_seed(0))}
+    wanted = model.generate(**options)
+    got = speculative(model, "ngram").generate(**options)
+    assert got.cross_attentions == wanted.cross_attentions == ((None,) * 4,) * 3
+
+
 @cache
 def openai_gpt():
     """It has no cache."""
