@@ -101,6 +101,8 @@ def of_rounds(runs: Sequence[Run]) -> dict[str, float]:
             drafting = [f for f in run.draft if before.end <= f.begin < after.begin]
             inside.append(after.seconds + sum(f.seconds for f in drafting))
             guesses.append(after.width - 1)
+    if not outside:
+        raise SystemExit("The texts are over before a round can be measured: give more tokens with --new")
     return {
         "outside_ms": 1000 * statistics.median(outside),
         "p90_ms": 1000 * float(np.quantile(outside, 0.9)),

@@ -344,6 +344,8 @@ def test_overhead(saved, capsys):
         assert 0 < figures["outside_ms"] <= figures["p90_ms"]
         assert figures["guesses"] > 1
     assert {f["against"] for f in document["verification"].values()} == {"softmax", "argmax"}
+    with pytest.raises(SystemExit, match="--new"):
+        overhead.of_rounds([])
 
 
 def test_drafts_without_a_model(capsys):

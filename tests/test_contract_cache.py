@@ -438,6 +438,18 @@ def test_a_static_cache_has_room_for_no_more_than_the_text(new):
     assert_same_cache(got.past_key_values, wanted.past_key_values)
 
 
+@pytest.mark.parametrize("make", [llama, t5, bart])
+def test_a_row_that_ended_is_not_fed_behind_the_end_of_a_static_cache(make):
+    """Its last token never is in plain generate(), and in columns all rows are fed up to the longest."""
+    options = {"cache_implementation": "static", "max_new_tokens": 12, "do_sample": False}
+    wanted = make().generate(**prompts(3), **options)
+    slow = oracle(wanted)
+    guess, slow.choose = slow.choose, lambda row, column, state: guess(row, column, state) if row else 63
+    gen = speculative(make(), slow, layout="columns")
+    assert gen.generate(**prompts(3), **options).tolist() == wanted.tolist()
+    assert gen.stats.row_accepted[1] > gen.stats.row_accepted[0]
+
+
 def test_the_size_of_a_static_cache():
     options = {**DICT, "cache_implementation": "static", "max_cache_len": 77}
     for run in (llama().generate, speculative(llama(), "noisy").generate):

@@ -168,6 +168,15 @@ def test_hidden_states_and_attentions(eager, flags, ends_early, batch):
             assert (gen.stats.drafted > 0) == ("output_attentions" not in flags)
 
 
+def test_attentions_that_a_model_does_not_tell():
+    model = build(Case("multimodal", "pix2struct"))
+    options = {**DICT, "output_attentions": True, "max_new_tokens": 3, "do_sample": False}
+    options |= {"flattened_patches": torch.rand(2, 6, 34, generator=torch.Generator().manual_seed(0))}
+    wanted = model.generate(**options)
+    got = speculative(model, "ngram").generate(**options)
+    assert got.cross_attentions == wanted.cross_attentions == ((None,) * 4,) * 3
+
+
 @cache
 def openai_gpt():
     """It has no cache."""
@@ -378,6 +387,13 @@ def test_several_samples_of_rows_with_positions_of_their_own(masked):
     gen = speculative(llama(), llama())
     assert gen.generate(**inputs, **options).tolist() == wanted.tolist()
     assert gen.stats.acceptance_rate == 1.0
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_less_than_one_sample_is_one_as_in_plain(samples):
+    ids = prompts(3)["input_ids"][:1]
+    options = {"do_sample": True, "num_return_sequences": samples, "top_k": 1, "max_new_tokens": 3}
+    assert speculative(llama(), "noisy").generate(ids, **options).equal(llama().generate(ids, **options))
 
 
 def test_several_samples_of_what_was_heard():

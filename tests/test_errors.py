@@ -283,6 +283,7 @@ PROMPTS = {
     "a mask of one dimension": (
         {"input_ids": IDS, "attention_mask": torch.ones(9)}, r"\(9,\).*\(1, 9\)"
     ),
+    "a mask as a list": ({"input_ids": IDS, "attention_mask": [[1] * 9]}, r"attention_mask is a list.*tensor"),
     "an empty prompt": ({"input_ids": IDS[:, :0]}, r"empty.*at least one token"),
     "an empty batch": ({"input_ids": IDS[:0]}, r"\(0, 9\)"),
 }  # fmt: skip

@@ -173,6 +173,11 @@ def test_a_misspelt_word_says_what_words_there_are(monkeypatch):
     assert "suffix, " in caught.value.__notes__[0]
 
 
+def test_from_pretrained_of_a_model():
+    with pytest.raises(InvalidInput, match=r"LlamaForCausalLM; wanted is a hub id.*SpeculativeGenerator\(target"):
+        SpeculativeGenerator.from_pretrained(llama(), "ngram")
+
+
 # --- options in the wrong place, and things that are no models ---
 
 

@@ -493,6 +493,7 @@ def test_a_file_that_is_no_store(tmp_path):
         (lambda: Suffix(per_match="2"), "per_match='2'; give a number"),
         (lambda: Suffix(per_match=float("inf")), "per_match=inf; give a number"),
         (lambda: Suffix(tenant="me"), r"without a store"),
+        (lambda: Suffix(store=True, tenant="me"), r"store is a bool; give store=Store\(\)"),
         (lambda: generated(Suffix(store=Store())), r"whose text.*tenant="),
         (lambda: generated(Suffix(store=Store()), tenant=["a", "b"]), r"2 of `tenant` for 3 rows"),
         (lambda: generated(Suffix(store=Store()), tenant=5), "tenant=5"),

@@ -23,6 +23,7 @@ from specdec import (
     NGram,
     Proposal,
     Recycling,
+    SpecdecError,
     SpeculativeGenerator,
     Store,
     Suffix,
@@ -572,6 +573,18 @@ def test_refused_mixtures():
         Mixture("ngram")
     with pytest.raises(InvalidInput, match="'eagle'"):
         Mixture("ngram", "eagle")
+    with pytest.raises(InvalidInput, match=r"list.*one by one"):
+        Mixture(["ngram", llama()])
+
+
+def test_what_is_refused_is_not_printed_whole():
+    for make in (
+        lambda: SpeculativeGenerator(llama(), ["suffix", None, llama()]),
+        lambda: Cascade("suffix", torch.nn.Sequential(llama())),
+    ):
+        with pytest.raises(SpecdecError) as caught:
+            make()
+        assert len(str(caught.value)) < 200
 
 
 def test_a_mixture_is_lossless():

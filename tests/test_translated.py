@@ -770,6 +770,16 @@ def test_a_name_is_no_model():
         TranslatedDraft("gpt2", tokenizer("bytes 420"), tokenizer("bytes 300"))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"), [((None, "bytes 300"), "tokenizer is a None"), (("bytes 420", 5), "draft_tok.*int")]
+)
+def test_what_is_no_tokenizer(given, message):
+    _, draft = pair_of_models()
+    pair = [tokenizer(one) if isinstance(one, str) else one for one in given]
+    with pytest.raises(InvalidInput, match=f"{message}.*AutoTokenizer"):
+        TranslatedDraft(draft, *pair)
+
+
 def test_nothing_is_warned_about_an_ordinary_pair():
     target, draft = pair_of_models()
     with warnings.catch_warnings():

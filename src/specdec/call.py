@@ -270,7 +270,7 @@ def _repeated(model: Any, inputs: dict[str, Any], batch: int, samples: int) -> d
     """The user's inputs with one row a row of the batch: ``num_return_sequences`` makes ``samples`` of each."""
     main = inputs.get(model.main_input_name)
     # a generate() of a model's own may have made them itself (Whisper), and then asks for one of each
-    rows = batch // samples if main is None else int(main.shape[0])
+    rows = batch // max(samples, 1) if main is None else int(main.shape[0])
     if rows == batch or batch % rows:
         return inputs
     repeated = {}

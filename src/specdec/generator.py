@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from time import perf_counter
 from typing import Any, overload
 from weakref import WeakKeyDictionary
@@ -169,6 +170,11 @@ class SpeculativeGenerator:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        if not isinstance(target_id, (str, PathLike)):
+            raise InvalidInput(
+                f"target_id is a {type(target_id).__name__}; wanted is a hub id or a path. A model goes to "
+                "SpeculativeGenerator(target, draft)"
+            )
         options = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         load_kwargs = {"use_safetensors": True, **kwargs}
         hub = {name: kwargs[name] for name in HUB if name in kwargs}

@@ -126,6 +126,11 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
     if ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInput(f"input_ids has dtype {ids.dtype}; wanted are token ids (torch.int64)")
     mask = given.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise InvalidInput(
+            f"attention_mask is a {type(mask).__name__}; wanted is a tensor, as a tokenizer returns it with "
+            "return_tensors='pt'"
+        )
     past = cached_columns(given.get("past_key_values"))
     whole = not isinstance(mask, Tensor) or mask.shape == ids.shape
     if past and whole and not embeds and ids.shape[1] <= past:

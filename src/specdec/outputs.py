@@ -119,5 +119,7 @@ def _cut(steps: list[Tensor] | None, emitted: np.ndarray, rows_in: int = 0) -> t
         return None
     kept = steps[: int(emitted.max())]
     for step, rows in enumerate(kept):
+        if rows is None:  # a kind of attention that the model does not tell (pix2struct's cross-attention)
+            continue
         rows.index_fill_(rows_in, to_device(np.flatnonzero(emitted <= step), rows.device), 0)
     return tuple(kept)

@@ -21,7 +21,7 @@ from specdec.layouts.choices import choices, inexact, plain
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
 from specdec.layouts.facts import last_position
-from specdec.layouts.handover import is_callers
+from specdec.layouts.handover import is_callers, static_columns
 from specdec.layouts.slots import Slots
 from specdec.records import States
 from specdec.weights.quantized import all_alike
@@ -115,6 +115,7 @@ class Scorer:
         if prompt.shape[1] + self.hidden + FED > self._positions:
             self.layout, self.reason = plain(self._columns), "its positions end right behind the prompt"
             return scores
+        self._positions = min(self._positions, static_columns(self._columns.cache))
         candidates, self.reason = choices(self._columns, self._wanted, prompt, self._max_length, self._is_draft)
         trial = self._trial = Trial(self._columns, prompt, candidates)
         known = trial.known()

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 )
 
 from specdec.errors import InvalidInput
+from specdec.layouts import NEVER
 from specdec.layouts.forget import layers_of
 
 
@@ -24,6 +25,11 @@ def cached_columns(cache: Any) -> int:
     """Columns that ``cache`` holds; 0 where its layers do not count them (recurrent states)."""
     layers = [layer for layer in layers_of(cache) if isinstance(layer, CacheLayerMixin)]
     return max((int(layer.get_seq_length()) for layer in layers), default=0)
+
+
+def static_columns(cache: Any) -> int:
+    """Columns that ``cache`` has room for; ``NEVER`` where it grows, or keeps a window only."""
+    return min((layer.max_cache_len for layer in layers_of(cache) if type(layer) is StaticLayer), default=NEVER)
 
 
 def is_callers(cache: Any) -> bool:

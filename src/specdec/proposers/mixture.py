@@ -52,9 +52,9 @@ class Mixture:
         Raises:
             InvalidInput: fewer than two.
         """
-        if len(proposers) < 2:
-            raise InvalidInput(f"Mixture of {len(proposers)} proposers; give at least two")
         self.parts = [named(proposer) for proposer in proposers]
+        if len(self.parts) < 2:
+            raise InvalidInput(f"Mixture of {len(self.parts)} proposers; give at least two")
 
     def begin(self, call: Call) -> Proposer:
         """Begin all of them."""

@@ -42,7 +42,7 @@ class Suffix:
             tenant: whose texts those are, for calls that do not say so themselves (``tenant=``).
 
         Raises:
-            InvalidInput: a number out of range, or a tenant without a store.
+            InvalidInput: a number out of range, no ``Store``, or a tenant without one.
         """
         self._shortest = at_least(1, "Suffix: shortest", shortest)
         guesses = real(per_match)
@@ -50,6 +50,8 @@ class Suffix:
             raise InvalidInput(f"Suffix: per_match={per_match!r}; give a number >= 0")
         if tenant is not None and store is None:
             raise InvalidInput(f"Suffix(tenant={tenant!r}) without a store; give store=Store() as well")
+        if store is not None and not isinstance(store, Store):
+            raise InvalidInput(f"Suffix: store is a {type(store).__name__}; give store=Store()")
         self._per_match = guesses
         self._store = store
         self._tenant = tenant

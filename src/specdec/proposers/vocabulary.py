@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from specdec.errors import InvalidInput
+
 T = TypeVar("T")
 ROLES = ("eos_token_id", "bos_token_id", "pad_token_id")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -142,7 +144,16 @@ def pieces_of(tokenizer: Any) -> Pieces:
 
 
 def shared_ids(target: Any, draft: Any) -> Shared:
-    """The pairs of ids of the tokenizers ``target`` and ``draft``."""
+    """The pairs of ids of the tokenizers ``target`` and ``draft``.
+
+    Raises:
+        InvalidInput: one of them is no tokenizer.
+    """
+    for name, given in (("tokenizer", target), ("draft_tokenizer", draft)):
+        if not hasattr(given, "get_vocab"):
+            raise InvalidInput(
+                f"{name} is a {type(given).__name__}; wanted is what AutoTokenizer.from_pretrained(...) returns"
+            )
     return _once(_SHARED, target, draft, lambda: pair(pieces_of(target), pieces_of(draft)))
 
 

@@ -31,7 +31,7 @@ def named(draft: Any) -> Any:
     """The proposer that ``draft``, a part of a larger one, stands for: a word, a Hugging Face model or a proposer.
 
     Raises:
-        InvalidInput: a word that is not known.
+        InvalidInput: a word that is not known, or a list.
         UnsupportedModel: nothing of the three.
     """
     if isinstance(draft, str):
@@ -40,13 +40,16 @@ def named(draft: Any) -> Any:
                 f"{draft!r} is no known proposer here; use {', '.join(map(repr, WORDS))}, a model or a proposer"
             )
         return WORDS[draft]()
+    if isinstance(draft, (list, tuple)):
+        raise InvalidInput("a list cannot stand among several drafts; give them one by one, or Fallback(a, b)")
     if not isinstance(draft, type):
         if is_proposer(draft):
             return draft
         if is_model(draft):
             return DraftModel(draft)
+    came = f"the class {draft.__name__}" if isinstance(draft, type) else f"a {type(draft).__name__}"
     raise UnsupportedModel(
-        f"{draft!r} cannot draft; wanted is a Hugging Face model, an object with propose(state, limits), or one "
+        f"{came} cannot draft; wanted is a Hugging Face model, an object with propose(state, limits), or one "
         f"of {', '.join(map(repr, WORDS))}"
     )
 
@@ -77,7 +80,8 @@ def one_behind_another(drafts: Sequence[Any], build: Callable[[Any], Any]) -> An
         InvalidInput: the list is empty, or holds None.
     """
     if not drafts or any(one is None for one in drafts):
-        raise InvalidInput(f"draft={drafts!r}; a list holds one draft or more, none of them None")
+        came = ", ".join(repr(one) if isinstance(one, (str, type(None))) else type(one).__name__ for one in drafts)
+        raise InvalidInput(f"draft=[{came}]; a list holds one draft or more, none of them None")
     proposer = build(drafts[-1])
     for one in reversed(drafts[:-1]):
         sure = isinstance(one, str) and one in AHEAD
