@@ -29,10 +29,10 @@ from specdec import (
 )
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
-from specdec.proposers import draft_past
+from specdec.proposers import draft_past, translated
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
 from specdec.proposers.vocabulary import Vocabulary, pair, pieces_of, shared_ids, split_unfinished
-from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
+from specdec.testing import TableModel, byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, mamba2
 from .parrot import TEXTS, Parrot, byte_level, characters, metaspace
@@ -203,26 +203,50 @@ def test_a_tokenizer_that_nothing_reads_is_refused_by_name():
         SpeculativeGenerator(target, reads, tokenizer=ours, draft_tokenizer=theirs)
 
 
-def test_a_twin_with_its_ids_shuffled_is_always_right():
-    """The same model under a permutation of its vocabulary: every guess must be kept, sampled ones too."""
+def twins():
+    """A target, and as a draft the same model under a permutation of its vocabulary; the tokenizers of both."""
     size = len(LETTERS)
-    generator = torch.Generator().manual_seed(3)
-    order = torch.randperm(size, generator=generator)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(3))
     target = tiny_llama(vocabulary=size)
     draft = copy.deepcopy(target)
     with torch.no_grad():
         draft.model.embed_tokens.weight.copy_(target.model.embed_tokens.weight[order])
         draft.lm_head.weight.copy_(target.lm_head.weight[order])
-    ours, theirs = characters(LETTERS), characters("".join(LETTERS[i] for i in order))
-    prompt = {**ragged_prompt(vocabulary=size), "max_new_tokens": 24}
+    return target, draft, characters(LETTERS), characters("".join(LETTERS[i] for i in order))
+
+
+def test_a_twin_with_its_ids_shuffled_is_always_right():
+    """The same model under a permutation of its vocabulary: every guess must be kept, sampled ones too."""
+    target, draft, *words = twins()
+    prompt = {**ragged_prompt(vocabulary=len(LETTERS)), "max_new_tokens": 24}
     sampled = {"do_sample": True, "top_k": 0, "temperature": 0.8}
     for method, options in (("tokens", {}), ("strings", {}), ("tokens", sampled)):
-        proposer = TranslatedDraft(draft, ours, theirs, method=method)
-        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=5, seed=1)
+        gen = SpeculativeGenerator(
+            target, TranslatedDraft(draft, *words, method=method), num_draft_tokens=5, seed=1
+        )
         gen.generate(**prompt, **options)
         assert gen.stats.drafted > 20
         # sampled rows differ by rounding
         assert gen.stats.acceptance_rate > (0.98 if options else 0.9999)
+
+
+def allowed(row, ids):
+    """Two letters, which say what came before."""
+    return [int(ids[-3:].sum()) % len(LETTERS), int(ids[-1] * 5 + 2) % len(LETTERS)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, {"prefix_allowed_tokens_fn": allowed}]
+)
+def test_a_twin_is_right_with_the_processors_of_the_call(options):
+    """They look at the guesses before; what they take away is no part of the vocabulary that is not shared."""
+    target, draft, *words = twins()
+    prompt = {**ragged_prompt((7, 7), len(LETTERS)), "max_new_tokens": 25, "do_sample": False}
+    proposer = TranslatedDraft(draft, *words, method="tokens")
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=5, layout="slots")
+    assert gen.generate(**prompt, **options).tolist() == target.generate(**prompt, **options).tolist()
+    # the prompt's round, and four of five guesses and one token
+    assert (gen.stats.acceptance_rate, gen.stats.rounds) == (1.0, 5)
 
 
 # --- between two tokenizers ------------------------------------------------------------------------
@@ -475,6 +499,39 @@ def test_a_draft_whose_scores_are_no_distribution_breaks_nothing(rule, method):
     gen = SpeculativeGenerator(model, proposer, num_draft_tokens=3, verification=rule, layout="slots")
     got = gen.generate(**prompts("bytes 300"), max_new_tokens=8, do_sample=True, seed=3)
     assert got.shape[1] == prompts("bytes 300")["input_ids"].shape[1] + 8
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_no_guess_where_hardly_any_of_the_drafts_mass_is_shared(sample, monkeypatch):
+    """Known before the draw, so that the guesses before are submitted whatever comes."""
+    right, told = translated._Tokens.propose, []
+
+    def watched(self, state, limits):
+        proposal = right(self, state, limits)
+        last = state.host_tokens[np.arange(state.batch), state.lengths - 1]
+        told.extend(zip(last.tolist(), np.minimum(limits, 4).tolist(), proposal.lengths.tolist(), strict=True))
+        widths = {part.shape[1] for part in (proposal.tokens, proposal.logits) if part is not None}
+        assert not limits.any() or widths == {max(proposal.lengths)}
+        if proposal.logits is not None:  # the letter that the draft does not have
+            assert (proposal.logits[..., 3] == -torch.inf).all()
+        return proposal
+
+    monkeypatch.setattr(translated._Tokens, "propose", watched)
+    table = torch.full((4, 4, 4), -30.0)  # what follows the last letter, of "abcx"
+    table[:, 0, 1] = table[:, 1, 3] = table[:, 3, 0] = 0
+    table[:, 2, 3], table[:, 2, 0] = 0, -2.0  # an eighth
+    target = TableModel(torch.randn((4, 4, 4), generator=torch.Generator().manual_seed(0)))
+    for confidence, counts in ((None, (1, 0, 2)), (0.0, (4, 4, 4))):
+        proposer = TranslatedDraft(
+            TableModel(table), characters("abcd"), characters("abcx"), method="tokens", confidence=confidence
+        )
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4, layout="columns")
+        ids = torch.tensor([[0, 1], [2, 0], [1, 2]])
+        gen.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=sample, seed=2)
+        seen = [one for one in told if one[0] < 3]  # behind a letter that it cannot say it guesses as before it
+        assert {last for last, *_ in seen} == {0, 1, 2}
+        assert all(got == min(most, counts[last]) for last, most, got in seen)
+        told.clear()
 
 
 def test_a_surer_draft_leaves_the_other_as_it_was():
