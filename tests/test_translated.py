@@ -249,6 +249,91 @@ def test_a_twin_is_right_with_the_processors_of_the_call(options):
     assert (gen.stats.acceptance_rate, gen.stats.rounds) == (1.0, 5)
 
 
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_guessed_and_kept_is_not_fed_again(method, layout):
+    target, draft, *words = twins()
+    widths = []
+    draft.register_forward_pre_hook(
+        lambda _, args, inputs: widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    proposer = TranslatedDraft(draft, *words, method=method, layout=layout, confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4, layout="slots")
+    gen.generate(**ragged_prompt((7, 7), len(LETTERS)), max_new_tokens=26, do_sample=False)
+    assert gen.stats.acceptance_rate == 1
+    # behind the prompt and the trial of a layout: the last guess and what the target wrote, or a guess
+    assert set(widths[8:]) == {1, 2}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_draft_stops_where_it_is_not_sure(method, monkeypatch):
+    """By its confidence, or because the call's draft length has had enough; text too is written token by token."""
+    target, draft, *words = twins()
+    prompt = {**ragged_prompt((7,), len(LETTERS)), "max_new_tokens": 6, "do_sample": False}
+
+    def longest(confidence):
+        proposer = TranslatedDraft(draft, *words, method=method, confidence=confidence, layout="slots")
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4, layout="slots")
+        gen.generate(**prompt)
+        passes.append(gen.stats.draft_forwards - gen.stats.drafted)
+        return len(gen.stats.drafted_at)
+
+    passes = []
+    assert [longest(confidence) for confidence in (None, 0.0, 1.0)] == [4, 4, 1]
+    monkeypatch.setattr(Fixed, "goes_on", lambda self, chances: False)
+    assert [longest(confidence) for confidence in (None, 0.0)] == [1, 4]
+    # the first has tried the layout; none is made for a guess that is not
+    assert passes[1:] == [1] * 4
+
+
+def test_text_is_written_behind_the_last_committed_tokens(monkeypatch):
+    """As many guesses as the target's tokenizer makes of it: here several of a single token of the draft."""
+    letters, followed, right = byte_level(260), [], Translator.follow
+    target, draft = Parrot(letters), parrot("bytes 420")
+
+    def watched(self, committed, texts):
+        followed.extend(zip((ids.tolist() for ids in committed), texts, strict=True))
+        return right(self, committed, texts)
+
+    monkeypatch.setattr(Translator, "follow", watched)
+    proposer = TranslatedDraft(draft, letters, tokenizer("bytes 420"), method="strings", confidence=1)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4, layout="columns")
+    inputs = letters(["The quick", "a"], return_tensors="pt", padding=True)
+    gen.generate(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, max_new_tokens=20)
+    assert len(gen.stats.drafted_at) == 4
+    first, second = followed[::2], followed[1::2]
+    assert all(letters.decode(ids) + text.decode() in TEXTS[0] for ids, text in first)
+    assert {10, 16} <= {len(ids) for ids, _ in first} <= {*range(17)}
+    assert all(ids == second[0][0] and len(ids) == 2 for ids, _ in second), "no padding"
+
+
+def test_the_end_of_a_text_is_a_guess_in_the_targets_id(monkeypatch):
+    """Behind text, or at once; not behind text that the target would write otherwise."""
+    ours, theirs = characters("abcd"), characters("abcdx")
+    ours.add_special_tokens({"eos_token": "<stop>"})
+    theirs.add_special_tokens({"eos_token": "<end>"})
+    follows = {0: 1, 1: 2, 2: "end", 3: "x"}
+    target, draft = torch.full((5,) * 3, -30.0), torch.full((6,) * 3, -30.0)
+    for table, words in ((target, {"end": 4, "x": 0}), (draft, {"end": 5, "x": 4})):
+        for last, one in follows.items():
+            table[:, last, words.get(one, one)] = 0
+    draft[:, 4, 5] = draft[:, 5, 0] = 0
+    guesses, right = [], translated._Strings.propose
+
+    def watched(self, state, limits):
+        proposal = right(self, state, limits)
+        guesses.append([row[:most].tolist() for row, most in zip(proposal.tokens, proposal.lengths, strict=True)])
+        return proposal
+
+    monkeypatch.setattr(translated._Strings, "propose", watched)
+    proposer = TranslatedDraft(TableModel(draft), ours, theirs, method="strings", confidence=0)
+    gen = SpeculativeGenerator(TableModel(target), proposer, num_draft_tokens=3, layout="columns")
+    ids = torch.tensor([[0], [1], [2]])
+    got = gen.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=4)
+    assert got.tolist() == [[0, 1, 2, 4], [1, 2, 4, 0], [2, 4, 0, 0]]
+    assert guesses == [[[2, 4], [4], []]]
+
+
 # --- between two tokenizers ------------------------------------------------------------------------
 
 
