@@ -10,6 +10,7 @@ import warnings
 import weakref
 from functools import cache
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,9 +30,12 @@ from specdec import (
 )
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
-from specdec.proposers import draft_past, translated
+from specdec.processing import Processing
+from specdec.proposers import Call, draft_past, translated
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
 from specdec.proposers.vocabulary import Vocabulary, pair, pieces_of, shared_ids, split_unfinished
+from specdec.records import Proposal
+from specdec.sampling import Greedy
 from specdec.testing import TableModel, byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, mamba2
@@ -265,6 +269,55 @@ def test_what_was_guessed_and_kept_is_not_fed_again(method, layout):
     assert set(widths[8:]) == {1, 2}
 
 
+def test_guesses_are_remembered_once_and_only_ones_own():
+    """As the host saw them, or read where nobody shows the round; in a round of others they were not fed."""
+    told = []
+    past = SimpleNamespace(remember=lambda ids: told.append(ids.tolist()), follow=lambda state, limits: limits)
+    run = translated._Tokens(past, None, None, None, "")
+    run._host_to_draft = np.array([10, 11, 12])
+    state, device = SimpleNamespace(batch=1, device=torch.device("cpu")), torch.device("cpu")
+    run._proposal = own = Proposal.certain([[2, 0]], device)
+    run.observe(SimpleNamespace(proposal=Proposal.certain([[1, 1]], device), drafted=np.array([[1, 1]])))
+    assert told == []
+    run.observe(SimpleNamespace(proposal=own, drafted=np.array([[2, -1]])))
+    run.propose(state, np.zeros(1, dtype=np.int64))
+    assert told == [[[12, -1]]]
+    run._proposal = own
+    run.propose(state, np.zeros(1, dtype=np.int64))
+    assert told == [[[12, -1]], [[12, 10]]]
+
+
+@pytest.mark.parametrize(("size", "more"), [("ab", "abcdefgh"), ("abcdefgh", "ab")])
+def test_what_is_shared_is_a_part_of_the_smaller_vocabulary(size, more):
+    draft = TranslatedDraft(tiny_llama(1, vocabulary=len(more)), characters(size), characters(more))
+    assert draft.choose(greedy=False) == ("tokens", "sampling, with enough ids in common")
+    assert draft.choose(greedy=True)[0] == "strings"
+    few = TranslatedDraft(tiny_llama(1, vocabulary=8), characters("abcdefgh"), characters("abcwxyzt"))
+    assert few.choose(greedy=False) == ("strings", "too few ids in common")
+
+
+def test_a_compiler_is_asked_for_where_a_draft_shall_be_compiled(monkeypatch):
+    asked = []
+    monkeypatch.setattr("specdec.layouts.compiled.check_compiler", asked.append)
+    draft, words = tiny_llama(1, vocabulary=2), characters("ab")
+    assert TranslatedDraft(draft, words, words)._steps is None
+    assert isinstance(TranslatedDraft(draft, words, words, compile=True)._steps, CompiledSteps)
+    assert asked == [draft]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_how_likely_a_guess_is_is_asked_where_nobody_has_to_wait_for_it(method, monkeypatch):
+    """Text has its chances where the draft is, tokens where the target is."""
+    monkeypatch.setattr(Fixed, "goes_on", lambda self, chances: True)
+    words, here, away = characters("ab"), torch.device("cpu"), torch.device("meta")
+    proposer = TranslatedDraft(tiny_llama(1, vocabulary=2), words, words, method=method)
+    for draft, target in ((here, away), (away, here)):
+        monkeypatch.setattr(translated, "device_of", lambda model, otherwise, draft=draft: draft)
+        prompt = torch.zeros(1, 3, dtype=torch.int64, device=target)
+        run = proposer.begin(Call(None, prompt, {}, 8, Processing([]), Greedy()))
+        assert run._stop.looks == ((target if method == "tokens" else draft) == here)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_draft_stops_where_it_is_not_sure(method, monkeypatch):
     """By its confidence, or because the call's draft length has had enough; text too is written token by token."""
@@ -314,7 +367,7 @@ def test_the_end_of_a_text_is_a_guess_in_the_targets_id(monkeypatch):
     theirs.add_special_tokens({"eos_token": "<end>"})
     follows = {0: 1, 1: 2, 2: "end", 3: "x"}
     target, draft = torch.full((5,) * 3, -30.0), torch.full((6,) * 3, -30.0)
-    for table, words in ((target, {"end": 4, "x": 0}), (draft, {"end": 5, "x": 4})):
+    for table, words in ((target, {"end": 4, "x": 3}), (draft, {"end": 5, "x": 4})):
         for last, one in follows.items():
             table[:, last, words.get(one, one)] = 0
     draft[:, 4, 5] = draft[:, 5, 0] = 0
@@ -328,10 +381,10 @@ def test_the_end_of_a_text_is_a_guess_in_the_targets_id(monkeypatch):
     monkeypatch.setattr(translated._Strings, "propose", watched)
     proposer = TranslatedDraft(TableModel(draft), ours, theirs, method="strings", confidence=0)
     gen = SpeculativeGenerator(TableModel(target), proposer, num_draft_tokens=3, layout="columns")
-    ids = torch.tensor([[0], [1], [2]])
+    ids = torch.tensor([[0], [1], [3]])
     got = gen.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=4)
-    assert got.tolist() == [[0, 1, 2, 4], [1, 2, 4, 0], [2, 4, 0, 0]]
-    assert guesses == [[[2, 4], [4], []]]
+    assert got.tolist() == [[0, 1, 2, 4, 0], [1, 2, 4, 0, 0], [3, 3, 3, 3, 3]]
+    assert guesses[0] == [[2, 4], [4], []]
 
 
 # --- between two tokenizers ------------------------------------------------------------------------
