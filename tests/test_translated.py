@@ -224,10 +224,10 @@ def test_a_twin_with_its_ids_shuffled_is_always_right():
     target, draft, *words = twins()
     prompt = {**ragged_prompt(vocabulary=len(LETTERS)), "max_new_tokens": 24}
     sampled = {"do_sample": True, "top_k": 0, "temperature": 0.8}
-    for method, options in (("tokens", {}), ("strings", {}), ("tokens", sampled)):
-        gen = SpeculativeGenerator(
-            target, TranslatedDraft(draft, *words, method=method), num_draft_tokens=5, seed=1
-        )
+    runs = [("tokens", "block", {}), ("strings", "block", {})]
+    for method, rule, options in (*runs, ("tokens", "block", sampled), ("tokens", "coupled", sampled)):
+        proposer = TranslatedDraft(draft, *words, method=method)
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=5, verification=rule, seed=1)
         gen.generate(**prompt, **options)
         assert gen.stats.drafted > 20
         # sampled rows differ by rounding
@@ -385,6 +385,22 @@ def test_the_end_of_a_text_is_a_guess_in_the_targets_id(monkeypatch):
     got = gen.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=4)
     assert got.tolist() == [[0, 1, 2, 4, 0], [1, 2, 4, 0, 0], [3, 3, 3, 3, 3]]
     assert guesses[0] == [[2, 4], [4], []]
+
+
+def test_text_of_a_row_ends_where_the_draft_was_not_sure(monkeypatch):
+    proposals, right = [], translated._Strings.propose
+    monkeypatch.setattr(
+        translated._Strings, "propose", lambda *args: proposals.append(right(*args)) or proposals[-1]
+    )
+    table = torch.full((4, 4, 4), -30.0)
+    table[:, 0, 1] = table[:, 1, 0] = 0
+    table[:, 2, 2:] = table[:, 3, 2:] = 0  # one as likely as the other
+    words = characters("abcd")
+    proposer = TranslatedDraft(TableModel(table), words, words, method="strings", confidence=0.7)
+    gen = SpeculativeGenerator(TableModel(table), proposer, num_draft_tokens=3, layout="columns")
+    ids = torch.tensor([[0], [2]])
+    gen.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert proposals[0].lengths.tolist() == [3, 1]
 
 
 # --- between two tokenizers ------------------------------------------------------------------------
@@ -773,13 +789,15 @@ def test_vocabularies_with_nothing_in_common():
     assert gen.generate(prompt, max_new_tokens=8, do_sample=False).tolist() == plain.tolist()
 
 
-def test_a_tokenizer_may_have_more_ids_than_the_target_has_scores():
-    target, draft = tiny_llama(vocabulary=3), tiny_llama(1, vocabulary=4)
-    proposer = TranslatedDraft(draft, characters("abcd"), characters("abcd"), method="tokens", confidence=0)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sizes", [(3, 4), (4, 3)])
+def test_tokenizers_may_have_more_ids_than_models_have_scores(sizes, method):
+    target, draft = (tiny_llama(seed, vocabulary=size) for seed, size in enumerate(sizes))
+    proposer = TranslatedDraft(draft, characters("abcd"), characters("dcba"), method=method, confidence=0)
     gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
     prompt = torch.tensor([[0, 1, 2]])
-    plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
-    assert gen.generate(prompt, max_new_tokens=8, do_sample=False).tolist() == plain.tolist()
+    plain = target.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert gen.generate(prompt, max_new_tokens=12, do_sample=False).tolist() == plain.tolist()
     assert gen.stats.drafted > 0
 
 
