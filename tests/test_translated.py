@@ -31,7 +31,7 @@ from specdec import (
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
 from specdec.processing import Processing
-from specdec.proposers import Call, draft_past, translated
+from specdec.proposers import Call, draft_past, past, translated
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
 from specdec.proposers.vocabulary import Vocabulary, pair, pieces_of, shared_ids, split_unfinished
 from specdec.records import Proposal
@@ -641,6 +641,47 @@ def test_what_the_draft_was_fed_is_the_committed_text(monkeypatch):
     assert max(seen) < 1e-4
 
 
+def told(monkeypatch, between):
+    """Compare what drafts are fed with what was committed; returns how many rows could guess, round by round."""
+    right, alive = draft_past.DraftPast.follow, []
+
+    def watched(self, state, limits):
+        found = right(self, state, limits)
+        for b in np.flatnonzero(found):
+            ids = state.host_tokens[b, state.starts[b] : state.lengths[b]]
+            fed = self._host[b, self._starts[b] : self.lengths[b]]
+            assert between.draft.pieces.join(fed) == between.bytes_of(ids)
+            assert self._tokens[b, : self.lengths[b]].tolist() == self._host[b, : self.lengths[b]].tolist()
+        alive.append(int((found > 0).sum()))
+        return found
+
+    monkeypatch.setattr(draft_past.DraftPast, "follow", watched)
+    return alive
+
+
+def test_a_row_is_told_the_end_of_a_character_that_its_prompt_began(monkeypatch):
+    letters = byte_level(260)
+    between = Translator(Vocabulary(letters), Vocabulary(letters), shared_ids(letters, letters))
+    alive, ids = told(monkeypatch, between), between.target.encode(["Ein Kä"])[0]
+    gen = SpeculativeGenerator(
+        Parrot(letters), TranslatedDraft(Parrot(letters), letters, letters), num_draft_tokens=3
+    )
+    gen.generate(torch.tensor([ids[:-1]]), max_new_tokens=20)
+    assert sum(alive) > 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_row_is_told_what_it_has_committed(method, monkeypatch):
+    """Rows that get on at different speeds, and end one after the other."""
+    alive = told(monkeypatch, translator("bytes 420", "bytes 300"))
+    kinds = [tokenizer(kind) for kind in ("bytes 420", "bytes 300")]
+    proposer = TranslatedDraft(parrot("bytes 300"), *kinds, method=method, confidence=0)
+    gen = SpeculativeGenerator(parrot("bytes 420"), proposer, num_draft_tokens=4)
+    gen.generate(**prompts("bytes 420"), max_new_tokens=90)
+    assert {1, 2, 3} <= set(alive)
+    assert len(set(gen.stats.row_accepted.tolist())) == 3
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_a_draft_whose_scores_are_no_distribution_breaks_nothing(rule, method):
@@ -912,6 +953,7 @@ def test_a_draft_is_asked_in_every_round_whether_it_shall_guess(method, monkeypa
 
     def begins(self, opening=None):
         fed.append(opening is None)
+        assert opening in (None, past.opening(draft, target))
         return len(fed) % 3 == 0
 
     monkeypatch.setattr(Fixed, "begins", begins)
