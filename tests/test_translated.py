@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specdec import (
     Cascade,
@@ -31,7 +33,7 @@ from specdec import (
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
 from specdec.processing import Processing
-from specdec.proposers import Call, draft_past, past, translated
+from specdec.proposers import Call, draft_past, past, translated, vocabulary
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
 from specdec.proposers.vocabulary import Vocabulary, pair, pieces_of, shared_ids, split_unfinished
 from specdec.records import Proposal
@@ -96,6 +98,77 @@ def test_pairs_stand_for_the_same_and_are_one_to_one(target, draft):
     missed = set(theirs.of) & set(ours.of) - {theirs.of[one] for one in shared.draft_ids.tolist()}
     assert missed <= {b"", b"<unk>"}
     assert shared.of_draft == len(shared.draft_ids) / len(tokenizer(draft))
+
+
+def test_how_tokenizers_write_bytes():
+    alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
+    assert alphabet == vocabulary.ALPHABET
+    byte_like = ["Ġa", "b", "c"]
+    assert vocabulary._kind(byte_like) == "byte-level"
+    assert vocabulary._kind(byte_like + ["東"] * 3) == "plain", "not all of them can be bytes"
+    assert vocabulary._kind(["▁a", "b"]) == "sentencepiece"
+    assert vocabulary._kind(["a", "b"]) == "plain"
+    assert vocabulary._kind(["a"] * 50 + ["##b"]) == "wordpiece"
+    assert vocabulary._kind(["a"] * 500 + ["##b"]) == "plain"
+    written = {
+        ("Ġé", "byte-level"): b" \xe9", ("東", "byte-level"): "東".encode(), ("▁a▁", "sentencepiece"): b" a ",
+        ("##ing", "wordpiece"): b"ing", ("##", "wordpiece"): b" ##", ("a", "wordpiece"): b" a",
+        ("##a", "plain"): b"##a", ("a\ud83d", "plain"): b"a",
+    }  # fmt: skip
+    assert {key: vocabulary._bytes_of(*key) for key in written} == written
+
+
+def pieces(*of, special=(), fallback=(), unknown=None, **roles):
+    return vocabulary.Pieces(list(of), frozenset(special), frozenset(fallback), roles, unknown, "plain", False)
+
+
+def test_which_of_several_ids_is_the_one_of_a_pair():
+    ours = pieces(b"A", b"b", b"A", b"?", b"<s>", fallback=[0], unknown=3, special=[4])
+    theirs = pieces(b"<s>", b"?", b"A", b"b", b"b", b"", special=[])
+    shared = pair(ours, theirs)
+    # no byte token where another says the same, the first of two; neither what is unknown nor two kinds of tokens
+    assert dict(zip(shared.draft_ids.tolist(), shared.target_ids.tolist(), strict=True)) == {2: 2, 3: 1}
+    assert (shared.of_draft, shared.of_target) == (2 / 5, 2 / 5), "of the ids that stand for something"
+    assert ours.join([2, -1, 5, 1]) == b"Ab"
+
+
+def test_roles_are_paired_once():
+    """A token of two roles is one token."""
+    ours = pieces(b"<end>", b"<begin>", special=[0, 1], eos_token_id=0, bos_token_id=1, pad_token_id=0)
+    theirs = pieces(b"<stop>", b"<pad>", special=[0, 1], eos_token_id=0, bos_token_id=0, pad_token_id=1)
+    shared = pair(ours, theirs)
+    assert (shared.draft_ids.tolist(), shared.target_ids.tolist()) == ([0], [0])
+
+
+class Words(dict):
+    """All that is asked of a tokenizer whose ids are compared."""
+
+    get_vocab = dict.copy
+    __hash__ = object.__hash__
+
+
+def test_nearly_the_same_ids_are_the_same():
+    ours = Words({f"w{one}": one for one in range(200)})
+    more = Words({**ours, "new": 200, "newer": 201, "newest": 202})
+    assert vocabulary.same_ids(ours, more)
+    assert not vocabulary.same_ids(more, ours), "more than a hundredth cannot be guessed"
+    assert vocabulary.same_ids(Words(list(more.items())[:-1]), ours)
+    assert not vocabulary.same_ids(ours, Words({**ours, "w7": 8, "w8": 7}))
+
+
+@pytest.mark.parametrize(("begin", "end"), [("", "</s>"), ("<s>", ""), ("<s> <|turn|>", "</s>")])
+def test_whole_texts_begin_as_the_tokenizer_begins_them(begin, end):
+    """And do not end as it ends them."""
+    made = byte_level(300)
+    named = {name: made.convert_tokens_to_ids(name) for name in ("<s>", "</s>", "<|turn|>")}
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A {end}".strip(), special_tokens=list(named.items())
+    )
+    (ids,) = Vocabulary(made).encode(["The fox"])
+    assert Vocabulary(made).encode_start(["The fox", ""]) == [
+        [*(named[name] for name in begin.split()), *rest] for rest in (ids, [])
+    ]
+    assert (made("The fox")["input_ids"][-1] == named["</s>"]) == bool(end)
 
 
 def test_special_tokens_are_paired_by_content_and_by_role():
