@@ -143,6 +143,12 @@ def test_what_counts_before_what():
     found = read_assistance(True, None, config, {"prompt_lookup_num_tokens": 5, "num_assistant_tokens": 2})
     assert (found.num_draft_tokens, max(found.draft._sizes)) == (2, 2), "transformers' own length of a match"
     assert read_assistance(True, None, config, {}) is None
+    # an argument that is None takes back what a config has; a number that is none is refused, not replaced
+    assert read_assistance(True, config, None, {"prompt_lookup_num_tokens": None}) is None
+    with pytest.raises(InvalidInput, match="prompt_lookup_num_tokens=0"):
+        read_assistance(True, config, None, {"num_assistant_tokens": 0})
+    with pytest.raises(InvalidInput, match="max_matching_ngram_size=-1"):
+        read_assistance(True, config, None, {"max_matching_ngram_size": -1})
     # what the draft's own settings say yields to the call's
     settings = GenerationConfig(num_assistant_tokens=7, assistant_confidence_threshold=0.25)
     model = SimpleNamespace(generation_config=settings)

@@ -84,6 +84,20 @@ def test_scores_are_zeros_after_a_criterion_ended_a_row(eos_beside):
     assert_scores_agree(got.logits, wanted.logits, lengths, START)
 
 
+def test_steps_that_a_criterion_took_back_are_not_returned():
+    """One row was far ahead when the criterion ended all of them."""
+    inputs = prompts(3)
+    free = plain(llama(), inputs)
+    options = {**BOTH, "output_hidden_states": True, "max_new_tokens": NEW, "do_sample": False}
+    options["stopping_criteria"] = [lambda ids, scores: torch.full((3,), ids.shape[1] >= START + 5)]
+    wanted = llama().generate(**inputs, **options)
+    draft = Guesses(lambda row, column, state: int(free[row, column]) + (row > 0))
+    got = speculative(llama(), draft, tokens=6).generate(**inputs, **options)
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    for name in ("scores", "logits", "hidden_states"):
+        assert len(got[name]) == len(wanted[name]) == 5
+
+
 @pytest.mark.parametrize("flags", [(), ("output_scores",), ("output_logits",)])
 def test_only_what_was_asked_for(flags):
     out = speculative(llama(), "noisy").generate(
@@ -268,11 +282,14 @@ def test_hidden_states_of_passes_that_are_made_token_by_token():
 
 
 def test_attentions_that_the_kernel_does_not_give():
-    """With sdpa plain generate() returns an empty tuple a step."""
-    options = {**DICT, **FLAGS, "max_new_tokens": 5, "do_sample": False}
+    """With sdpa plain generate() returns an empty tuple a step, as many as the longest row has."""
+    eos = int(plain(llama(), prompts(3))[0, START + 1])
+    options = {**DICT, **FLAGS, "max_new_tokens": 5, "do_sample": False, "eos_token_id": eos}
     wanted = llama().generate(**prompts(3), **options)
     got = speculative(llama(), "noisy").generate(**prompts(3), **options)
     assert got.attentions == wanted.attentions == ((),) * 5
+    assert (got.sequences[0, START + 2 :] == 0).all()
+    assert len(got.hidden_states) == 5
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import SuppressTokensLogitsProcessor, WatermarkLogitsProcessor
+from transformers import EosTokenCriteria, SuppressTokensLogitsProcessor, WatermarkLogitsProcessor
 
 from specdec.abroad import taken_abroad
 from specdec.processing import is_function
 from specdec.testing import tiny_llama
 
-from .cases_elsewhere import CASES
+from .cases_elsewhere import CASES, synthid
 
 ROOT = Path(__file__).resolve().parent.parent
 # where the host waits beside the round's one copy, and for what
@@ -74,9 +74,14 @@ def test_a_processor_with_a_generator_of_random_numbers_stays_at_home():
     (called,) = options["logits_processor"]
     assert is_function(called)
     assert type(called) is not type(given)
-    plain = SuppressTokensLogitsProcessor([4])
-    _, options = taken_abroad(tiny_llama(), torch.device("meta"), None, {"logits_processor": [plain]})
-    assert type(options["logits_processor"][0]) is type(plain), "generate() must recognise it"
+    assert not is_function(synthid())  # a state, whose tensors are where it was told to make them
+    plain, ends = SuppressTokensLogitsProcessor([4]), EosTokenCriteria(4)
+    given = {"logits_processor": [plain, synthid()], "stopping_criteria": [ends]}
+    _, options = taken_abroad(tiny_llama(), torch.device("meta"), None, given)
+    moved, stays = options["logits_processor"]
+    assert type(moved) is type(plain), "generate() must recognise it"
+    assert type(stays) is type(called)
+    assert type(options["stopping_criteria"][0]) is EosTokenCriteria
 
 
 def as_it_should_be(name, result):

@@ -117,6 +117,9 @@ def test_attached_leaves_other_doors_open(target, gen):
     with gen.attached():
         assert target.generate(**prompts(3), **GREEDY, custom_generate=first).shape == (3, 1)
         assert list(gen.stream(**prompts(1), **GREEDY))
+        assert gen.stats.rounds > 0
+        gen.stats = None
+        target.generate(**prompts(1), **GREEDY, custom_generate=None)  # which is none
     assert gen.stats.rounds > 0
 
 

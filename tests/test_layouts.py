@@ -376,7 +376,11 @@ CHANGES = {
     "a hook before": lambda model, stack: model.model.layers[1].register_forward_pre_hook(lambda *_: None) and None,
     "a hook behind": lambda model, stack: model.model.layers[1].register_forward_hook(lambda *_: None) and None,
     "layers of a cache": lambda model, stack: {"past_key_values": DynamicCache()},
-    "rows": lambda model, stack: ragged_prompt((7, 5)),
+    "rows": lambda model, stack: ragged_prompt((7, 7)),
+    "padding": lambda model, stack: {"attention_mask": (torch.arange(7) > 1).long()[None]},
+    "no cache": lambda model, stack: {"use_cache": False},
+    "a static cache": lambda model, stack: {"cache_implementation": "static"},
+    "checkpoints": lambda model, stack: setattr(model.model.layers[0], "gradient_checkpointing", True),
 }
 
 
@@ -396,6 +400,34 @@ def test_what_changes_a_pass_is_tried_anew(change, monkeypatch):
         changed = CHANGES[change](model, stack) or {}
         gen.generate(**{**options, **changed})
     assert (len(tried) > before) == (change != "nothing")
+
+
+def test_what_was_done_to_a_model_is_told_apart():
+    """Not only that something was, and not by the object where the same is done for every call anew."""
+    model, prompt = tiny_llama(), torch.zeros(1, 3)
+
+    def key(*names):
+        return check._key(SimpleNamespace(model=model, describes={}, cache=None), prompt, names)
+
+    def hooked(made):
+        handle = model.model.register_forward_hook(made)
+        try:
+            return key()
+        finally:
+            handle.remove()
+
+    first, again, other = (hooked(made) for made in (*(lambda *_: None for _ in range(2)), lambda *_: 7))
+    assert first == again != other != key()
+    assert key("slots", "plain") != key("plain")
+    casts = []
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            casts.append(key())
+    assert len({key(), *casts}) == 3
+    for name in ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
+        before = key()
+        setattr(model, name, getattr(model, name))
+        assert key() != before
 
 
 def test_a_key_is_of_one_object_and_does_not_keep_it(monkeypatch):
@@ -426,6 +458,30 @@ def test_what_a_trial_changes_in_a_model_is_as_it_was():
     assert model.seen is seen
     assert model.held is held
     assert not model.running_mean.any()
+
+
+@pytest.mark.parametrize("changed", [{"b": 1}, {"a": 2}, {"a": 1, "b": 1}, {}])
+def test_what_a_module_holds_by_name_is_put_back(changed):
+    model = torch.nn.Linear(1, 1)
+    held = model.held = {"a": 1}
+    states = check._ModuleStates(model)
+    held.clear()
+    held.update(changed)
+    states.put_back()
+    assert model.held is held
+    assert held == {"a": 1}
+
+
+def test_the_way_back_takes_nothing_from_others():
+    """What torch itself keeps of a module: another thread's hooks stay, as do its parts."""
+    model, called = torch.nn.Sequential(torch.nn.Linear(1, 1)), []
+    states = check._ModuleStates(model)
+    model.register_forward_hook(lambda *_: called.append(1))
+    model.append(torch.nn.Linear(1, 1))
+    states.put_back()
+    model(torch.zeros(1))
+    assert called == [1]
+    assert len(model) == 2
 
 
 def test_modules_may_change_while_their_states_are_looked_at(monkeypatch):
@@ -681,3 +737,18 @@ def test_what_all_scores_of_a_row_share_is_no_difference_in_half_precision():
     assert not check.close((truth.float() + 8 * noise).bfloat16(), truth)
     assert not check.close(truth.roll(1, dims=1).where(truth.isfinite(), truth), truth)
     assert not check.close(truth.float() + 0.01, truth.float())
+    for scale in (0.05, 4):  # what counts is how far the scores are apart
+        assert check.close(((truth.float() + noise) * scale).bfloat16(), truth * scale)
+        assert not check.close(((truth.float() + 8 * noise) * scale).bfloat16(), truth * scale)
+
+
+def test_what_a_model_rules_out_stays_ruled_out():
+    """Whether it says so with a number far below the others or with none at all."""
+    truth = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    for never in (-1e9, -torch.inf):
+        truth[:, :3] = never
+        assert check.close(truth.clone(), truth)
+        allowed = truth.clone()
+        allowed[1, 2] = 0.0
+        assert not check.close(allowed, truth)
+    assert check.close(truth + 1e-4, truth), "what rounding does to scores that are all small"

@@ -20,6 +20,7 @@ from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
 from specdec.processing import Processing
 from specdec.records import Round
+from specdec.stepwise import _Prefix
 from specdec.structured import Constraint, ebnf, json_schema, lark, regex
 from specdec.structured.constraint import allows, forbidden, mask_of, single
 from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
@@ -516,6 +517,17 @@ def test_prefix_allowed_tokens_fn_is_asked_only_what_plain_might_ask():
             for token in text:
                 assert (token - last * 5 - row * 3 - 1) % 64 < 8
                 last = token
+
+
+def test_what_prefix_allowed_tokens_fn_may_return():
+    """Whatever ``generate()`` can put into a mask; what it could not measure is the caller's error."""
+    for listed in ([1, 2], (2, 1), torch.tensor([1, 2]), np.array([1, 2]), torch.tensor([[1, 2]])):
+        prefix = _Prefix(0, torch.zeros(1), lambda *_, listed=listed: listed)
+        assert (prefix.allowed, prefix.error) == ({1, 2}, None)
+    for listed in (7, None, iter([1])):
+        prefix = _Prefix(0, torch.zeros(1), lambda *_, listed=listed: listed)
+        assert isinstance(prefix.error, TypeError)
+        assert not prefix.allowed
 
 
 def test_prefix_allowed_tokens_fn_is_not_asked_behind_an_end():

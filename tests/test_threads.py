@@ -115,6 +115,18 @@ def test_loans_that_overlap_leave_nothing(target, first_out):
     assert_untouched(target, before)
 
 
+def test_one_thing_may_be_lent_twice(target):
+    """The newest loan of it ends first: what was lent in between counts again."""
+    own, one, other = target.generation_config, GenerationConfig(), GenerationConfig()
+    with having(target, one):
+        with having(target, other):
+            with having(target, one):
+                assert target.generation_config is one
+            assert target.generation_config is other
+        assert target.generation_config is one
+    assert target.generation_config is own
+
+
 def test_settings_given_between_two_loans_are_what_is_left(target):
     """What a model had before its first loan is not what it had before its second."""
     for own in (GenerationConfig(pad_token_id=0), GenerationConfig(pad_token_id=1)):

@@ -10,10 +10,13 @@ import warnings
 import weakref
 from functools import cache
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specdec import (
     Cascade,
@@ -29,10 +32,13 @@ from specdec import (
 )
 from specdec.layouts.compiled import CompiledSteps
 from specdec.length.fixed import Fixed
-from specdec.proposers import draft_past
+from specdec.processing import Processing
+from specdec.proposers import Call, draft_past, past, translated, vocabulary
 from specdec.proposers.rewriting import LONGEST_TAIL, DraftRow, Translator
 from specdec.proposers.vocabulary import Vocabulary, pair, pieces_of, shared_ids, split_unfinished
-from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
+from specdec.records import Proposal
+from specdec.sampling import Greedy
+from specdec.testing import TableModel, byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, mamba2
 from .parrot import TEXTS, Parrot, byte_level, characters, metaspace
@@ -92,6 +98,77 @@ def test_pairs_stand_for_the_same_and_are_one_to_one(target, draft):
     missed = set(theirs.of) & set(ours.of) - {theirs.of[one] for one in shared.draft_ids.tolist()}
     assert missed <= {b"", b"<unk>"}
     assert shared.of_draft == len(shared.draft_ids) / len(tokenizer(draft))
+
+
+def test_how_tokenizers_write_bytes():
+    alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
+    assert alphabet == vocabulary.ALPHABET
+    byte_like = ["Ġa", "b", "c"]
+    assert vocabulary._kind(byte_like) == "byte-level"
+    assert vocabulary._kind(byte_like + ["東"] * 3) == "plain", "not all of them can be bytes"
+    assert vocabulary._kind(["▁a", "b"]) == "sentencepiece"
+    assert vocabulary._kind(["a", "b"]) == "plain"
+    assert vocabulary._kind(["a"] * 50 + ["##b"]) == "wordpiece"
+    assert vocabulary._kind(["a"] * 500 + ["##b"]) == "plain"
+    written = {
+        ("Ġé", "byte-level"): b" \xe9", ("東", "byte-level"): "東".encode(), ("▁a▁", "sentencepiece"): b" a ",
+        ("##ing", "wordpiece"): b"ing", ("##", "wordpiece"): b" ##", ("a", "wordpiece"): b" a",
+        ("##a", "plain"): b"##a", ("a\ud83d", "plain"): b"a",
+    }  # fmt: skip
+    assert {key: vocabulary._bytes_of(*key) for key in written} == written
+
+
+def pieces(*of, special=(), fallback=(), unknown=None, **roles):
+    return vocabulary.Pieces(list(of), frozenset(special), frozenset(fallback), roles, unknown, "plain", False)
+
+
+def test_which_of_several_ids_is_the_one_of_a_pair():
+    ours = pieces(b"A", b"b", b"A", b"?", b"<s>", fallback=[0], unknown=3, special=[4])
+    theirs = pieces(b"<s>", b"?", b"A", b"b", b"b", b"", special=[])
+    shared = pair(ours, theirs)
+    # no byte token where another says the same, the first of two; neither what is unknown nor two kinds of tokens
+    assert dict(zip(shared.draft_ids.tolist(), shared.target_ids.tolist(), strict=True)) == {2: 2, 3: 1}
+    assert (shared.of_draft, shared.of_target) == (2 / 5, 2 / 5), "of the ids that stand for something"
+    assert ours.join([2, -1, 5, 1]) == b"Ab"
+
+
+def test_roles_are_paired_once():
+    """A token of two roles is one token."""
+    ours = pieces(b"<end>", b"<begin>", special=[0, 1], eos_token_id=0, bos_token_id=1, pad_token_id=0)
+    theirs = pieces(b"<stop>", b"<pad>", special=[0, 1], eos_token_id=0, bos_token_id=0, pad_token_id=1)
+    shared = pair(ours, theirs)
+    assert (shared.draft_ids.tolist(), shared.target_ids.tolist()) == ([0], [0])
+
+
+class Words(dict):
+    """All that is asked of a tokenizer whose ids are compared."""
+
+    get_vocab = dict.copy
+    __hash__ = object.__hash__
+
+
+def test_nearly_the_same_ids_are_the_same():
+    ours = Words({f"w{one}": one for one in range(200)})
+    more = Words({**ours, "new": 200, "newer": 201, "newest": 202})
+    assert vocabulary.same_ids(ours, more)
+    assert not vocabulary.same_ids(more, ours), "more than a hundredth cannot be guessed"
+    assert vocabulary.same_ids(Words(list(more.items())[:-1]), ours)
+    assert not vocabulary.same_ids(ours, Words({**ours, "w7": 8, "w8": 7}))
+
+
+@pytest.mark.parametrize(("begin", "end"), [("", "</s>"), ("<s>", ""), ("<s> <|turn|>", "</s>")])
+def test_whole_texts_begin_as_the_tokenizer_begins_them(begin, end):
+    """And do not end as it ends them."""
+    made = byte_level(300)
+    named = {name: made.convert_tokens_to_ids(name) for name in ("<s>", "</s>", "<|turn|>")}
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A {end}".strip(), special_tokens=list(named.items())
+    )
+    (ids,) = Vocabulary(made).encode(["The fox"])
+    assert Vocabulary(made).encode_start(["The fox", ""]) == [
+        [*(named[name] for name in begin.split()), *rest] for rest in (ids, [])
+    ]
+    assert (made("The fox")["input_ids"][-1] == named["</s>"]) == bool(end)
 
 
 def test_special_tokens_are_paired_by_content_and_by_role():
@@ -203,26 +280,200 @@ def test_a_tokenizer_that_nothing_reads_is_refused_by_name():
         SpeculativeGenerator(target, reads, tokenizer=ours, draft_tokenizer=theirs)
 
 
-def test_a_twin_with_its_ids_shuffled_is_always_right():
-    """The same model under a permutation of its vocabulary: every guess must be kept, sampled ones too."""
+def twins():
+    """A target, and as a draft the same model under a permutation of its vocabulary; the tokenizers of both."""
     size = len(LETTERS)
-    generator = torch.Generator().manual_seed(3)
-    order = torch.randperm(size, generator=generator)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(3))
     target = tiny_llama(vocabulary=size)
     draft = copy.deepcopy(target)
     with torch.no_grad():
         draft.model.embed_tokens.weight.copy_(target.model.embed_tokens.weight[order])
         draft.lm_head.weight.copy_(target.lm_head.weight[order])
-    ours, theirs = characters(LETTERS), characters("".join(LETTERS[i] for i in order))
-    prompt = {**ragged_prompt(vocabulary=size), "max_new_tokens": 24}
+    return target, draft, characters(LETTERS), characters("".join(LETTERS[i] for i in order))
+
+
+def test_a_twin_with_its_ids_shuffled_is_always_right():
+    """The same model under a permutation of its vocabulary: every guess must be kept, sampled ones too."""
+    target, draft, *words = twins()
+    prompt = {**ragged_prompt(vocabulary=len(LETTERS)), "max_new_tokens": 24}
     sampled = {"do_sample": True, "top_k": 0, "temperature": 0.8}
-    for method, options in (("tokens", {}), ("strings", {}), ("tokens", sampled)):
-        proposer = TranslatedDraft(draft, ours, theirs, method=method)
-        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=5, seed=1)
+    runs = [("tokens", "block", {}), ("strings", "block", {})]
+    for method, rule, options in (*runs, ("tokens", "block", sampled), ("tokens", "coupled", sampled)):
+        proposer = TranslatedDraft(draft, *words, method=method)
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=5, verification=rule, seed=1)
         gen.generate(**prompt, **options)
         assert gen.stats.drafted > 20
         # sampled rows differ by rounding
         assert gen.stats.acceptance_rate > (0.98 if options else 0.9999)
+
+
+def allowed(row, ids):
+    """Two letters, which say what came before."""
+    return [int(ids[-3:].sum()) % len(LETTERS), int(ids[-1] * 5 + 2) % len(LETTERS)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, {"prefix_allowed_tokens_fn": allowed}]
+)
+def test_a_twin_is_right_with_the_processors_of_the_call(options):
+    """They look at the guesses before; what they take away is no part of the vocabulary that is not shared."""
+    target, draft, *words = twins()
+    prompt = {**ragged_prompt((7, 7), len(LETTERS)), "max_new_tokens": 25, "do_sample": False}
+    proposer = TranslatedDraft(draft, *words, method="tokens")
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=5, layout="slots")
+    assert gen.generate(**prompt, **options).tolist() == target.generate(**prompt, **options).tolist()
+    # the prompt's round, and four of five guesses and one token
+    assert (gen.stats.acceptance_rate, gen.stats.rounds) == (1.0, 5)
+
+
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_guessed_and_kept_is_not_fed_again(method, layout):
+    target, draft, *words = twins()
+    widths = []
+    draft.register_forward_pre_hook(
+        lambda _, args, inputs: widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    proposer = TranslatedDraft(draft, *words, method=method, layout=layout, confidence=0)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4, layout="slots")
+    gen.generate(**ragged_prompt((7, 7), len(LETTERS)), max_new_tokens=26, do_sample=False)
+    assert gen.stats.acceptance_rate == 1
+    # behind the prompt and the trial of a layout: the last guess and what the target wrote, or a guess
+    assert set(widths[8:]) == {1, 2}
+
+
+def test_guesses_are_remembered_once_and_only_ones_own():
+    """As the host saw them, or read where nobody shows the round; in a round of others they were not fed."""
+    told = []
+    past = SimpleNamespace(remember=lambda ids: told.append(ids.tolist()), follow=lambda state, limits: limits)
+    run = translated._Tokens(past, None, None, None, "")
+    run._host_to_draft = np.array([10, 11, 12])
+    state, device = SimpleNamespace(batch=1, device=torch.device("cpu")), torch.device("cpu")
+    run._proposal = own = Proposal.certain([[2, 0]], device)
+    run.observe(SimpleNamespace(proposal=Proposal.certain([[1, 1]], device), drafted=np.array([[1, 1]])))
+    assert told == []
+    run.observe(SimpleNamespace(proposal=own, drafted=np.array([[2, -1]])))
+    run.propose(state, np.zeros(1, dtype=np.int64))
+    assert told == [[[12, -1]]]
+    run._proposal = own
+    run.propose(state, np.zeros(1, dtype=np.int64))
+    assert told == [[[12, -1]], [[12, 10]]]
+
+
+@pytest.mark.parametrize(("size", "more"), [("ab", "abcdefgh"), ("abcdefgh", "ab")])
+def test_what_is_shared_is_a_part_of_the_smaller_vocabulary(size, more):
+    draft = TranslatedDraft(tiny_llama(1, vocabulary=len(more)), characters(size), characters(more))
+    assert draft.choose(greedy=False) == ("tokens", "sampling, with enough ids in common")
+    assert draft.choose(greedy=True)[0] == "strings"
+    few = TranslatedDraft(tiny_llama(1, vocabulary=8), characters("abcdefgh"), characters("abcwxyzt"))
+    assert few.choose(greedy=False) == ("strings", "too few ids in common")
+
+
+def test_a_compiler_is_asked_for_where_a_draft_shall_be_compiled(monkeypatch):
+    asked = []
+    monkeypatch.setattr("specdec.layouts.compiled.check_compiler", asked.append)
+    draft, words = tiny_llama(1, vocabulary=2), characters("ab")
+    assert TranslatedDraft(draft, words, words)._steps is None
+    assert isinstance(TranslatedDraft(draft, words, words, compile=True)._steps, CompiledSteps)
+    assert asked == [draft]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_how_likely_a_guess_is_is_asked_where_nobody_has_to_wait_for_it(method, monkeypatch):
+    """Text has its chances where the draft is, tokens where the target is."""
+    monkeypatch.setattr(Fixed, "goes_on", lambda self, chances: True)
+    words, here, away = characters("ab"), torch.device("cpu"), torch.device("meta")
+    proposer = TranslatedDraft(tiny_llama(1, vocabulary=2), words, words, method=method)
+    for draft, target in ((here, away), (away, here)):
+        monkeypatch.setattr(translated, "device_of", lambda model, otherwise, draft=draft: draft)
+        prompt = torch.zeros(1, 3, dtype=torch.int64, device=target)
+        run = proposer.begin(Call(None, prompt, {}, 8, Processing([]), Greedy()))
+        assert run._stop.looks == ((target if method == "tokens" else draft) == here)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_draft_stops_where_it_is_not_sure(method, monkeypatch):
+    """By its confidence, or because the call's draft length has had enough; text too is written token by token."""
+    target, draft, *words = twins()
+    prompt = {**ragged_prompt((7,), len(LETTERS)), "max_new_tokens": 6, "do_sample": False}
+
+    def longest(confidence):
+        proposer = TranslatedDraft(draft, *words, method=method, confidence=confidence, layout="slots")
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4, layout="slots")
+        gen.generate(**prompt)
+        passes.append(gen.stats.draft_forwards - gen.stats.drafted)
+        return len(gen.stats.drafted_at)
+
+    passes = []
+    assert [longest(confidence) for confidence in (None, 0.0, 1.0)] == [4, 4, 1]
+    monkeypatch.setattr(Fixed, "goes_on", lambda self, chances: False)
+    assert [longest(confidence) for confidence in (None, 0.0)] == [1, 4]
+    # the first has tried the layout; none is made for a guess that is not
+    assert passes[1:] == [1] * 4
+
+
+def test_text_is_written_behind_the_last_committed_tokens(monkeypatch):
+    """As many guesses as the target's tokenizer makes of it: here several of a single token of the draft."""
+    letters, followed, right = byte_level(260), [], Translator.follow
+    target, draft = Parrot(letters), parrot("bytes 420")
+
+    def watched(self, committed, texts):
+        followed.extend(zip((ids.tolist() for ids in committed), texts, strict=True))
+        return right(self, committed, texts)
+
+    monkeypatch.setattr(Translator, "follow", watched)
+    proposer = TranslatedDraft(draft, letters, tokenizer("bytes 420"), method="strings", confidence=1)
+    gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4, layout="columns")
+    inputs = letters(["The quick", "a"], return_tensors="pt", padding=True)
+    gen.generate(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, max_new_tokens=20)
+    assert len(gen.stats.drafted_at) == 4
+    first, second = followed[::2], followed[1::2]
+    assert all(letters.decode(ids) + text.decode() in TEXTS[0] for ids, text in first)
+    assert {10, 16} <= {len(ids) for ids, _ in first} <= {*range(17)}
+    assert all(ids == second[0][0] and len(ids) == 2 for ids, _ in second), "no padding"
+
+
+def test_the_end_of_a_text_is_a_guess_in_the_targets_id(monkeypatch):
+    """Behind text, or at once; not behind text that the target would write otherwise."""
+    ours, theirs = characters("abcd"), characters("abcdx")
+    ours.add_special_tokens({"eos_token": "<stop>"})
+    theirs.add_special_tokens({"eos_token": "<end>"})
+    follows = {0: 1, 1: 2, 2: "end", 3: "x"}
+    target, draft = torch.full((5,) * 3, -30.0), torch.full((6,) * 3, -30.0)
+    for table, words in ((target, {"end": 4, "x": 3}), (draft, {"end": 5, "x": 4})):
+        for last, one in follows.items():
+            table[:, last, words.get(one, one)] = 0
+    draft[:, 4, 5] = draft[:, 5, 0] = 0
+    guesses, right = [], translated._Strings.propose
+
+    def watched(self, state, limits):
+        proposal = right(self, state, limits)
+        guesses.append([row[:most].tolist() for row, most in zip(proposal.tokens, proposal.lengths, strict=True)])
+        return proposal
+
+    monkeypatch.setattr(translated._Strings, "propose", watched)
+    proposer = TranslatedDraft(TableModel(draft), ours, theirs, method="strings", confidence=0)
+    gen = SpeculativeGenerator(TableModel(target), proposer, num_draft_tokens=3, layout="columns")
+    ids = torch.tensor([[0], [1], [3]])
+    got = gen.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=4)
+    assert got.tolist() == [[0, 1, 2, 4, 0], [1, 2, 4, 0, 0], [3, 3, 3, 3, 3]]
+    assert guesses[0] == [[2, 4], [4], []]
+
+
+def test_text_of_a_row_ends_where_the_draft_was_not_sure(monkeypatch):
+    proposals, right = [], translated._Strings.propose
+    monkeypatch.setattr(
+        translated._Strings, "propose", lambda *args: proposals.append(right(*args)) or proposals[-1]
+    )
+    table = torch.full((4, 4, 4), -30.0)
+    table[:, 0, 1] = table[:, 1, 0] = 0
+    table[:, 2, 2:] = table[:, 3, 2:] = 0  # one as likely as the other
+    words = characters("abcd")
+    proposer = TranslatedDraft(TableModel(table), words, words, method="strings", confidence=0.7)
+    gen = SpeculativeGenerator(TableModel(table), proposer, num_draft_tokens=3, layout="columns")
+    ids = torch.tensor([[0], [2]])
+    gen.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert proposals[0].lengths.tolist() == [3, 1]
 
 
 # --- between two tokenizers ------------------------------------------------------------------------
@@ -463,6 +714,47 @@ def test_what_the_draft_was_fed_is_the_committed_text(monkeypatch):
     assert max(seen) < 1e-4
 
 
+def told(monkeypatch, between):
+    """Compare what drafts are fed with what was committed; returns how many rows could guess, round by round."""
+    right, alive = draft_past.DraftPast.follow, []
+
+    def watched(self, state, limits):
+        found = right(self, state, limits)
+        for b in np.flatnonzero(found):
+            ids = state.host_tokens[b, state.starts[b] : state.lengths[b]]
+            fed = self._host[b, self._starts[b] : self.lengths[b]]
+            assert between.draft.pieces.join(fed) == between.bytes_of(ids)
+            assert self._tokens[b, : self.lengths[b]].tolist() == self._host[b, : self.lengths[b]].tolist()
+        alive.append(int((found > 0).sum()))
+        return found
+
+    monkeypatch.setattr(draft_past.DraftPast, "follow", watched)
+    return alive
+
+
+def test_a_row_is_told_the_end_of_a_character_that_its_prompt_began(monkeypatch):
+    letters = byte_level(260)
+    between = Translator(Vocabulary(letters), Vocabulary(letters), shared_ids(letters, letters))
+    alive, ids = told(monkeypatch, between), between.target.encode(["Ein Kä"])[0]
+    gen = SpeculativeGenerator(
+        Parrot(letters), TranslatedDraft(Parrot(letters), letters, letters), num_draft_tokens=3
+    )
+    gen.generate(torch.tensor([ids[:-1]]), max_new_tokens=20)
+    assert sum(alive) > 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_row_is_told_what_it_has_committed(method, monkeypatch):
+    """Rows that get on at different speeds, and end one after the other."""
+    alive = told(monkeypatch, translator("bytes 420", "bytes 300"))
+    kinds = [tokenizer(kind) for kind in ("bytes 420", "bytes 300")]
+    proposer = TranslatedDraft(parrot("bytes 300"), *kinds, method=method, confidence=0)
+    gen = SpeculativeGenerator(parrot("bytes 420"), proposer, num_draft_tokens=4)
+    gen.generate(**prompts("bytes 420"), max_new_tokens=90)
+    assert {1, 2, 3} <= set(alive)
+    assert len(set(gen.stats.row_accepted.tolist())) == 3
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_a_draft_whose_scores_are_no_distribution_breaks_nothing(rule, method):
@@ -475,6 +767,39 @@ def test_a_draft_whose_scores_are_no_distribution_breaks_nothing(rule, method):
     gen = SpeculativeGenerator(model, proposer, num_draft_tokens=3, verification=rule, layout="slots")
     got = gen.generate(**prompts("bytes 300"), max_new_tokens=8, do_sample=True, seed=3)
     assert got.shape[1] == prompts("bytes 300")["input_ids"].shape[1] + 8
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_no_guess_where_hardly_any_of_the_drafts_mass_is_shared(sample, monkeypatch):
+    """Known before the draw, so that the guesses before are submitted whatever comes."""
+    right, told = translated._Tokens.propose, []
+
+    def watched(self, state, limits):
+        proposal = right(self, state, limits)
+        last = state.host_tokens[np.arange(state.batch), state.lengths - 1]
+        told.extend(zip(last.tolist(), np.minimum(limits, 4).tolist(), proposal.lengths.tolist(), strict=True))
+        widths = {part.shape[1] for part in (proposal.tokens, proposal.logits) if part is not None}
+        assert not limits.any() or widths == {max(proposal.lengths)}
+        if proposal.logits is not None:  # the letter that the draft does not have
+            assert (proposal.logits[..., 3] == -torch.inf).all()
+        return proposal
+
+    monkeypatch.setattr(translated._Tokens, "propose", watched)
+    table = torch.full((4, 4, 4), -30.0)  # what follows the last letter, of "abcx"
+    table[:, 0, 1] = table[:, 1, 3] = table[:, 3, 0] = 0
+    table[:, 2, 3], table[:, 2, 0] = 0, -2.0  # an eighth
+    target = TableModel(torch.randn((4, 4, 4), generator=torch.Generator().manual_seed(0)))
+    for confidence, counts in ((None, (1, 0, 2)), (0.0, (4, 4, 4))):
+        proposer = TranslatedDraft(
+            TableModel(table), characters("abcd"), characters("abcx"), method="tokens", confidence=confidence
+        )
+        gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4, layout="columns")
+        ids = torch.tensor([[0, 1], [2, 0], [1, 2]])
+        gen.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=sample, seed=2)
+        seen = [one for one in told if one[0] < 3]  # behind a letter that it cannot say it guesses as before it
+        assert {last for last, *_ in seen} == {0, 1, 2}
+        assert all(got == min(most, counts[last]) for last, most, got in seen)
+        told.clear()
 
 
 def test_a_surer_draft_leaves_the_other_as_it_was():
@@ -578,13 +903,15 @@ def test_vocabularies_with_nothing_in_common():
     assert gen.generate(prompt, max_new_tokens=8, do_sample=False).tolist() == plain.tolist()
 
 
-def test_a_tokenizer_may_have_more_ids_than_the_target_has_scores():
-    target, draft = tiny_llama(vocabulary=3), tiny_llama(1, vocabulary=4)
-    proposer = TranslatedDraft(draft, characters("abcd"), characters("abcd"), method="tokens", confidence=0)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sizes", [(3, 4), (4, 3)])
+def test_tokenizers_may_have_more_ids_than_models_have_scores(sizes, method):
+    target, draft = (tiny_llama(seed, vocabulary=size) for seed, size in enumerate(sizes))
+    proposer = TranslatedDraft(draft, characters("abcd"), characters("dcba"), method=method, confidence=0)
     gen = SpeculativeGenerator(target, proposer, num_draft_tokens=4)
     prompt = torch.tensor([[0, 1, 2]])
-    plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
-    assert gen.generate(prompt, max_new_tokens=8, do_sample=False).tolist() == plain.tolist()
+    plain = target.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert gen.generate(prompt, max_new_tokens=12, do_sample=False).tolist() == plain.tolist()
     assert gen.stats.drafted > 0
 
 
@@ -699,6 +1026,7 @@ def test_a_draft_is_asked_in_every_round_whether_it_shall_guess(method, monkeypa
 
     def begins(self, opening=None):
         fed.append(opening is None)
+        assert opening in (None, past.opening(draft, target))
         return len(fed) % 3 == 0
 
     monkeypatch.setattr(Fixed, "begins", begins)

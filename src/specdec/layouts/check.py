@@ -185,7 +185,7 @@ def close(scores: Tensor, truth: Tensor) -> bool:
     # ids that a model rules out with -1e9 or the like would make any difference look small
     best = truth.where(finite, -torch.inf).amax(dim=-1, keepdim=True)
     near = finite & (truth > best - FAR)
-    if bool((scores > best - FAR / 2)[finite & ~near].any()):
+    if bool((scores > best - FAR / 2)[truth <= best - FAR].any()):  # -inf as well
         return False
     difference = (scores - truth).where(near, 0)
     if half:
