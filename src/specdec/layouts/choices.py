@@ -44,7 +44,7 @@ def choices(
         kinds = map(type, (own, *getattr(own, "layers", ())))
         strange = next((kind.__name__ for kind in kinds if _may_change(kind)), None)
         reason = f"a {strange} may come to change what it holds" if strange else ""
-    slotless = slots_reason(model, reach)
+    slotless = slots_reason(model, reach, len(prompt))
     makers = {**MAKERS, "slots": lambda columns: Slots(columns, longest)}
     if wanted != "auto":
         if wanted not in LAYOUTS:

@@ -37,6 +37,8 @@ UNCOUNTED_PADDING = {
     "kosmos_2_text_model", "kosmos_2_5_text_model", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2",
     "speech_to_text", "trocr",
 }  # fmt: skip
+# ALiBi: what they add to scores goes by the column of the key
+BY_COLUMN = {"bloom", "mpt"}
 PREPARES = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 OLD_CACHES = ("mems", "past_buckets_states")  # xlnet, reformer: grown by rules of their own
@@ -71,8 +73,8 @@ def one_token_reason(model: Any, prompt_length: int, max_length: int, batch: int
     return ""
 
 
-def slots_reason(model: Any, max_length: int) -> str:
-    """Why slots would not do for ``model`` and rows of up to ``max_length`` columns; "" where they may.
+def slots_reason(model: Any, max_length: int, batch: int = 1) -> str:
+    """Why slots would not do for ``model`` and ``batch`` rows of up to ``max_length`` columns; "" where they may.
 
     llama4 scales its attention by the cache's length from ``floor_scale`` columns on.
     """
@@ -81,9 +83,22 @@ def slots_reason(model: Any, max_length: int) -> str:
             return "its scores depend on one length of the cache for all rows"
     if uncounted_padding(model) is not None:
         return "it does not count padding as a position"
+    if batch > 1 and _counts_by_length(model):
+        return "it counts positions from one length of the cache for all rows"
     if _attends_otherwise(model):
         return "its attention or its masks are somebody's own"
     return "it prepares its inputs in a way of its own" if prepared_by_others(model) else ""
+
+
+def _counts_by_length(model: Any) -> bool:
+    """Whether nobody tells ``model`` its positions: T5's relative ones, Bart's table, and others of their time.
+
+    In float32 the self-check sees that; in 16 bits a column more or less may pass for noise.
+    """
+    kinds = {getattr(config, "model_type", "") for config in _configs(model.config)}
+    if kinds & BY_COLUMN or not type(model).__module__.startswith("transformers."):
+        return False
+    return not any(_takes(part, "position_ids", "decoder_position_ids") for part in (model, model.get_decoder()))
 
 
 def _attends_otherwise(model: Any) -> bool:
