@@ -109,7 +109,7 @@ REFUSED = {
     "no guess": ({"num_assistant_tokens": 0}, InvalidInput, "num_assistant_tokens=0"),
     "a size of a match alone": ({"max_matching_ngram_size": 3}, UnsupportedOption, "prompt_lookup_num_tokens"),
     "a tokenizer alone": ({"assistant_tokenizer": object()}, UnsupportedOption, "assistant_model"),
-    "an exit behind the last layer": ({"assistant_early_exit": 1}, InvalidInput, "an exit after 1 layers"),
+    "an exit behind the last layer": ({"assistant_early_exit": 1}, InvalidInput, "has one layer"),
     "an exit and a lookup": (
         {"assistant_early_exit": 1, "prompt_lookup_num_tokens": 3}, InvalidInput, "are several drafts"
     ),

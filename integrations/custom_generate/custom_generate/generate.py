@@ -22,7 +22,7 @@ def generate(
 
     Args:
         model: the target, given by transformers.
-        draft: what guesses, as for ``SpeculativeGenerator``: a model, a proposer, "ngram" or None.
+        draft: what guesses, as for ``SpeculativeGenerator``: a model, a proposer, a word such as "ngram", or None.
         num_draft_tokens: as for ``SpeculativeGenerator``.
         verification: as for ``SpeculativeGenerator``.
         draft_tokenizer: judges the pair, together with ``tokenizer``.

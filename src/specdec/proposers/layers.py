@@ -81,6 +81,8 @@ class EarlyExit(OwnLayers):
 
     def kept(self, depth: int) -> tuple[int, ...]:
         """See ``OwnLayers``."""
+        if depth < 2:
+            raise InvalidInput("the target has one layer, so there is no exit before its last; give another draft")
         if self.layers >= depth:
             raise InvalidInput(
                 f"an exit after {self.layers} layers, and the target has {depth}; give 1 to {depth - 1}"
