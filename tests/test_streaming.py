@@ -18,7 +18,7 @@ from specdec.layouts.slots import SlotCache
 from specdec.scorer import Scorer
 from specdec.state import State
 from specdec.streaming import Text, in_threads
-from specdec.testing import byte_tokenizer
+from specdec.testing import byte_tokenizer, ragged_prompt, tiny_llama
 
 from .contract import (
     NEW,
@@ -183,6 +183,17 @@ def test_text(tokenizer):
         if draft is None:
             assert [record.text for record in records] == ["", "ä", "A", "", "ö", "B", "", "", "€"]
     assert ids.shape == (1, 10)
+
+
+def test_every_row_has_a_text_of_its_own_to_its_last_byte():
+    words = byte_tokenizer()
+    gen = SpeculativeGenerator(tiny_llama(3, vocabulary=len(words)), "ngram", tokenizer=words)
+    ids, texts = [[], [], []], ["", "", ""]
+    for record in gen.stream(**ragged_prompt((5, 4, 2), len(words)), max_new_tokens=17, do_sample=False):
+        ids[record.row] += record.ids
+        texts[record.row] += record.text
+    assert texts == [words.decode(one, skip_special_tokens=True) for one in ids]
+    assert any(text.endswith("\ufffd") for text in texts)
 
 
 def test_bytes_that_are_no_characters_are_not_waited_for():
