@@ -156,8 +156,11 @@ def odd_states(model: Any) -> int | None:
 
 def feeds_all(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether every pass of ``model`` takes the whole text again: it has no cache, or ``kwargs`` forbid it."""
-    takes = inspect.signature(type(model).forward).parameters.keys()
-    return not kwargs.get("use_cache", True) or takes.isdisjoint((*CACHE_NAMES, *OLD_CACHES))
+    return not kwargs.get("use_cache", True) or not _takes(model, *CACHE_NAMES, *OLD_CACHES)
+
+
+def _takes(model: Any, *names: str) -> bool:
+    return not inspect.signature(type(model).forward).parameters.keys().isdisjoint(names)
 
 
 def uncounted_padding(model: Any) -> int | None:
