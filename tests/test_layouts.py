@@ -414,7 +414,7 @@ def test_what_was_done_to_a_model_is_told_apart():
     model, prompt = tiny_llama(), torch.zeros(1, 3)
 
     def key(*names):
-        return check._key(SimpleNamespace(model=model, describes={}, cache=None), prompt, names)
+        return check._key(SimpleNamespace(model=model, described=lambda width: {}, cache=None), prompt, names)
 
     def hooked(made):
         handle = model.model.register_forward_hook(made)
