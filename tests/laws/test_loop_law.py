@@ -678,11 +678,10 @@ def mixture_shows_rows_of_another(monkeypatch):
 def _picking(liked):
     def propose(self, state, limits):
         other, model = self._parts[:2]
-        certain, drawn = other.propose(state, limits), model.propose(state, limits)
-        self._choice = None
-        if drawn.lengths.any() and not liked(self, state, drawn):
-            return certain
-        return drawn
+        certain, drawn = self._proposals[:2] = other.propose(state, limits), model.propose(state, limits)
+        taken = int(not drawn.lengths.any() or liked(self, state, drawn))
+        self._choice = np.full(len(limits), taken)
+        return (certain, drawn)[taken]
 
     return propose
 
