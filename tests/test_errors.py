@@ -223,6 +223,19 @@ def test_refused_argument(name):
     assert error.option == name
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generation_config": {"do_sample": False}}, "generation_config is a dict.*GenerationConfig"),
+        ({"logits_processor": lambda ids, scores: scores}, r"logits_processor is a function.*\[...\]"),
+        ({"stopping_criteria": lambda ids, scores: False}, r"stopping_criteria is a function.*\[...\]"),
+    ],
+    ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
+)
+def test_what_comes_in_another_form(options, message):
+    assert_refused(llama(), InvalidInput, message, IDS, **options)
+
+
 @pytest.mark.parametrize("source", ["argument", "config"])
 def test_a_cache_that_is_not_to_be_used(source):
     """Plain generate() feeds the whole text behind itself in every pass, and gives some other text."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import specdec
+from specdec.demo import __main__ as demo_main
 from specdec.demo import model as demo_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +198,13 @@ def test_constraints_keep_what_the_package_asks_for():
 
 
 # --- the demo's model ---
+
+
+def test_the_demo_knows_its_drafts_before_it_loads_anything(capsys):
+    with pytest.raises(SystemExit):
+        demo_main.parse(["--draft", "sufix"])
+    assert "--draft sufix: use ngram" in capsys.readouterr().err
+    assert demo_main.parse(["--draft", "suffix"]).draft == "suffix"
 
 
 def test_demo_explains_itself_without_a_model():

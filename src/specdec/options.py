@@ -7,12 +7,13 @@ instead. Knows nothing of rounds. Read next: ``assistance.py``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
@@ -57,6 +58,15 @@ CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid")
 
 def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
     """Refuse what is not honoured, wherever it is set: argument, given config, the model's own config."""
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise InvalidInput(
+            f"generation_config is a {type(config).__name__}; give a transformers.GenerationConfig, or "
+            "its fields to generate() one by one"
+        )
+    for name in ("logits_processor", "stopping_criteria"):
+        found = given.get(name)
+        if found is not None and not isinstance(found, Iterable):
+            raise InvalidInput(f"{name} is a {type(found).__name__}; wanted is a list of such: {name}=[...]")
     sources = (given, config, own_settings(target))
     for name, instead in REFUSED.items():
         found = first_given(sources, name)

@@ -90,7 +90,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=["float32", "bfloat16", "float16"],
         help="default: float32; in half precision a near-tie may fall either way",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not _is_model(options.draft):
+        from specdec.construction import NAMES
+
+        if options.draft not in NAMES:
+            parser.error(f"--draft {options.draft}: use {', '.join(NAMES)}, a hub id or a directory")
+    return options
+
+
+def _is_model(draft: str) -> bool:
+    return "/" in draft or Path(draft).is_dir()
 
 
 def load(options: argparse.Namespace) -> tuple[Contest, Any]:
@@ -114,7 +124,7 @@ def load(options: argparse.Namespace) -> tuple[Contest, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     target, draft = load_model(name), options.draft
     guesses = 5 if options.num_draft_tokens == "auto" else options.num_draft_tokens
-    if "/" in draft or Path(draft).is_dir():
+    if _is_model(draft):
         draft = load_model(draft)
         draft.generation_config.num_assistant_tokens = guesses
         draft.generation_config.num_assistant_tokens_schedule = "constant"
