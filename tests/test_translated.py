@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specdec import (
@@ -116,6 +117,67 @@ def test_how_tokenizers_write_bytes():
         ("##a", "plain"): b"##a", ("a\ud83d", "plain"): b"a",
     }  # fmt: skip
     assert {key: vocabulary._bytes_of(*key) for key in written} == written
+
+
+class Listed:
+    """A tokenizer of these words: it writes one letter after the other, and refuses one that it does not have."""
+
+    def __init__(self, words, added=None, special=()):
+        self.words, self.added_tokens_decoder, self.all_special_ids = words, added or {}, list(special)
+
+    def get_vocab(self):
+        return self.words
+
+    def __len__(self):
+        return len(self.words)
+
+    def __call__(self, texts, *, add_special_tokens, **options):
+        begin = [99] if add_special_tokens else []
+        return {"input_ids": [[*begin, *(self.words[letter] for letter in text)] for text in texts]}
+
+
+def test_a_byte_has_a_token_of_its_own_in_sentencepiece_only():
+    """Whether it was added or not; elsewhere these are six letters."""
+    found = pieces_of(Listed({"▁a": 0, "<0x41>": 1, "<0x0A>": 2, "a": 3}, {2: AddedToken("<0x0A>")}))
+    assert (found.of, found.fallback) == ([b" a", b"A", b"\n", b"a"], {1, 2})
+    found = pieces_of(Listed({"Ġ": 0, "<0x41>": 1}))
+    assert (found.of, found.fallback) == ([b" ", b"<0x41>"], set())
+    assert pieces_of(Listed({b"<0x41>": 0, b"\xff": 1})).of == [b"<0x41>", b"\xff"]
+
+
+def test_added_and_special_tokens_are_taken_by_their_letters():
+    """They say nothing of how the others are written, and may have ids behind a gap."""
+    found = pieces_of(Listed({"▁a": 0, "a": 1}, {0: AddedToken("▁a"), 3: AddedToken(" Ġ ")}))
+    assert (found.kind, found.of) == ("plain", ["▁a".encode(), b"a", b"", " Ġ ".encode()])
+    found = pieces_of(Listed({"Ġa": 0, "Ġ<s>": 4}, special=[4]))
+    assert (found.kind, found.of) == ("byte-level", [b" a", b"", b"", b"", "Ġ<s>".encode()])
+    assert pieces_of(metaspace(345)).unknown == 0
+
+
+def test_texts_longer_than_a_model_may_take_are_taken_whole():
+    made = byte_level(260)
+    made.model_max_length = 4
+    assert Vocabulary(made).pieces.join(Vocabulary(made).encode(["The quick"])[0]) == b"The quick"
+
+
+def test_a_text_that_is_refused_has_no_ids_and_the_others_have():
+    words = Listed({"a": 0, "b": 1})
+    assert vocabulary._encode(words, ["ab", "a?", "b"], add_special_tokens=True) == [[99, 0, 1], [], [99, 1]]
+
+
+class Whole(Listed):
+    """A tokenizer that has a word for every text, a space in front."""
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [[self.words[f"▁{text}"]] for text in texts]}
+
+
+def test_a_space_that_nothing_keeps_away_is_better_than_no_ids():
+    words = ["a", *(f"{sentinel}{text}" for sentinel in vocabulary.SENTINELS for text in ("", "a"))]
+    made = Vocabulary(Whole({f"▁{word}": one for one, word in enumerate(words)}))
+    assert made.pieces.starts_with_space
+    assert made.encode(["a"]) == [[0]]
+    assert not pieces_of(Listed({"a": 0, "##b": 1})).starts_with_space, "words of their own are written so"
 
 
 def pieces(*of, special=(), fallback=(), unknown=None, **roles):
