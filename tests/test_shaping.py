@@ -168,6 +168,22 @@ def test_late_tokens_catch_up_where_there_is_room():
     assert [content.ids for content in contents] == [(1,), (), (), (2, 3, 4, 5, 6, 7, 8)]
 
 
+@pytest.mark.parametrize(("first_after", "first"), [(None, 4.3), (0.0, 1.0), (1.5, 2.5)])
+def test_when_the_clock_starts(first_after, first):
+    """When the prompt has been read, or so long after the request, however long the start takes."""
+
+    class Slow(Script):
+        def start(self):
+            super().start()
+            self.clock.now += 0.5
+
+    clock = Clock()
+    release = ShapedRelease(1, 1.0, 24, first_after=first_after, clock=clock, sleep=clock.sleep)
+    chunks = on_a_clock(Slow(clock, [(3.3, Tokens(0, (1,), (False,), None, True))]), 1, None, release)
+    next(chunks)
+    assert clock() == pytest.approx(100 + first)
+
+
 def test_what_was_guessed_is_not_told():
     release = ShapedRelease(2, 1.0, 16)
     sent = []
@@ -340,6 +356,7 @@ def test_two_prompts_with_texts_of_one_length():
     seen, accepted = [], []
     for inputs, wrong in ((one, ()), (other, range(0, 99, 2))):
         gen = speculative(llama(), oracle(plain(llama(), inputs), wrong=set(wrong)))
+        speculative(llama(), "ngram").generate(**inputs, **GREEDY)  # the self-check of a first call costs guesses
         clock, release = patient(gen, 4, 0.5, 24)
         chunks = gen.stream(**inputs, **GREEDY, release=release)
         seen.append([(clock(), len(chunk.payload)) for chunk in chunks])
@@ -622,6 +639,7 @@ def test_another_thread_casts_to_what_this_one_casts_to():
         ({"interval": 0}, "interval=0"),
         ({"interval": float("inf")}, "interval=inf"),
         ({"interval": None}, "interval=None"),
+        ({"interval": True}, "interval=True"),
         ({"pad_to": 6}, "pad_to=6"),
         ({"pad_to": 70000}, "pad_to=70000"),
         ({"bucket": 0}, "bucket=0"),
