@@ -151,7 +151,6 @@ def test_added_and_special_tokens_are_taken_by_their_letters():
     assert (found.kind, found.of) == ("plain", ["▁a".encode(), b"a", b"", " Ġ ".encode()])
     found = pieces_of(Listed({"Ġa": 0, "Ġ<s>": 4}, special=[4]))
     assert (found.kind, found.of) == ("byte-level", [b" a", b"", b"", b"", "Ġ<s>".encode()])
-    assert pieces_of(metaspace(345)).unknown == 0
 
 
 def test_texts_longer_than_a_model_may_take_are_taken_whole():
@@ -162,6 +161,8 @@ def test_texts_longer_than_a_model_may_take_are_taken_whole():
 
 def test_a_text_that_is_refused_has_no_ids_and_the_others_have():
     words = Listed({"a": 0, "b": 1})
+    words.unk_token_id = 1
+    assert pieces_of(words).unknown == 1
     assert vocabulary._encode(words, ["ab", "a?", "b"], add_special_tokens=True) == [[99, 0, 1], [], [99, 1]]
 
 
@@ -420,6 +421,25 @@ def test_guesses_are_remembered_once_and_only_ones_own():
     run._proposal = own
     run.propose(state, np.zeros(1, dtype=np.int64))
     assert told == [[[12, -1]], [[12, 10]]]
+
+
+def test_a_guess_is_as_likely_as_among_all_that_the_draft_may_say():
+    """In full precision, whatever the draft's is; and committed text is not written to."""
+    told, scores = [], torch.tensor([[20.0, 19.0, 20.5, 18.0]], dtype=torch.bfloat16)
+    past = SimpleNamespace(
+        follow=lambda state, limits: limits, scores=lambda step: scores, write=lambda ids, step: None
+    )
+    stop = SimpleNamespace(reads=True, looks=True, after=lambda limits, step, chance: told.append(chance) or limits)
+    shared = SimpleNamespace(draft_ids=np.array([0, 1]), target_ids=np.array([2, 0]))
+    call = Call(None, torch.zeros(1, 3, dtype=torch.int64), {}, 8, Processing([]), Greedy())
+    state = SimpleNamespace(
+        batch=1, device=torch.device("cpu"), tokens=torch.zeros(1, 6, dtype=torch.int64), vocabulary=3,
+        lengths=np.array([3]), prompt_length=3, device_lengths=torch.tensor([3]),
+    )  # fmt: skip
+    proposal = translated._Tokens(past, call, shared, stop, "").propose(state, np.array([2]))
+    assert proposal.tokens.tolist() == [[2, 2]]
+    assert torch.cat(told).tolist() == pytest.approx([float(scores[0].double().softmax(0)[0])] * 2, rel=1e-5)
+    assert not state.tokens.any()
 
 
 @pytest.mark.parametrize(("size", "more"), [("ab", "abcdefgh"), ("abcdefgh", "ab")])
