@@ -9,7 +9,7 @@ import copy
 import functools
 import weakref
 from contextlib import ExitStack
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from specdec import SpeculativeGenerator
 from specdec.layouts import NEVER, check, facts, masks, slots
 from specdec.layouts.choices import _may_change
-from specdec.layouts.facts import one_token_reason
+from specdec.layouts.facts import one_token_reason, slots_reason
 from specdec.layouts.forget import drop, trim
 from specdec.layouts.handover import cached_columns, static_columns
 from specdec.layouts.slot_cache import SlotLayer
@@ -784,6 +784,26 @@ def test_attention_and_masks_of_ones_own_under_a_known_name(registered, other, l
     assert gen.stats.layout == "columns"
     gen.generate(**options)
     assert gen.stats.layout == "slots"
+
+
+def test_whose_attention_a_model_has(monkeypatch):
+    """Of a part of it as well; what we have wrapped is whose it was before."""
+    model, part = tiny_llama(), SimpleNamespace(_attn_implementation="sdpa")
+    for name in ("eager", "sdpa"):
+        model.config._attn_implementation = name
+        assert slots_reason(model, 20) == ""
+    whole = SimpleNamespace(config=SimpleNamespace(sub_configs={"text_config": None}, text_config=part))
+    assert not facts._attends_otherwise(whole)
+    ours = FunctionType((lambda: None).__code__, {"__name__": "specdec.layouts.masks"})
+    ours._specdec_original = lambda: None
+    monkeypatch.setattr(facts, "ALL_ATTENTION_FUNCTIONS", {"sdpa": ours})
+    assert "somebody's own" in slots_reason(model, 20)
+    assert facts._attends_otherwise(whole)
+
+
+def test_one_row_stands_together_in_slots():
+    model = translator(0)
+    assert (slots_reason(model, 20, 1), slots_reason(model, 20, 2) != "") == ("", True)
 
 
 @pytest.mark.parametrize("by_vmap", [False, True])
