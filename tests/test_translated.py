@@ -442,6 +442,15 @@ def test_a_guess_is_as_likely_as_among_all_that_the_draft_may_say():
     assert not state.tokens.any()
 
 
+def test_the_chances_of_a_row_that_has_all_its_guesses_are_not_told():
+    told, stop = [], object.__new__(translated._Stop)
+    stop._goes_on = lambda chances: told.append(chances.tolist()) or len(told) < 2
+    limits, chances = np.array([1, 3]), torch.tensor([0.5, 0.25])
+    assert stop.after(limits, 1, chances).tolist() == [1, 3]
+    assert stop.after(limits, 1, chances).tolist() == [1, 2]
+    assert told == [[0.0, 0.25]] * 2
+
+
 @pytest.mark.parametrize(("size", "more"), [("ab", "abcdefgh"), ("abcdefgh", "ab")])
 def test_what_is_shared_is_a_part_of_the_smaller_vocabulary(size, more):
     draft = TranslatedDraft(tiny_llama(1, vocabulary=len(more)), characters(size), characters(more))
