@@ -13,6 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor
 
 from specdec import DraftModel, InvalidInput, SpeculativeGenerator, call
+from specdec.noise import seed_of
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, noisy, oracle, prompts, speculative, t5
@@ -126,6 +127,14 @@ def test_a_wrong_number_of_seeds_is_refused():
     gen = speculative(target(), "noisy", verification="coupled")
     with pytest.raises(InvalidInput, match=r"3 seeds for 4 rows.*one seed a row"):
         gen.generate(**inputs(4), seed=[1, 2, 3], **WARM)
+
+
+def test_a_seed_is_another_for_every_decoding():
+    """Of every row, where every row has its own; nobody counts seeds so that they meet."""
+    assert seed_of(None, 3) is None
+    assert (seed_of(5, 0), seed_of([5, 6], 0)) == (5, [5, 6])
+    assert seed_of([5, 6], 2) == [seed_of(5, 2), seed_of(6, 2)]
+    assert len({seed_of(seed, number) for seed in range(50) for number in range(50)}) == 2500
 
 
 @pytest.mark.parametrize("rule", ["block", "token"])

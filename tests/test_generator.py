@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from specdec import (
 )
 from specdec.length.fixed import Fixed
 from specdec.proposers import mixture as mixture_room
+from specdec.state import State
 from specdec.testing import byte_tokenizer, lively, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, noisy, plain, prompts, speculative
@@ -636,3 +638,13 @@ def test_a_copy_made_while_attached_is_its_own():
     truth = plain(copied, prompts(1), **GREEDY)
     assert truth.tolist() == loaded.generate(**prompts(1), **GREEDY).tolist()
     assert truth.tolist() != plain(target, prompts(1), **GREEDY).tolist()
+
+
+@pytest.mark.parametrize(("pad", "behind"), [(None, 5), (5, 5), (9, 9), (0, 0)])
+def test_the_text_is_a_copy_with_the_padding_that_was_asked_for(pad, behind):
+    tokens = torch.tensor([[1, 2, 3, 5], [4, 5, 5, 5]])
+    state = SimpleNamespace(tokens=tokens, lengths=np.array([3, 2]), pad_id=5, device=tokens.device)
+    text = State.text(state, pad)
+    assert text.tolist() == [[1, 2, 3], [4, 5, behind]]
+    text.zero_()
+    assert tokens.all()

@@ -9,12 +9,13 @@ import copy
 import functools
 import weakref
 from contextlib import ExitStack
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    Cache,
     DynamicCache,
     MistralConfig,
     MistralForCausalLM,
@@ -22,13 +23,15 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.cache_utils import DynamicLayer, QuantoQuantizedLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec import SpeculativeGenerator
-from specdec.layouts import check, masks, slots
-from specdec.layouts.facts import one_token_reason
+from specdec.layouts import NEVER, check, facts, masks, slots
+from specdec.layouts.choices import _may_change
+from specdec.layouts.facts import one_token_reason, slots_reason
 from specdec.layouts.forget import drop, trim
-from specdec.layouts.handover import cached_columns
+from specdec.layouts.handover import cached_columns, static_columns
 from specdec.layouts.slot_cache import SlotLayer
 from specdec.layouts.snapshot import Snapshots
 from specdec.proposers.draft_model import DraftModel
@@ -200,6 +203,18 @@ def test_a_cache_holds_what_its_fullest_layer_does():
     assert [layer.get_seq_length() for layer in cache.layers] == [0, 3]
     assert cached_columns(cache) == 3
     assert cached_columns(DynamicCache()) == cached_columns(None) == 0
+
+
+def test_the_room_of_a_cache_is_that_of_its_smallest_layer_which_keeps_all():
+    layers = [StaticLayer(12), StaticLayer(8), StaticSlidingWindowLayer(max_cache_len=6, sliding_window=4)]
+    assert static_columns(Cache(layers=layers)) == 8
+    for cache in (Cache(layers=layers[2:]), DynamicCache(), None):
+        assert static_columns(cache) == NEVER
+
+
+def test_what_transformers_layers_hold_may_change_where_they_quantise():
+    assert _may_change(QuantoQuantizedLayer)
+    assert not any(map(_may_change, (DynamicCache, DynamicLayer, StaticCache, StaticSlidingWindowLayer)))
 
 
 @torch.no_grad()
@@ -682,6 +697,27 @@ def test_rows_of_models_that_nobody_tells_their_positions_stand_together(make, r
     assert gen.stats.layout in layouts
 
 
+def test_who_is_told_its_positions():
+    """The model or its decoder, or it adds by column; of other people's models nothing is known."""
+
+    def untold(self, input_ids): ...
+
+    def told(self, input_ids, position_ids=None): ...
+
+    def told_as_decoder(self, input_ids, decoder_position_ids=None): ...
+
+    def model(outer, inner, kind="", home="transformers.models.some"):
+        decoder = type("Decoder", (), {"forward": inner})()
+        config = SimpleNamespace(model_type=kind)
+        parts = {"__module__": home, "forward": outer, "config": config, "get_decoder": lambda self: decoder}
+        return type("Model", (), parts)()
+
+    assert facts._counts_by_length(model(untold, untold))
+    for one in ((told, untold), (untold, told), (told_as_decoder, untold), (untold, untold, "bloom")):
+        assert not facts._counts_by_length(model(*one))
+    assert not facts._counts_by_length(model(untold, untold, home="elsewhere.some"))
+
+
 def test_relative_positions_that_begin_to_matter_later():
     """Two columns say nothing of positions where attention is certain there; the text that follows does."""
     model = translator(2)
@@ -748,6 +784,26 @@ def test_attention_and_masks_of_ones_own_under_a_known_name(registered, other, l
     assert gen.stats.layout == "columns"
     gen.generate(**options)
     assert gen.stats.layout == "slots"
+
+
+def test_whose_attention_a_model_has(monkeypatch):
+    """Of a part of it as well; what we have wrapped is whose it was before."""
+    model, part = tiny_llama(), SimpleNamespace(_attn_implementation="sdpa")
+    for name in ("eager", "sdpa"):
+        model.config._attn_implementation = name
+        assert slots_reason(model, 20) == ""
+    whole = SimpleNamespace(config=SimpleNamespace(sub_configs={"text_config": None}, text_config=part))
+    assert not facts._attends_otherwise(whole)
+    ours = FunctionType((lambda: None).__code__, {"__name__": "specdec.layouts.masks"})
+    ours._specdec_original = lambda: None
+    monkeypatch.setattr(facts, "ALL_ATTENTION_FUNCTIONS", {"sdpa": ours})
+    assert "somebody's own" in slots_reason(model, 20)
+    assert facts._attends_otherwise(whole)
+
+
+def test_one_row_stands_together_in_slots():
+    model = translator(0)
+    assert (slots_reason(model, 20, 1), slots_reason(model, 20, 2) != "") == ("", True)
 
 
 @pytest.mark.parametrize("by_vmap", [False, True])

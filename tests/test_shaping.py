@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,6 +169,22 @@ def test_late_tokens_catch_up_where_there_is_room():
     assert [content.ids for content in contents] == [(1,), (), (), (2, 3, 4, 5, 6, 7, 8)]
 
 
+@pytest.mark.parametrize(("first_after", "first"), [(None, 4.3), (0, 1.0), (1.5, 2.5)])
+def test_when_the_clock_starts(first_after, first):
+    """When the prompt has been read, or so long after the request, however long the start takes."""
+
+    class Slow(Script):
+        def start(self):
+            super().start()
+            self.clock.now += 0.5
+
+    clock = Clock()
+    release = ShapedRelease(1, 1, 24, first_after=first_after, clock=clock, sleep=clock.sleep)
+    chunks = on_a_clock(Slow(clock, [(3.3, Tokens(0, (1,), (False,), None, True))]), 1, None, release)
+    next(chunks)
+    assert clock() == pytest.approx(100 + first)
+
+
 def test_what_was_guessed_is_not_told():
     release = ShapedRelease(2, 1.0, 16)
     sent = []
@@ -179,6 +196,14 @@ def test_what_was_guessed_is_not_told():
     assert sent[0] == sent[1]
     assert set(Chunk.__slots__) == {"row", "payload"}
     assert release.pad_to == len(sent[0][0].payload)
+
+
+def test_the_end_is_told_with_the_last_token():
+    release = ShapedRelease(2, 1.0, 16, bucket=2)
+    _, (contents,) = traces([(0.0, Tokens(0, tuple(range(5)), (False,) * 5, None, True))], 1, release)
+    assert [(content.ids, content.ended) for content in contents] == [
+        ((0, 1), False), ((2, 3), False), ((4,), True), ((), True),
+    ]  # fmt: skip
 
 
 # --- mutants: releases that leak ------------------------------------------------------------------
@@ -274,6 +299,13 @@ def test_text_in_bytes(tokenizer, room):  # noqa: F811
     assert len(texts) == 1, "what leaves when is a function of the text"
 
 
+def test_a_token_of_more_letters_than_fit_is_divided_between_them():
+    clock, words = Clock(), SimpleNamespace(decode=lambda ids, **options: "ninety" * len(ids))
+    release = ShapedRelease(1, 0.5, HEADER + 4, clock=clock, sleep=clock.sleep)
+    chunks = on_a_clock(Script(clock, [(0.0, Tokens(0, (9,), (False,), None, True))]), 1, words, release)
+    assert [unpad(next(chunks).payload).text for _ in range(2)] == ["nine", "ty"]
+
+
 def test_half_a_character_at_the_end_comes_out(tokenizer):  # noqa: F811
     release = ShapedRelease(3, 0.5, 32)
     record = Tokens(0, (65, 195), (False, False), None, True)
@@ -340,6 +372,7 @@ def test_two_prompts_with_texts_of_one_length():
     seen, accepted = [], []
     for inputs, wrong in ((one, ()), (other, range(0, 99, 2))):
         gen = speculative(llama(), oracle(plain(llama(), inputs), wrong=set(wrong)))
+        speculative(llama(), "ngram").generate(**inputs, **GREEDY)  # the self-check of a first call costs guesses
         clock, release = patient(gen, 4, 0.5, 24)
         chunks = gen.stream(**inputs, **GREEDY, release=release)
         seen.append([(clock(), len(chunk.payload)) for chunk in chunks])
@@ -622,6 +655,7 @@ def test_another_thread_casts_to_what_this_one_casts_to():
         ({"interval": 0}, "interval=0"),
         ({"interval": float("inf")}, "interval=inf"),
         ({"interval": None}, "interval=None"),
+        ({"interval": True}, "interval=True"),
         ({"pad_to": 6}, "pad_to=6"),
         ({"pad_to": 70000}, "pad_to=70000"),
         ({"bucket": 0}, "bucket=0"),

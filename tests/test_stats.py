@@ -64,6 +64,22 @@ def test_formulas_of_nothing():
     assert stats.seconds_other == 0.0
 
 
+def test_a_later_decoding_adds_its_counts_and_says_the_layout():
+    first, later = (
+        Stats(
+            rounds=number, accepted_at=[number] * places, drafted_at=[9] * places, layout=layout, drafting=layout,
+            row_drafted=np.array(rows), row_accepted=np.array(rows), row_emitted=np.array(rows), seconds=0.25,
+        )
+        for number, places, layout, rows in ((2, 1, "slots", [5, 6]), (3, 2, "plain", [7]))
+    )  # fmt: skip
+    first.add(later)
+    assert (first.rounds, first.decodings, first.seconds) == (5, 2, 0.5)
+    assert (first.accepted_at, first.drafted_at) == ([5, 3], [18, 9])
+    assert (first.layout, first.drafting) == ("plain", "plain")
+    for rows in (first.row_drafted, first.row_accepted, first.row_emitted):
+        assert rows.tolist() == [5, 6, 7]
+
+
 def test_a_generator_that_has_done_nothing_has_stats_of_nothing():
     assert speculative(llama(), "noisy").stats.rounds == 0
 

@@ -5,7 +5,9 @@ import gc
 import random
 import threading
 import weakref
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -17,7 +19,7 @@ from specdec.layouts.columns import Columns
 from specdec.layouts.slots import SlotCache
 from specdec.scorer import Scorer
 from specdec.state import State
-from specdec.streaming import Text, in_threads
+from specdec.streaming import Text, _Teller, in_threads
 from specdec.testing import byte_tokenizer, ragged_prompt, tiny_llama
 
 from .contract import (
@@ -138,6 +140,21 @@ def test_an_end_of_sequence_that_the_draft_guessed():
     gen = speculative(llama(), oracle(free), layout="slots")
     records, _ = drain(gen.stream(**prompts(1), **GREEDY, eos_token_id=eos))
     assert [flag for record in records for flag in record.from_draft] == [False, True, True]
+
+
+def test_a_row_is_told_its_end_once_nothing_takes_it_back():
+    """And once only; also where no token comes with it."""
+    state = SimpleNamespace(
+        batch=3, prompt_length=2, host_tokens=np.arange(15).reshape(3, 5), live=np.array([True, False, False]),
+        lengths=np.array([4, 4, 2]),
+    )  # fmt: skip
+    teller = _Teller(state, None)
+    made = SimpleNamespace(before=np.array([2, 2, 2]), accepted=np.array([1, 0, 0]))
+    first = Tokens(0, (2, 3), (True, False), None, False), Tokens(2, (), (), None, True)
+    assert teller.tell(state, made, np.array([4, 2, 2])) == list(first)
+    none = SimpleNamespace(before=np.array([4, 4, 2]), accepted=np.array([0, 0, 0]))
+    assert teller.tell(state, none, np.array([4, 4, 2])) == [Tokens(1, (7, 8), (False, False), None, True)]
+    assert teller.tell(state, none, np.array([4, 4, 2])) == []
 
 
 def test_tokens_come_while_the_model_still_runs():
@@ -421,6 +438,19 @@ def test_async_cancelled_in_the_middle(how):
         asyncio.run({"cancelled": cancelled, "closed": closed, "left": left}[how]())
     assert len(of_a_call()) == found
     assert gen.generate(**prompts(3), **GREEDY).tolist() == plain(llama(), prompts(3)).tolist()
+
+
+def test_every_step_sees_what_torch_keeps_for_the_thread_of_the_loop():
+    def records():
+        for _ in range(2):
+            yield torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+
+    async def collect():
+        return [seen async for seen in in_threads(records())]
+
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert asyncio.run(collect()) == [(True, True)] * 2
+    assert asyncio.run(collect()) == [(False, False)] * 2
 
 
 def test_a_stream_is_closed_beside_the_event_loop():

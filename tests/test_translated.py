@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specdec import (
@@ -116,6 +117,68 @@ def test_how_tokenizers_write_bytes():
         ("##a", "plain"): b"##a", ("a\ud83d", "plain"): b"a",
     }  # fmt: skip
     assert {key: vocabulary._bytes_of(*key) for key in written} == written
+
+
+class Listed:
+    """A tokenizer of these words: it writes one letter after the other, and refuses one that it does not have."""
+
+    def __init__(self, words, added=None, special=()):
+        self.words, self.added_tokens_decoder, self.all_special_ids = words, added or {}, list(special)
+
+    def get_vocab(self):
+        return self.words
+
+    def __len__(self):
+        return len(self.words)
+
+    def __call__(self, texts, *, add_special_tokens, **options):
+        begin = [99] if add_special_tokens else []
+        return {"input_ids": [[*begin, *(self.words[letter] for letter in text)] for text in texts]}
+
+
+def test_a_byte_has_a_token_of_its_own_in_sentencepiece_only():
+    """Whether it was added or not; elsewhere these are six letters."""
+    found = pieces_of(Listed({"▁a": 0, "<0x41>": 1, "<0x0A>": 2, "a": 3}, {2: AddedToken("<0x0A>")}))
+    assert (found.of, found.fallback) == ([b" a", b"A", b"\n", b"a"], {1, 2})
+    found = pieces_of(Listed({"Ġ": 0, "<0x41>": 1}))
+    assert (found.of, found.fallback) == ([b" ", b"<0x41>"], set())
+    assert pieces_of(Listed({b"<0x41>": 0, b"\xff": 1})).of == [b"<0x41>", b"\xff"]
+
+
+def test_added_and_special_tokens_are_taken_by_their_letters():
+    """They say nothing of how the others are written, and may have ids behind a gap."""
+    found = pieces_of(Listed({"▁a": 0, "a": 1}, {0: AddedToken("▁a"), 3: AddedToken(" Ġ ")}))
+    assert (found.kind, found.of) == ("plain", ["▁a".encode(), b"a", b"", " Ġ ".encode()])
+    found = pieces_of(Listed({"Ġa": 0, "Ġ<s>": 4}, special=[4]))
+    assert (found.kind, found.of) == ("byte-level", [b" a", b"", b"", b"", "Ġ<s>".encode()])
+
+
+def test_texts_longer_than_a_model_may_take_are_taken_whole():
+    made = byte_level(260)
+    made.model_max_length = 4
+    assert Vocabulary(made).pieces.join(Vocabulary(made).encode(["The quick"])[0]) == b"The quick"
+
+
+def test_a_text_that_is_refused_has_no_ids_and_the_others_have():
+    words = Listed({"a": 0, "b": 1})
+    words.unk_token_id = 1
+    assert pieces_of(words).unknown == 1
+    assert vocabulary._encode(words, ["ab", "a?", "b"], add_special_tokens=True) == [[99, 0, 1], [], [99, 1]]
+
+
+class Whole(Listed):
+    """A tokenizer that has a word for every text, a space in front."""
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [[self.words[f"▁{text}"]] for text in texts]}
+
+
+def test_a_space_that_nothing_keeps_away_is_better_than_no_ids():
+    words = ["a", *(f"{sentinel}{text}" for sentinel in vocabulary.SENTINELS for text in ("", "a"))]
+    made = Vocabulary(Whole({f"▁{word}": one for one, word in enumerate(words)}))
+    assert made.pieces.starts_with_space
+    assert made.encode(["a"]) == [[0]]
+    assert not pieces_of(Listed({"a": 0, "##b": 1})).starts_with_space, "words of their own are written so"
 
 
 def pieces(*of, special=(), fallback=(), unknown=None, **roles):
@@ -358,6 +421,34 @@ def test_guesses_are_remembered_once_and_only_ones_own():
     run._proposal = own
     run.propose(state, np.zeros(1, dtype=np.int64))
     assert told == [[[12, -1]], [[12, 10]]]
+
+
+def test_a_guess_is_as_likely_as_among_all_that_the_draft_may_say():
+    """In full precision, whatever the draft's is; and committed text is not written to."""
+    told, scores = [], torch.tensor([[20.0, 19.0, 20.5, 18.0]], dtype=torch.bfloat16)
+    past = SimpleNamespace(
+        follow=lambda state, limits: limits, scores=lambda step: scores, write=lambda ids, step: None
+    )
+    stop = SimpleNamespace(reads=True, looks=True, after=lambda limits, step, chance: told.append(chance) or limits)
+    shared = SimpleNamespace(draft_ids=np.array([0, 1]), target_ids=np.array([2, 0]))
+    call = Call(None, torch.zeros(1, 3, dtype=torch.int64), {}, 8, Processing([]), Greedy())
+    state = SimpleNamespace(
+        batch=1, device=torch.device("cpu"), tokens=torch.zeros(1, 6, dtype=torch.int64), vocabulary=3,
+        lengths=np.array([3]), prompt_length=3, device_lengths=torch.tensor([3]),
+    )  # fmt: skip
+    proposal = translated._Tokens(past, call, shared, stop, "").propose(state, np.array([2]))
+    assert proposal.tokens.tolist() == [[2, 2]]
+    assert torch.cat(told).tolist() == pytest.approx([float(scores[0].double().softmax(0)[0])] * 2, rel=1e-5)
+    assert not state.tokens.any()
+
+
+def test_the_chances_of_a_row_that_has_all_its_guesses_are_not_told():
+    told, stop = [], object.__new__(translated._Stop)
+    stop._goes_on = lambda chances: told.append(chances.tolist()) or len(told) < 2
+    limits, chances = np.array([1, 3]), torch.tensor([0.5, 0.25])
+    assert stop.after(limits, 1, chances).tolist() == [1, 3]
+    assert stop.after(limits, 1, chances).tolist() == [1, 2]
+    assert told == [[0.0, 0.25]] * 2
 
 
 @pytest.mark.parametrize(("size", "more"), [("ab", "abcdefgh"), ("abcdefgh", "ab")])
