@@ -343,7 +343,7 @@ def test_a_prediction_is_counted_for_every_piece():
 def test_nobody_guesses_whose_an_entry_is_once_a_recording_has_ended(given):
     gen = speculative(transcriber(), Suffix(store=Store(), tenant="c"), verification="coupled")
     with pytest.raises(InvalidInput, match=r"2 .*for 1 rows"):
-        gen.generate(**recordings(130, 35), max_new_tokens=10, do_sample=True, **given)
+        gen.generate(**recordings(130, 35), max_new_tokens=10, do_sample=True, temperature=2.0, **given)
 
 
 @pytest.mark.parametrize("verification", ["block", "coupled"])
