@@ -16,6 +16,8 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LogitsProcessor,
     StaticCache,
     StoppingCriteria,
@@ -448,6 +450,34 @@ def test_a_row_that_ended_is_not_fed_behind_the_end_of_a_static_cache(make):
     gen = speculative(make(), slow, layout="columns")
     assert gen.generate(**prompts(3), **options).tolist() == wanted.tolist()
     assert gen.stats.row_accepted[1] > gen.stats.row_accepted[0]
+
+
+def test_a_static_cache_without_room_for_the_self_check_says_nothing_of_other_calls():
+    """In sampling the layout is settled at the prompt, and a pass too wide for the cache is an error."""
+    model = bart.__wrapped__()  # transformers keeps the longest static cache with a model
+    gen = speculative(model, "ngram")
+    for new, layout in ((3, "plain"), (12, "columns")):
+        options = {"cache_implementation": "static", "max_new_tokens": new, "do_sample": True, "top_k": 1}
+        wanted = model.generate(**prompts(3), **options)
+        with pytest.warns(UserWarning, match="of its cache") if new == 3 else nullcontext():
+            assert gen.generate(**prompts(3), **options).tolist() == wanted.tolist()
+        assert gen.stats.layout == layout
+
+
+def test_a_window_that_ends_at_the_last_key_of_a_static_cache():
+    """What it shows goes by how many tokens are fed at once; a cache that grows has no such columns."""
+    config = GPTNeoConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        window_size=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model = lively(GPTNeoForCausalLM(config).eval())
+    for kind, layout in (("static", "plain"), ("dynamic", "columns")):
+        options = {"cache_implementation": kind, "max_new_tokens": 30, "do_sample": False}
+        wanted = model.generate(**prompts(1), **options)
+        gen = speculative(model, oracle(wanted, wrong={14, 19, 25}))
+        with pytest.warns(UserWarning, match="last key") if kind == "static" else nullcontext():
+            assert gen.generate(**prompts(1), **options).tolist() == wanted.tolist()
+        assert gen.stats.layout == layout
 
 
 def test_the_size_of_a_static_cache():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from specdec import SpeculativeGenerator
+from specdec import InvalidInput, SpeculativeGenerator, Store, Suffix
 from specdec.testing import noisy_copy, tiny_llama
 
 from .contract import (
@@ -337,6 +337,13 @@ def test_a_prediction_is_counted_for_every_piece():
     gen = speculative(transcriber(), None)
     gen.generate(**recordings(130), max_new_tokens=10, do_sample=False, prediction=[[7, 8]])
     assert gen.stats.prediction_accepted + gen.stats.prediction_rejected == 4 * 2
+
+
+@pytest.mark.parametrize("given", [{"prediction": [[7], [8]]}, {"tenant": ["a", "b"]}, {"seed": [1, 2]}])
+def test_nobody_guesses_whose_an_entry_is_once_a_recording_has_ended(given):
+    gen = speculative(transcriber(), Suffix(store=Store(), tenant="c"), verification="coupled")
+    with pytest.raises(InvalidInput, match=r"2 .*for 1 rows"):
+        gen.generate(**recordings(130, 35), max_new_tokens=10, do_sample=True, temperature=2.0, **given)
 
 
 @pytest.mark.parametrize("verification", ["block", "coupled"])

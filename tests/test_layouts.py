@@ -16,6 +16,8 @@ import pytest
 import torch
 from transformers import (
     Cache,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
     DynamicCache,
     MistralConfig,
     MistralForCausalLM,
@@ -716,6 +718,27 @@ def test_who_is_told_its_positions():
     for one in ((told, untold), (untold, told), (told_as_decoder, untold), (untold, untold, "bloom")):
         assert not facts._counts_by_length(model(*one))
     assert not facts._counts_by_length(model(untold, untold, home="elsewhere.some"))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_a_layer_keeps_beside_its_keys_is_not_cropped(rows):
+    """DeepSeek-V4's sums of every few columns: behind a prompt of three or four the self-check may not see them."""
+    config = DeepseekV4Config(
+        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
+        head_dim=16, partial_rotary_factor=0.5, q_lora_rank=16, o_lora_rank=8, o_groups=2, n_routed_experts=4,
+        num_experts_per_tok=2, index_topk=2, index_head_dim=16, index_n_heads=4, sliding_window=8, hc_mult=2,
+        layer_types=["sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention"],
+        mlp_layer_types=["moe"] * 3, max_position_embeddings=128, eos_token_id=None,
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    )  # fmt: skip
+    model = lively(DeepseekV4ForCausalLM(config).eval())
+    for length in (3, 4):
+        ids = torch.arange(5, 5 + rows * length).view(rows, length)
+        gen = SpeculativeGenerator(copy.deepcopy(model), "ngram", num_draft_tokens=3)
+        for new in (6, 24):
+            wanted = model.generate(ids, max_new_tokens=new, do_sample=False)
+            assert torch.equal(gen.generate(ids, max_new_tokens=new, do_sample=False), wanted)
+        assert gen.stats.layout == "columns+snapshot"
 
 
 def test_relative_positions_that_begin_to_matter_later():

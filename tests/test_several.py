@@ -623,6 +623,12 @@ def test_a_list_puts_one_behind_another():
         SpeculativeGenerator(llama(), ["suffix", tiny_llama(vocabulary=90)])
 
 
+def test_what_a_proposer_of_ones_own_calls_its_parts_is_not_looked_into():
+    own = SimpleNamespace(parts=3, propose=lambda state, limits: Proposal.empty(state.batch, state.device))
+    for draft in (Mixture("ngram", own), Fallback(own, Mixture("ngram", own))):
+        assert build_proposer(llama(), draft, None, None) is draft
+
+
 def test_a_round_looks_as_if_nothing_was_guessed_where_another_did():
     seen = []
     mine, other = (Proposal.certain(guesses, torch.device("cpu")) for guesses in ([[5, 6], []], [[5, 6], [7]]))

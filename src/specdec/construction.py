@@ -165,8 +165,9 @@ def _models(draft: Any) -> Iterator[Any]:
     """The draft models in a proposer, and in those that it is made of."""
     if isinstance(draft, DraftModel):
         yield draft.model
-    for part in getattr(draft, "parts", ()):
-        yield from _models(part)
+    if isinstance(draft, (Mixture, Fallback, Cascade)):
+        for part in draft.parts:
+            yield from _models(part)
 
 
 def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> bool:

@@ -112,10 +112,11 @@ class Scorer:
         if not speculate:
             self.layout = plain(self._columns)
             return scores
-        if prompt.shape[1] + self.hidden + FED > self._positions:
-            self.layout, self.reason = plain(self._columns), "its positions end right behind the prompt"
-            return scores
         self._positions = min(self._positions, static_columns(self._columns.cache))
+        if prompt.shape[1] + self.hidden + FED > self._positions:
+            self.layout = plain(self._columns)
+            self.reason = "its positions end right behind the prompt, or those of its cache do"
+            return scores
         candidates, self.reason = choices(self._columns, self._wanted, prompt, self._max_length, self._is_draft)
         trial = self._trial = Trial(self._columns, prompt, candidates)
         known = trial.known()

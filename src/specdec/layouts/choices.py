@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers.cache_utils import QuantizedLayer
 
 from specdec.errors import InvalidInput
-from specdec.layouts import Layout
+from specdec.layouts import NEVER, Layout
 from specdec.layouts.check import Candidate
 from specdec.layouts.columns import Columns
-from specdec.layouts.facts import one_token_reason, slots_reason
+from specdec.layouts.facts import counts_from_last_key, one_token_reason, slots_reason
 from specdec.layouts.forget import own_cache
-from specdec.layouts.handover import is_callers
+from specdec.layouts.handover import is_callers, static_columns
 from specdec.layouts.slots import Slots
 
 LAYOUTS = ("auto", "slots", "columns", "snapshot", "plain")
@@ -44,6 +44,8 @@ def choices(
         kinds = map(type, (own, *getattr(own, "layers", ())))
         strange = next((kind.__name__ for kind in kinds if _may_change(kind)), None)
         reason = f"a {strange} may come to change what it holds" if strange else ""
+    if not reason and static_columns(columns.cache) < NEVER and counts_from_last_key(model):
+        reason = "it counts its window from the last key, and a static cache has keys of columns to come"
     slotless = slots_reason(model, reach, len(prompt))
     makers = {**MAKERS, "slots": lambda columns: Slots(columns, longest)}
     if wanted != "auto":

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin
 
 from specdec.layouts.facts import CACHE_NAMES, OLD_CACHES, uncounted_padding
-from specdec.layouts.forget import drop, level, own_cache, trim
+from specdec.layouts.forget import can_drop, drop, level, own_cache, trim
 from specdec.layouts.handover import cached_columns, end_recording, write_into
 from specdec.layouts.picking import rows_from_the_end
 from specdec.layouts.snapshot import Snapshots
@@ -103,7 +103,12 @@ class Columns:
         Args:
             forget: "crop", "snapshot" or "nothing".
             wide: feed several tokens a forward; False feeds one after the other.
+
+        Raises:
+            ValueError: the cache cannot be cropped.
         """
+        if forget == "crop" and not can_drop(self.cache):
+            raise ValueError("its layers keep what cannot be cropped")
         self.name = {"crop": "columns", "snapshot": "columns+snapshot", "nothing": "plain"}[forget]
         self._forget, self._wide = forget, wide
         self._snapshots = Snapshots() if forget == "snapshot" else None

@@ -90,6 +90,11 @@ def slots_reason(model: Any, max_length: int, batch: int = 1) -> str:
     return "it prepares its inputs in a way of its own" if prepared_by_others(model) else ""
 
 
+def counts_from_last_key(model: Any) -> bool:
+    """Whether the window of ``model`` ends at the last key of a pass, whichever column that is (GPT-Neo)."""
+    return any(getattr(config, "model_type", "") == "gpt_neo" for config in _configs(model.config))
+
+
 def _counts_by_length(model: Any) -> bool:
     """Whether nobody tells ``model`` its positions: T5's relative ones, Bart's table, and others of their time.
 

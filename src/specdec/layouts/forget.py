@@ -13,11 +13,22 @@ from typing import Any
 
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import (
+    BaseQuantizedLayer,
     CacheLayerMixin,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     StaticLayer,
 )
+
+
+def can_drop(cache: Any) -> bool:
+    """Whether the layers of ``cache`` forget all that they keep: some models add what does not go with the keys."""
+    own = own_cache(cache)
+    if own is not None and type(own).__module__ != Cache.__module__:
+        return False
+    # DeepSeek-V4 keeps sums of every few columns too, and inherits a ``crop`` that knows nothing of them
+    kinds = map(type, layers_of(cache))
+    return all("crop" in vars(kind) or _is_known(kind) for kind in kinds)
 
 
 def drop(cache: Any, columns: int) -> None:
@@ -51,6 +62,11 @@ def layers_of(cache: Any) -> list[Any]:
     """The layers of the decoder's part; none where it is no cache of transformers."""
     layers: list[Any] = own_cache(cache).layers if isinstance(cache, Cache) else []
     return layers
+
+
+def _is_known(kind: type) -> bool:
+    """One of transformers' common layers; those that quantise cannot be cropped."""
+    return kind.__module__ == Cache.__module__ and not issubclass(kind, BaseQuantizedLayer)
 
 
 def _drop(layer: Any, columns: int) -> None:
