@@ -718,6 +718,8 @@ def test_who_is_told_its_positions():
     for one in ((told, untold), (untold, told), (told_as_decoder, untold), (untold, untold, "bloom")):
         assert not facts._counts_by_length(model(*one))
     assert not facts._counts_by_length(model(untold, untold, home="elsewhere.some"))
+    own = type("Own", (type(model(untold, untold)),), {"__module__": "elsewhere.some"})  # a subclass of the user's
+    assert facts._counts_by_length(own())
 
 
 @pytest.mark.parametrize("rows", [1, 2])

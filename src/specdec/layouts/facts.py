@@ -101,7 +101,8 @@ def _counts_by_length(model: Any) -> bool:
     In float32 the self-check sees that; in 16 bits a column more or less may pass for noise.
     """
     kinds = {getattr(config, "model_type", "") for config in _configs(model.config)}
-    if kinds & BY_COLUMN or not type(model).__module__.startswith("transformers."):
+    known = any(kind.__module__.startswith("transformers.models.") for kind in type(model).__mro__)
+    if kinds & BY_COLUMN or not known:
         return False
     return not any(_takes(part, "position_ids", "decoder_position_ids") for part in (model, model.get_decoder()))
 
