@@ -392,8 +392,8 @@ def test_identical_draft_and_target_accept_everything(rule, batch):
 @pytest.mark.parametrize("processors", [[], [MinLengthLogitsProcessor(1, [1])]])
 def test_a_draft_never_guesses_an_id_that_it_has_no_score_for(processors):
     """Its rows are cut or filled up to the ids of the target, and what it does not know cannot be drawn."""
-    rows, tokens = torch.tensor([[-9.0, -8.0, -9.0]]), torch.zeros(1, 4, dtype=torch.int64)
+    rows, tokens = torch.tensor([[[-9.0, -8.0, -9.0]]]), torch.zeros(1, 4, dtype=torch.int64)
     processing = Processing(LogitsProcessorList(processors))
     filled = processing.draft(rows, tokens, np.array([2]), 5)
-    assert filled.tolist() == [[-9.0, -8.0, -9.0, -torch.inf, -torch.inf]]
-    assert processing.draft(rows, tokens, np.array([2]), 2).tolist() == [[-9.0, -8.0]]
+    assert filled.tolist() == [[[-9.0, -8.0, -9.0, -torch.inf, -torch.inf]]]
+    assert processing.draft(rows, tokens, np.array([2]), 2).tolist() == [[[-9.0, -8.0]]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import specdec.state as state_room
+import specdec.transfer as transfer_room
 from specdec import EarlyExit, Fallback, LayerSkip, Recycling, SpeculativeGenerator, Store, Suffix
 from specdec.length.fixed import Fixed
 from specdec.proposers import draft_model as draft_model_room
@@ -169,9 +170,10 @@ def test_text_with_shared_noise_is_the_same_for_every_proposer(name, batch, toke
 @pytest.mark.parametrize("name", PROPOSERS)
 def test_one_copy_to_the_host_a_round(name, batch, monkeypatch):
     calls = []
-    original = state_room.to_host
-    for room in (state_room, draft_model_room, suffix_room):
+    original, together = transfer_room.to_host, transfer_room.together_to_host
+    for room in (draft_model_room, suffix_room):
         monkeypatch.setattr(room, "to_host", lambda tensor: calls.append(1) or original(tensor))
+    monkeypatch.setattr(state_room, "together_to_host", lambda *columns: calls.append(1) or together(*columns))
     commits = []
     commit = state_room.State.commit
     monkeypatch.setattr(state_room.State, "commit", lambda *args: commits.append(1) or commit(*args))

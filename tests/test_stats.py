@@ -142,11 +142,11 @@ def test_no_draft_model_no_forwards_of_it(draft):
     assert gen.stats.draft_layout == ""
 
 
-def counting(monkeypatch, room):
-    """Counts the copies to the host that `room` makes."""
+def counting(monkeypatch, room, name):
+    """Counts the copies to the host that `room` makes by the function `name`."""
     calls = []
-    original = room.to_host
-    monkeypatch.setattr(room, "to_host", lambda tensor: calls.append(1) or original(tensor))
+    original = getattr(room, name)
+    monkeypatch.setattr(room, name, lambda *tensors: calls.append(1) or original(*tensors))
     return calls
 
 
@@ -163,8 +163,8 @@ PROCESSING = {
 @pytest.mark.parametrize("name", PROCESSING)
 def test_one_copy_to_the_host_a_round(name, draft, batch, monkeypatch):
     gen = speculative(llama(), draft)
-    in_rounds = counting(monkeypatch, state_room)
-    in_draft = counting(monkeypatch, draft_model_room)
+    in_rounds = counting(monkeypatch, state_room, "together_to_host")
+    in_draft = counting(monkeypatch, draft_model_room, "to_host")
     gen.generate(**prompts(batch), max_new_tokens=NEW, **PROCESSING[name])
     assert gen.stats.host_copies == gen.stats.rounds
     # and, once, the ids that end a row

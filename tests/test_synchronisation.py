@@ -2,7 +2,7 @@
 
 Real rounds of the shipped loop on fake CUDA tensors: they have shapes and no values, so whatever reads a value
 (``.item()``, ``bool(tensor)``, ``nonzero``, a boolean mask) raises. The one place that may read,
-``specdec.state.to_host``, is replaced by a script and counted. No GPU is needed, and none was used.
+``specdec.transfer.to_host``, is replaced by a script and counted. No GPU is needed, and none was used.
 """
 
 from types import SimpleNamespace
@@ -113,7 +113,8 @@ def scripted_copies(monkeypatch):
             packed[:, -2] = np.minimum((np.arange(BATCH) + len(calls) - 1) % (GUESSES + 1), guesses)
         return packed
 
-    monkeypatch.setattr("specdec.state.to_host", to_host)
+    for room in ("state", "transfer"):
+        monkeypatch.setattr(f"specdec.{room}.to_host", to_host)
     monkeypatch.setattr("specdec.proposers.draft_model.to_host", forbidden)
     return calls
 

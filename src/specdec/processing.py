@@ -149,20 +149,21 @@ class Processing:
     def draft(
         self, logits: Tensor, tokens: Tensor, lengths: np.ndarray, vocabulary: int, live: np.ndarray | None = None
     ) -> Tensor:
-        """The same for a draft's (B, V) rows, once, cut or filled up to the target's ``vocabulary``.
+        """The same for a draft's (B, n, V) rows, once, cut or filled up to the target's ``vocabulary``.
 
         Processors that may hold state are left out: their calls belong to the target. ``live`` (B,) are the rows
         that guess, None for all.
         """
-        missing = vocabulary - logits.shape[1]
+        missing = vocabulary - logits.shape[-1]
         if missing < 0:
-            logits = logits[:, :vocabulary]
+            logits = logits[..., :vocabulary]
         if missing > 0:
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         if not self._known:
             return _single(logits)
-        wanted = np.ones(len(lengths), dtype=np.int64) if live is None else live.astype(np.int64)
-        return self._apply(logits.float()[:, None], tokens, lengths, wanted, final=False)[:, 0]
+        count = logits.shape[1]
+        wanted = np.full(len(lengths), count) if live is None else count * live.astype(np.int64)
+        return self._apply(logits.float(), tokens, lengths, wanted, final=False)
 
     def foresee(self, tokens: Tensor, lengths: np.ndarray, most: np.ndarray) -> list[list[int]]:
         """For each row up to ``most[b]`` ids that will very probably follow its first ``lengths[b]`` tokens.

@@ -28,7 +28,7 @@ class Sampling(Protocol):
     keeps_logits: bool
 
     def guess(self, scores: Tensor, positions: np.ndarray) -> Tensor:
-        """(B,) guesses of a draft with ``scores`` (B, V) for the new tokens at ``positions`` (B,)."""
+        """(B, 1) guesses of a draft with ``scores`` (B, 1, V) for the new tokens at ``positions`` (B,)."""
         ...
 
     def verify(
@@ -75,7 +75,7 @@ class Rejection:
 
     def guess(self, scores: Tensor, positions: np.ndarray) -> Tensor:
         """See ``Sampling.guess``."""
-        return sample(scores, self._draft_noise.uniforms(len(scores)))
+        return sample(scores, self._draft_noise.uniforms(*scores.shape[:2]))
 
     def verify(
         self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: np.ndarray
@@ -96,7 +96,7 @@ class Coupled:
 
     def guess(self, scores: Tensor, positions: np.ndarray) -> Tensor:
         """See ``Sampling.guess``."""
-        return highest(scores.double() + self._gumbel(positions[:, None], scores.shape[-1])[:, 0])
+        return highest(scores.double() + self._gumbel(positions[:, None], scores.shape[-1]))
 
     def verify(
         self, scores: Tensor, tokens: Tensor, lengths: Tensor, logits: Tensor | None, positions: np.ndarray

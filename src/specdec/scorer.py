@@ -232,7 +232,7 @@ class Scorer:
     def steps(
         self, tokens: Tensor, lengths: np.ndarray, live: np.ndarray, count: int, longest: int
     ) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """Up to ``count`` passes of a draft, each a column further: the scores (B, V) of the last, and the lengths.
+        """Up to ``count`` passes of a draft, each a column further: the last scores (B, 1, V), and the lengths.
 
         Args:
             tokens: (B, capacity), into which the caller writes a token of every row between two passes.
@@ -245,15 +245,15 @@ class Scorer:
         ends = [np.minimum(lengths + step, longest) for step in range(count)]
         for scores, end in zip(self.layout.steps(tokens, ends, live), ends, strict=True):
             self.kept = end
-            yield scores[:, 0], end
+            yield scores, end
 
     def reach(self, limits: np.ndarray, lengths: np.ndarray, live: np.ndarray) -> np.ndarray:
         """(B,) ``limits``, lowered to the guesses that each row may have scored in the next forward.
 
         Plain ``generate()`` may stop before the last position, and a guess behind it would be an error.
         """
-        limits = np.clip(self._positions - self.hidden - lengths, 0, limits)
-        return self.layout.reach(limits, lengths, live)
+        room = np.maximum(self._positions - self.hidden - lengths, 0)
+        return self.layout.reach(np.minimum(limits, room), lengths, live)
 
     def _settle(self, layout: Layout) -> None:
         """Go on in ``layout``, and through the graphs; say so once where it cannot be."""

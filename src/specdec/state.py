@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.errors import InvalidScores
 from specdec.records import Proposal, Round, States
-from specdec.transfer import to_device, to_host
+from specdec.transfer import to_device, to_host, together_to_host
 
 ROOM = 4096  # columns made for tokens to come
 FOREVER = 1 << 40  # columns: a limit beyond it is none
@@ -25,6 +25,7 @@ class State:
     """Committed tokens, lengths and live rows of a batch of B rows.
 
     Attributes:
+        device: where the rounds happen.
         tokens: (B, capacity) int64 on the device; columns from a row's length on hold its guesses or pad.
         host_tokens: (B, capacity) the same on the host; only the committed part is to be relied on.
         lengths: (B,) committed columns on the host; neither it nor ``live`` is ever written into.
@@ -61,7 +62,8 @@ class State:
         capacity = min(self.max_length, self.prompt_length + ROOM) + self.reserve
         self.tokens = torch.full((batch, capacity), pad_id, dtype=torch.int64, device=prompt.device)
         self.tokens[:, : self.prompt_length] = prompt
-        self._is_host = prompt.device.type == "cpu"
+        self.device = prompt.device
+        self._is_host = prompt.is_cpu
         if self._is_host:
             self.host_tokens: np.ndarray = self.tokens.numpy()
         else:
@@ -79,11 +81,6 @@ class State:
     def batch(self) -> int:
         """Number of rows."""
         return int(self.tokens.shape[0])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the rounds happen."""
-        return self.tokens.device
 
     @property
     def prompt(self) -> Tensor:
@@ -172,12 +169,13 @@ class State:
             InvalidScores: a live row's scores hold NaN or forbid every token, and no live row is behind it.
         """
         # the one copy of the round: everything the host needs in a single tensor
-        packed = to_host(torch.cat([proposal.tokens, accepted[:, None], next_token[:, None]], dim=1))
+        drafted, passed, following = together_to_host(proposal.tokens, accepted, next_token)
         self.host_copies += 1
         texts: list[list[int]] = []
         live, before = self.live.tolist(), self.lengths.tolist()
-        for row, (*guesses, passed, extra) in enumerate(packed.tolist()):
-            tokens = [*guesses[:passed], extra] if live[row] else []
+        judged = zip(drafted.tolist(), passed.tolist(), following.tolist(), strict=True)
+        for row, (guesses, kept, extra) in enumerate(judged):
+            tokens = [*guesses[:kept], extra] if live[row] else []
             end = next((place for place, token in enumerate(tokens) if token in self.end_ids), None)
             if end is not None:
                 tokens, live[row] = tokens[: end + 1], False
@@ -187,15 +185,15 @@ class State:
                 raise _unusable(row, before[row] + tokens.index(-1))
             live[row] = live[row] and before[row] + len(tokens) < self.max_length
             texts.append(tokens)
-        width = packed.shape[1] - 1
+        width = drafted.shape[1] + 1
         emitted = np.array([tokens + [self.pad_id] * (width - len(tokens)) for tokens in texts], dtype=np.int64)
         counts = np.array([len(tokens) for tokens in texts], dtype=np.int64)
         submitted = proposal.lengths * self.live
         round_ = Round(
             proposal=proposal,
-            drafted=packed[:, :-2],
+            drafted=drafted,
             lengths=submitted,
-            accepted=np.minimum(packed[:, -2], submitted),
+            accepted=np.minimum(passed, submitted),
             emitted=emitted,
             counts=counts,
             before=self.lengths,
@@ -258,19 +256,24 @@ def widened(buffer: Tensor, columns: int, value: int = 0) -> Tensor:
 
 def in_common(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """(B,) columns that the rows of two arrays (B, n) have in common from their beginning on."""
-    same: np.ndarray = np.cumprod(one == other, axis=1, dtype=np.int64).sum(axis=1)
-    return same
+    pairs = [list(zip(mine, its, strict=True)) for mine, its in zip(one.tolist(), other.tolist(), strict=True)]
+    counts = [next((place for place, (a, b) in enumerate(row) if a != b), len(row)) for row in pairs]
+    return np.array(counts, dtype=np.int64)
 
 
 def span(values: np.ndarray) -> tuple[int, int]:
     """(lowest, highest) of ``values`` (B,); a batch of one row is so common that it has a way of its own."""
     if len(values) == 1:
-        return int(values[0]), int(values[0])
+        only = values.item()
+        return only, only
     return int(values.min()), int(values.max())
 
 
 def put(buffer: Tensor, first: np.ndarray, values: Tensor) -> None:
     """Write ``values`` (B, W) into ``buffer`` (B, capacity), row b from column ``first[b]`` on."""
+    if buffer.is_cpu:  # one memory, and numpy is begun sooner
+        put_on_host(buffer.numpy(), first, values.numpy())
+        return
     width = values.shape[1]
     lowest, highest = span(first)
     if lowest == highest:

@@ -15,9 +15,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +43,7 @@ BLOCK = 64
 RESERVE = 8 * BLOCK  # columns are made for so many tokens ahead: every time all that are there are copied
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
+class _Plan(NamedTuple):
     """A forward pass over W columns of B rows, all but the tokens known.
 
     Attributes:
@@ -235,11 +233,12 @@ class Slots:
                 return CausalLMOutputWithPast(logits=scores)
             self._cache.place(*plan.place)
             self.name = "slots" if self._steps.refused else self.name
-        batch, width = inputs[self._ids_key].shape[:2]
+        batch, width = plan.place[0].shape
+        by_groups = grouped.attending() if width > 1 else nullcontext()  # transformers groups a single query itself
         # beside an encoder an input of this shape need not be the tokens; only a CPU computes rather than reads
-        whole = self._encodes or self._cache.device.type != "cpu"
+        whole = self._encodes or not plan.positions.is_cpu
         leaves_out = nullcontext() if whole else leaving_out_filling(plan.fed, width, self._live)
-        with grouped.attending(), leaves_out, self._thin.over(batch * width):
+        with by_groups, leaves_out, self._thin.over(batch * width):
             return self._model(**inputs, return_dict=True)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from operator import gt
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -132,7 +133,7 @@ def checked(proposal: Proposal, state: State, limits: np.ndarray) -> Proposal:
         )
     if lengths.dtype != np.int64:
         lengths = lengths.astype(np.int64)
-    if (lengths > limits).any():
+    if any(map(gt, lengths.tolist(), limits.tolist())):
         lengths = np.minimum(lengths, limits)
     width = span(lengths)[1]
     if width < tokens.shape[1]:

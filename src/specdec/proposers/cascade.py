@@ -195,14 +195,12 @@ class _Level:
         ends = text.lengths + proposal.lengths
         width = proposal.tokens.shape[1] + 1
         logits = self._past.scorer.score(self._ids(text), ends, text.lengths - 1, width).to(text.device)
-        process = self._call.processing.draft
-        rows = [process(logits[:, i], text.tokens, text.lengths + i, text.vocabulary) for i in range(width)]
-        scores = torch.stack(rows, dim=1)
+        scores = self._call.processing.draft(logits, text.tokens, text.lengths, text.vocabulary)
         # a model out of order must not break the call: where it has no distribution it says token 0
         bad = ~torch.isfinite(scores.amax(dim=-1))
         if scores.device.type == "cpu" and not bool(bad.any()):
             return scores
-        return sound(scores.flatten(0, 1), bad.flatten()).view_as(scores)
+        return sound(scores, bad)
 
     def _ids(self, text: State) -> Tensor:
         """The text with guesses (B, capacity), for the model to be fed."""

@@ -129,7 +129,7 @@ class _Run:
 
     def write(self, state: State, guess: Tensor, step: int) -> None:
         """See ``Steps``."""
-        put(self._tokens, state.lengths + step, self._past.known(guess, state.vocabulary)[:, None])
+        put(self._tokens, state.lengths + step, self._past.known(guess, state.vocabulary))
 
     def _sync(self, state: State) -> None:
         """Bring the draft's tokens to the committed ones; forget what it was fed and was not kept."""

@@ -23,7 +23,7 @@ from specdec.proposers.past import opening, tried
 from specdec.proposers.prompt import embedded, positions, prepare
 from specdec.proposers.rewriting import DraftRow, Translator
 from specdec.scorer import Scorer
-from specdec.state import ROOM, State, in_common, widened
+from specdec.state import ROOM, State, in_common, put, widened
 from specdec.transfer import to_device
 from specdec.weights.adapters import device_of
 
@@ -82,16 +82,15 @@ class DraftPast:
         return limits
 
     def scores(self, step: int) -> Tensor:
-        """(B, V of the draft) scores for guess ``step`` of every row; to be asked for one after the other."""
+        """(B, 1, V of the draft) scores for guess ``step`` of every row; to be asked for one after the other."""
         assert self._scorer is not None
         if not step:
             self._passes = self._scorer.steps(self._tokens, self.lengths, self._active, self._most, self._longest)
         return next(self._passes)[0]
 
     def write(self, ids: Tensor, step: int) -> None:
-        """Put the draft's guess ``step``, ids (B,), behind the text."""
-        columns = to_device(self.lengths + step, self.device)[:, None]
-        self._tokens.scatter_(1, columns, ids.to(self.device).clamp(0, self._embeds - 1)[:, None])
+        """Put the draft's guess ``step``, ids (B, 1), behind the text."""
+        put(self._tokens, self.lengths + step, ids.to(self.device).clamp(0, self._embeds - 1))
 
     def remember(self, guesses: np.ndarray) -> None:
         """(B, K) the draft's guesses as they were written, for the next round to compare with; -1 is unknown."""

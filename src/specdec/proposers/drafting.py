@@ -29,7 +29,7 @@ class Steps(Protocol):
     """What drafts, one token of every row a step."""
 
     def next_scores(self, state: State, step: int, guessing: np.ndarray) -> Tensor:
-        """Processed scores (B, V) for guess ``step``, on the target's device; only rows ``guessing`` (B,) count."""
+        """Processed scores (B, 1, V) for guess ``step``, on the target's device; of rows ``guessing`` (B,)."""
         ...
 
     def history(self, state: State, step: int) -> Tensor:
@@ -37,7 +37,7 @@ class Steps(Protocol):
         ...
 
     def write(self, state: State, guess: Tensor, step: int) -> None:
-        """Guess ``step`` of every row was ``guess`` (B,); the next step goes on from there."""
+        """Guess ``step`` of every row was ``guess`` (B, 1); the next step goes on from there."""
         ...
 
 
@@ -76,17 +76,19 @@ def draft(
         if call.sampling.keeps_logits:
             rows.append(scores)
         if confidence:
-            sure = (chance_of(scores, guess) >= confidence).cpu().numpy()
+            sure = (chance_of(scores, guess) >= confidence).cpu().numpy()[:, 0]
             limits = np.where(sure, limits, np.minimum(limits, step + 1))
         elif goes_on is not None:
-            chance = chance_of(scores, guess).double().numpy()
+            chance = chance_of(scores, guess).double().numpy()[:, 0]
             asks = goes_on(np.where(limits > step, chance, 0.0)) and asks
         limits = foresight.cut(step, limits, guess)
-        if step + 1 >= span(limits)[1] or not (asks or foresight.more):
+        if step + 1 >= span(limits)[1]:
+            break
+        if not (asks or foresight.more):
             limits = np.minimum(limits, step + 1)
             break
         steps.write(state, guess, step)
-    return Proposal(torch.stack(guesses, dim=1), limits, torch.stack(rows, dim=1) if rows else None)
+    return Proposal(torch.cat(guesses, dim=1), limits, torch.cat(rows, dim=1) if rows else None)
 
 
 def _guess(
@@ -98,13 +100,13 @@ def _guess(
     call: Call,
     positions: np.ndarray,
 ) -> tuple[Tensor, Tensor]:
-    """Guess ``step`` of every row (B,), and the scores (B, V) that it is drawn from.
+    """Guess ``step`` of every row (B, 1), and the scores (B, 1, V) that it is drawn from.
 
     Rows ``drafted`` (B,) are asked for scores, rows whose guess is ``known`` (B,) and not -1 are not; it is the new
     token at ``positions`` (B,).
     """
     if known is not None and not drafted.any():
-        sure = to_device(known.clip(min=0), state.device)
+        sure = to_device(known.clip(min=0)[:, None], state.device)
         return sure, certain(sure, state.vocabulary)
     scores = steps.next_scores(state, step, drafted)
     guess = call.sampling.guess(scores, positions)
@@ -112,7 +114,7 @@ def _guess(
         scores = sound(scores, guess < 0)
         guess = guess.clamp(min=0)
     if known is not None and (known >= 0).any():
-        guess, scores = mixed(guess, scores, to_device(known, state.device))
+        guess, scores = mixed(guess, scores, to_device(known[:, None], state.device))
     return guess, scores
 
 

@@ -7,15 +7,16 @@ from torch import Tensor
 
 
 def chance_of(scores: Tensor, guess: Tensor) -> Tensor:
-    """(B,) the draft's own probability of its guesses (B,)."""
+    """(...) the draft's own probability of its guesses (...), by its scores (..., V)."""
     # on a CPU softmax takes half of logsumexp's time
-    return scores.softmax(dim=1, dtype=torch.float32).gather(1, guess.clamp(min=0)[:, None])[:, 0].nan_to_num(0)
+    chances = scores.softmax(dim=-1, dtype=torch.float32)
+    return chances.gather(-1, guess.clamp(min=0)[..., None]).squeeze(-1).nan_to_num(0)
 
 
 def sound(scores: Tensor, bad: Tensor) -> Tensor:
-    """Where a draft's scores are no distribution (NaN) it has guessed token 0, and says that it was certain."""
-    scores = scores.masked_fill(bad[:, None], -torch.inf)
-    scores[:, 0] = scores[:, 0].masked_fill(bad, 0)
+    """Scores (..., V) of a draft, of which ``bad`` (...) are no distribution: there it is certain of token 0."""
+    scores = scores.masked_fill(bad[..., None], -torch.inf)
+    scores[..., 0] = scores[..., 0].masked_fill(bad, 0)
     return scores
 
 
@@ -26,6 +27,6 @@ def certain(guess: Tensor, vocabulary: int) -> Tensor:
 
 
 def mixed(guess: Tensor, scores: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """``guess`` (B,) and its ``scores`` (B, V), or where ``known`` (B,) is not -1 that, as a certain guess."""
-    rows = certain(known, scores.shape[1]).to(scores.dtype)
-    return torch.where(known < 0, guess, known), torch.where(known[:, None] < 0, scores, rows)
+    """``guess`` (...) and its ``scores`` (..., V), or where ``known`` (...) is not -1 that, as a certain guess."""
+    rows = certain(known, scores.shape[-1]).to(scores.dtype)
+    return torch.where(known < 0, guess, known), torch.where(known[..., None] < 0, scores, rows)

@@ -61,10 +61,10 @@ class Foresight:
         return np.array([run.pop(0) if run else -1 for run in self._runs], dtype=np.int64)
 
     def cut(self, step: int, limits: np.ndarray, guess: Tensor) -> np.ndarray:
-        """(B,) ``limits``, lowered where ``guess`` (B,) is the last because it ends the row."""
+        """(B,) ``limits``, lowered where ``guess`` (B, 1) is the last because it ends the row."""
         if not self._foresees:
             return limits
-        return np.where(self._state.ends(to_host(guess)), np.minimum(limits, step + 1), limits)
+        return np.where(self._state.ends(to_host(guess)[:, 0]), np.minimum(limits, step + 1), limits)
 
     def _is_whole(self, run: list[int]) -> bool:
         return bool(run) and bool(self._state.ends(np.array(run[-1:])).all())

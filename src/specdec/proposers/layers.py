@@ -243,7 +243,7 @@ class _InSlots:
             self._passes = zip(self._slots.steps(self._tokens, ends, state.live), ends, strict=True)
         self._next = step + 1
         logits, lengths = next(self._passes)
-        return self._call.processing.draft(logits[:, 0], self._tokens, lengths, state.vocabulary, guessing)
+        return self._call.processing.draft(logits, self._tokens, lengths, state.vocabulary, guessing)
 
     def history(self, state: State, step: int) -> Tensor:
         """See ``Steps``."""
@@ -251,4 +251,4 @@ class _InSlots:
 
     def write(self, state: State, guess: Tensor, step: int) -> None:
         """See ``Steps``."""
-        put(self._tokens, state.lengths + step, guess[:, None].clamp(0, state.vocabulary - 1))
+        put(self._tokens, state.lengths + step, guess.clamp(0, state.vocabulary - 1))

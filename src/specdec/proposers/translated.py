@@ -31,7 +31,7 @@ from specdec.proposers.rewriting import LOOK_BEHIND, Translator
 from specdec.proposers.vocabulary import Shared, Vocabulary, shared_ids
 from specdec.records import Proposal, Round
 from specdec.sampling import Greedy
-from specdec.state import State
+from specdec.state import State, put
 from specdec.transfer import to_device, to_host
 from specdec.weights.adapters import device_of
 
@@ -129,11 +129,11 @@ class _Stop:
         self.reads = self.looks or (confidence is None and device.type == "cpu")
 
     def after(self, limits: np.ndarray, step: int, chance: Tensor) -> np.ndarray:
-        """(B,) limits, lowered where the guess at ``step``, of ``chance`` (B,) by the draft, is the last."""
+        """(B,) limits, lowered where the guess at ``step``, of ``chance`` (B, 1) by the draft, is the last."""
         if self._goes_on is None:
-            sure = (chance >= self._confidence).cpu().numpy()
+            sure = (chance >= self._confidence).cpu().numpy()[:, 0]
             return np.where(sure, limits, np.minimum(limits, step + 1))
-        told = np.where(limits > step, chance.double().numpy(), 0.0)
+        told = np.where(limits > step, chance.double().numpy()[:, 0], 0.0)
         return limits if self._goes_on(told) else np.minimum(limits, step + 1)
 
 
@@ -185,32 +185,32 @@ class _Tokens:
             guesses.append(guess)
             if self._stop.reads:
                 # settled before the draw: where hardly any of the draft's mass is shared, nothing is submitted
-                mass = (cut.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
-                limits = np.where((mass >= LEAST_MASS).cpu().numpy(), limits, np.minimum(limits, step))
+                mass = (cut.logsumexp(dim=-1) - logits.logsumexp(dim=-1)).exp()
+                limits = np.where((mass >= LEAST_MASS).cpu().numpy()[:, 0], limits, np.minimum(limits, step))
             if self._stop.looks:
                 limits = self._stop.after(limits, step, chance_of(scores, guess) * mass)
             if step + 1 >= int(limits.max()):
                 break
             if not step:
                 history = state.tokens.clone()
-            history.scatter_(1, (state.device_lengths + step)[:, None], guess[:, None])
+            put(history, state.lengths + step, guess)
             self._past.write(self._to_draft[guess], step)
         width = int(limits.max())
         if width == 0:
             return Proposal.empty(state.batch, state.device)
-        drawn = torch.stack(rows, dim=1)[:, :width] if rows else None
-        self._proposal = Proposal(torch.stack(guesses, dim=1)[:, :width], limits, drawn)
+        drawn = torch.cat(rows, dim=1)[:, :width] if rows else None
+        self._proposal = Proposal(torch.cat(guesses, dim=1)[:, :width], limits, drawn)
         return self._proposal
 
     def _moved(self, logits: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """The draft's scores (B, V of the draft) at the target's ids, (B, V), and those of shared ids (B, n)."""
+        """The draft's scores (B, 1, V of the draft) at the target's ids, (B, 1, V), and those of shared ids."""
         if self._ids is None:
-            self._map(logits.shape[1], vocabulary, logits.device)
+            self._map(logits.shape[-1], vocabulary, logits.device)
         assert self._ids is not None
         theirs, ours = self._ids
-        cut = logits.index_select(1, theirs)
-        moved = logits.new_full((logits.shape[0], vocabulary), -torch.inf)
-        moved.index_copy_(1, ours, cut)
+        cut = logits.index_select(-1, theirs)
+        moved = logits.new_full((*logits.shape[:-1], vocabulary), -torch.inf)
+        moved.index_copy_(-1, ours, cut)
         return moved, cut
 
     def _map(self, draft_size: int, vocabulary: int, device: torch.device) -> None:
@@ -264,7 +264,7 @@ class _Strings:
         steps: list[Tensor] = []
         for step in range(most):
             scores = self._past.scores(step).float()
-            ids = scores.argmax(dim=1)
+            ids = scores.argmax(dim=-1)
             steps.append(ids)
             if self._stop.looks:
                 counts = self._stop.after(counts, step, chance_of(scores, ids))
@@ -272,7 +272,7 @@ class _Strings:
                     break
             if step + 1 < most:
                 self._past.write(ids, step)
-        return to_host(torch.stack(steps, dim=1)), counts
+        return to_host(torch.cat(steps, dim=1)), counts
 
     def _guesses(self, state: State, written: list[list[int]]) -> list[list[int]]:
         """What the target's tokenizer makes of the ids that the draft wrote in each row."""

@@ -60,19 +60,18 @@ def _by_bits(scores: Tensor, *, heeds_nan: bool) -> Tensor | None:
     positive. A NaN with the sign of a negative number is looked for only if ``heeds_nan``.
     """
     infinity = _INFINITY.get(scores.dtype)
-    if infinity is None or scores.device.type != "cpu" or torch.compiler.is_compiling():
+    if infinity is None or not scores.is_cpu or torch.compiler.is_compiling():
         return None
     bits = (scores.detach() if scores.requires_grad else scores).view(torch.int16).numpy()
-    rows = bits.reshape(-1, bits.shape[-1])
-    tokens = rows.argmax(axis=-1)
-    for row, token in zip(rows, tokens.tolist(), strict=True):
-        if not 0 < row.item(token) <= infinity:
+    tokens = bits.argmax(axis=-1)
+    vocabulary = bits.shape[-1]
+    for row, token in enumerate(tokens.reshape(-1).tolist()):
+        if not 0 < bits.item(row * vocabulary + token) <= infinity:
             return None
     # a NaN with a sign, as it comes out of arithmetic, is above all other bits
     if heeds_nan and bits.view("uint16").max() > 0x8000 + infinity:
         return None
-    found = torch.from_numpy(tokens)
-    return found if scores.ndim == 2 else found.view(scores.shape[:-1])
+    return torch.from_numpy(tokens) if scores.ndim > 1 else torch.tensor(int(tokens), device="cpu")
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:

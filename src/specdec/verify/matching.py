@@ -29,7 +29,7 @@ def match(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) -> tuple
         accepted (B,) int64, and next_token (B,) int64, which is -1 if the choice it comes from is.
     """
     # on a CPU the few numbers are read one by one sooner than a dozen operations are begun
-    on_host = choices.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_host = choices.is_cpu and not torch.compiler.is_compiling()
     return (match_on_host if on_host else match_on_device)(choices, draft_tokens, draft_lengths)
 
 
@@ -43,8 +43,7 @@ def match_on_host(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) 
             kept += 1
         accepted.append(kept)
         following.append(own[kept])
-    kept_of, next_of = (torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in (accepted, following))
-    return kept_of, next_of
+    return choices.new_tensor(accepted), choices.new_tensor(following)
 
 
 def match_on_device(choices: Tensor, draft_tokens: Tensor, draft_lengths: Tensor) -> tuple[Tensor, Tensor]:

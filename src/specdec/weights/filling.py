@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -24,14 +25,17 @@ READING = 8  # tokens: passes over no more are reading, and one token less saves
 MOVING = 1 << 22  # multiplications that must be saved in a layer to be worth moving its tokens together
 
 
-class leaving_out_filling:
-    """While this lasts, large linear layers in this thread compute only what is real of passes over (B, W) ids."""
+def leaving_out_filling(fed: np.ndarray, width: int, live: np.ndarray) -> AbstractContextManager[None]:
+    """While this lasts, large linear layers in this thread compute only what is real of passes over (B, W) ids.
 
+    The first ``fed[b]`` (B,) of ``width`` tokens are real in a row b that is ``live`` (B,) bool.
+    """
+    return nullcontext() if len(fed) * width <= READING else _LeavingOut(fed, width, live)
+
+
+class _LeavingOut(AbstractContextManager[None]):
     def __init__(self, fed: np.ndarray, width: int, live: np.ndarray) -> None:
-        """The first ``fed[b]`` (B,) of ``width`` tokens are real in a row b that is ``live`` (B,) bool."""
         self._picks: tuple[tuple[int, int], int, Tensor, Tensor] | None = None
-        if len(fed) * width <= READING:
-            return
         real = ((np.arange(width) < fed[:, None]) & live[:, None]).reshape(-1)
         picked = np.flatnonzero(real)
         if 0 < len(picked) < len(real):

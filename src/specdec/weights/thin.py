@@ -53,8 +53,8 @@ class ThinProducts:
                         single.append(every[-1])
                     if wins(module.weight, TRIED_ROWS):
                         few.append(every[-1])
-        self._every, self._few, self._single = (_Pass(layers, is_draft) for layers in (every, few, single))
-        self.compiled: AbstractContextManager[None] = _Pass([], is_draft)  # what to enter for a pass of a graph
+        self._every, self._few, self._single = (_pass(layers, is_draft) for layers in (every, few, single))
+        self.compiled = _pass([], is_draft)  # what to enter for a pass of a graph
 
     def over(self, tokens: int) -> AbstractContextManager[None]:
         """What to enter for a pass over so many tokens of all rows, behind ``leaving_out_filling``."""
@@ -65,22 +65,26 @@ class ThinProducts:
         return self._single if tokens == 1 else self._few
 
 
+def _pass(layers: list[_Layer], is_draft: bool) -> AbstractContextManager[None]:
+    of_draft: AbstractContextManager[None] = blocks.single_rows() if is_draft else nullcontext()
+    return _Pass(layers, of_draft) if layers else of_draft
+
+
 class _Pass(AbstractContextManager[None]):
     """While this lasts, ``layers`` multiply the fast way in this thread; in others as they always do."""
 
-    def __init__(self, layers: list[_Layer], is_draft: bool) -> None:
-        self._layers = layers
-        self._drafting: AbstractContextManager[None] = blocks.single_rows() if is_draft else nullcontext()
+    def __init__(self, layers: list[_Layer], of_draft: AbstractContextManager[None]) -> None:
+        self._layers, self._of_draft = layers, of_draft
 
     def __enter__(self) -> None:
         for own, forward in self._layers:
             own.setdefault("forward", forward)
-        self._drafting.__enter__()
+        self._of_draft.__enter__()
         _here.passes = getattr(_here, "passes", 0) + 1
 
     def __exit__(self, *_: object) -> None:
         _here.passes -= 1
-        self._drafting.__exit__(None, None, None)
+        self._of_draft.__exit__(None, None, None)
         for own, forward in self._layers:
             if own.get("forward") is forward:  # another thread may have a pass of its own under way
                 del own["forward"]
