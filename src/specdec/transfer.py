@@ -13,6 +13,7 @@ from torch import Tensor
 
 # Devices whose copies queue: from pinned memory only is that certain, and torch keeps that until the copy is made.
 QUEUES = frozenset({"cuda"})
+CPU = torch.device("cpu")
 
 
 def to_host(tensor: Tensor) -> np.ndarray:
@@ -35,6 +36,8 @@ def together_to_host(*columns: Tensor) -> list[np.ndarray]:
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """``array`` on ``device``, behind what is queued there; on the CPU the same memory."""
     tensor = torch.from_numpy(array)
+    if device == CPU:
+        return tensor
     if device.type in QUEUES:
         return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor if device.type == "cpu" else tensor.to(device)
+    return tensor.to(device)

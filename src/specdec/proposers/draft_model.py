@@ -127,9 +127,9 @@ class _Run:
         """See ``Steps``."""
         return state.tokens if not step else self._tokens.to(state.device)
 
-    def write(self, state: State, guess: Tensor, step: int) -> None:
+    def write(self, state: State, guess: Tensor, columns: np.ndarray) -> None:
         """See ``Steps``."""
-        put(self._tokens, state.lengths + step, self._past.known(guess, state.vocabulary))
+        put(self._tokens, columns, self._past.known(guess, state.vocabulary))
 
     def _sync(self, state: State) -> None:
         """Bring the draft's tokens to the committed ones; forget what it was fed and was not kept."""

@@ -36,8 +36,8 @@ class Steps(Protocol):
         """(B, capacity) committed tokens and the guesses before ``step``, for processors that look at them."""
         ...
 
-    def write(self, state: State, guess: Tensor, step: int) -> None:
-        """Guess ``step`` of every row was ``guess`` (B, 1); the next step goes on from there."""
+    def write(self, state: State, guess: Tensor, columns: np.ndarray) -> None:
+        """The last ``guess`` (B, 1) stands at ``columns`` (B,); the next step goes on from there."""
         ...
 
 
@@ -61,33 +61,40 @@ def draft(
     """
     guesses: list[Tensor] = []
     rows: list[Tensor] = []
-    places = state.lengths - state.prompt_length
+    # behind a pass the first sum of arrays takes as long as a hundred later: all are made before
+    every = np.arange(span(limits)[1])[:, None]
+    columns, guessing = state.lengths + every, limits > every
+    positions = columns - state.prompt_length
     goes_on = asked(call, confidence, state.device)
     asks = True  # until the call's draft length has had enough: then only what is foreseen is guessed
-    for step in range(span(limits)[1]):
+    for step in range(len(every)):
         known = foresight.at(step, limits, steps.history)
-        drafted = limits > step if known is None else (known < 0) & (limits > step)
+        drafted = guessing[step] if known is None else (known < 0) & guessing[step]
         if not asks:
             limits, drafted = np.where(drafted, step, limits), np.zeros_like(drafted)
+            guessing = limits > every
             if step >= span(limits)[1]:
                 break
-        guess, scores = _guess(steps, state, step, drafted, known, call, places + step)
+        guess, scores = _guess(steps, state, step, drafted, known, call, positions[step])
         guesses.append(guess)
         if call.sampling.keeps_logits:
             rows.append(scores)
+        lowered = limits
         if confidence:
             sure = (chance_of(scores, guess) >= confidence).cpu().numpy()[:, 0]
-            limits = np.where(sure, limits, np.minimum(limits, step + 1))
+            lowered = np.where(sure, limits, np.minimum(limits, step + 1))
         elif goes_on is not None:
             chance = chance_of(scores, guess).double().numpy()[:, 0]
-            asks = goes_on(np.where(limits > step, chance, 0.0)) and asks
-        limits = foresight.cut(step, limits, guess)
+            asks = goes_on(np.where(guessing[step], chance, 0.0)) and asks
+        lowered = foresight.cut(step, lowered, guess)
+        if lowered is not limits:
+            limits, guessing = lowered, lowered > every
         if step + 1 >= span(limits)[1]:
             break
         if not (asks or foresight.more):
             limits = np.minimum(limits, step + 1)
             break
-        steps.write(state, guess, step)
+        steps.write(state, guess, columns[step])
     return Proposal(torch.cat(guesses, dim=1), limits, torch.cat(rows, dim=1) if rows else None)
 
 

@@ -249,6 +249,6 @@ class _InSlots:
         """See ``Steps``."""
         return self._tokens
 
-    def write(self, state: State, guess: Tensor, step: int) -> None:
+    def write(self, state: State, guess: Tensor, columns: np.ndarray) -> None:
         """See ``Steps``."""
-        put(self._tokens, state.lengths + step, guess.clamp(0, state.vocabulary - 1))
+        put(self._tokens, columns, guess.clamp(0, state.vocabulary - 1))
