@@ -20,7 +20,7 @@ from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
 from specdec.processing import Processing
 from specdec.records import Round
-from specdec.stepwise import _Prefix
+from specdec.stepwise import Seen, Walk, _Prefix
 from specdec.structured import Constraint, ebnf, json_schema, lark, regex
 from specdec.structured.constraint import allows, forbidden, mask_of, single
 from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
@@ -557,6 +557,21 @@ def test_what_prefix_allowed_tokens_fn_raises_behind_a_stop_is_nobodys_error(how
                 gen.generate(**inputs, **options)
 
 
+def test_what_prefix_allowed_tokens_fn_raises_is_raised_though_another_row_ended_before():
+    """A row that has ended waits for nobody, and nobody for it."""
+    target, inputs = tiny_llama(), ragged_prompt((9, 5, 7))
+
+    def allows(row, ids):
+        if len(ids) == 13:
+            raise KeyError("13")
+        return [6] if row == 0 and len(ids) == 11 else range(10, 40)
+
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 6, "prefix_allowed_tokens_fn": allows}
+    for draft in (noisy_copy(target, 0.05), "ngram", None):
+        with pytest.raises(KeyError, match="13"):
+            SpeculativeGenerator(target, draft, num_draft_tokens=4).generate(**inputs, **options, pad_token_id=0)
+
+
 def test_prefix_allowed_tokens_fn_is_asked_once_and_what_it_raised_is_raised():
     """Also where it was first asked about a guess, and would answer if it were asked again."""
     target, asked = tiny_llama(), []
@@ -625,6 +640,47 @@ def test_a_guess_behind_which_nothing_may_stand_is_only_a_guess():
     options["prefix_allowed_tokens_fn"] = lambda row, ids: [] if ids[-1] == end else range(64)
     assert torch.equal(gen.generate(**inputs, **options), text)
     assert gen.stats.drafted > 0
+
+
+class Choosy:
+    """Begins only some rows; says more than it is asked for, and nothing of a row that it did not begin."""
+
+    def start(self, prompt):
+        return [None, 0]
+
+    def advance(self, state, token):
+        return state + 1
+
+    def process(self, states, scores):
+        return scores
+
+    def require(self, state):
+        assert state is not None
+
+    def forward(self, state, most):
+        assert state is not None
+        return [state, 8, 9, 10][: most + 1]
+
+
+def test_a_processor_is_asked_nothing_of_a_row_that_it_did_not_begin():
+    """And what it says beyond what it was asked for is left out."""
+    prompt = torch.ones(2, 3, dtype=torch.int64)
+    walk = Walk(Choosy(), prompt)
+    seen = Seen(torch.nn.functional.pad(prompt, (0, 4)), np.full(2, 3), np.ones(2, dtype=np.int64), walk.columns())
+    scores = torch.zeros(2, 1, 16)
+    assert walk.process(scores, seen, final=True).equal(scores)
+    assert walk.foresee(seen, np.array([3, 2])) == [[], [0, 8]]
+
+
+def test_states_behind_which_the_text_has_gone_on_are_let_go():
+    """A long text holds the states of its last guesses only."""
+    walk = Walk(Choosy(), torch.ones(2, 3, dtype=torch.int64))
+    tokens = torch.ones(2, 40, dtype=torch.int64)
+    for length in range(3, 40, 4):
+        seen = Seen(tokens, np.full(2, length), np.ones(2, dtype=np.int64), walk.columns())
+        walk.process(torch.zeros(2, 1, 16), seen, final=True)
+        assert walk.columns().tolist() == [length, length]
+        assert [len(row._states) for row in walk._rows] == [1, 1]
 
 
 # --- masks ----------------------------------------------------------------------------------------
