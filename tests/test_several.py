@@ -6,7 +6,7 @@ That no law is bent is shown in `laws`; here: is it what it says it is, and does
 import copy
 import re
 import string
-from itertools import accumulate, cycle
+from itertools import accumulate, count, cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,7 +43,7 @@ from specdec.sampling import Greedy
 from specdec.state import State
 from specdec.testing import assert_lossless, lively, noisy_copy, tiny_llama
 
-from .contract import llama, mamba2, mistral, noisy, plain, prompts, qwen3_next
+from .contract import Counted, llama, mamba2, mistral, noisy, plain, prompts, qwen3_next
 from .parrot import characters
 from .proposers import other
 
@@ -627,6 +627,40 @@ def test_what_a_proposer_of_ones_own_calls_its_parts_is_not_looked_into():
     own = SimpleNamespace(parts=3, propose=lambda state, limits: Proposal.empty(state.batch, state.device))
     for draft in (Mixture("ngram", own), Fallback(own, Mixture("ngram", own))):
         assert build_proposer(llama(), draft, None, None) is draft
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("join", [Fallback, Mixture])
+def test_what_stands_beside_another_keeps_what_came_out(join, place):
+    """A store learns from a call, before another draft or behind it."""
+    store, parts = Store(), [NGram(2)]
+    parts.insert(place, Suffix(store=store, tenant="one"))
+    run(llama(), join(*parts), prompts(1))
+    assert store.tokens("one") == LONG + 1  # and a mark behind it
+
+
+class Seldom:
+    """A model that guesses in every other round."""
+
+    def __init__(self, model):
+        self.model = DraftModel(model)
+
+    def begin(self, call):
+        run, rounds = self.model.begin(call), count()
+        propose = run.propose
+        run.propose = lambda state, limits: propose(state, limits * (next(rounds) % 2))
+        return run
+
+
+@pytest.mark.parametrize("join", [Cascade, Mixture, lambda one, other: Fallback(Seldom(one), DraftModel(other))])
+def test_passes_of_several_models_are_told_together(join, monkeypatch):
+    monkeypatch.setattr("specdec.call.clock", None)  # prices as assumed: the first is left as it is never right
+    models = tiny_llama(seed=9), noisy_copy(llama(), 0.1)
+    with Counted(models[0]) as first, Counted(models[1]) as second:
+        got, stats = run(llama(), join(*models), prompts(3))
+    assert got == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
+    assert stats.draft_forwards == first.calls + second.calls
+    assert min(first.calls, second.calls) > 0
 
 
 def test_a_round_looks_as_if_nothing_was_guessed_where_another_did():

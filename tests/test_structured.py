@@ -534,12 +534,13 @@ def test_prefix_allowed_tokens_fn_is_not_asked_behind_an_end():
     target = tiny_llama()
     ids = ragged_prompt((5,))["input_ids"]
     text = target.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
-    table = {length: [text[length]] for length in range(5, 10)}
+    table, asked = {length: [text[length]] for length in range(5, 10)}, []
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": text[9]}
-    options |= {"prefix_allowed_tokens_fn": lambda row, ids: table[len(ids)]}
+    options |= {"prefix_allowed_tokens_fn": lambda row, ids: asked.append(len(ids)) or table[len(ids)]}
     for draft in (target, None):
         out = SpeculativeGenerator(target, draft, num_draft_tokens=8).generate(ids, **options, prediction=text[5:])
         assert out.tolist() == [text[:10]]
+    assert max(asked) == 9
 
 
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "seed": 1}])
