@@ -684,6 +684,48 @@ def test_states_behind_which_the_text_has_gone_on_are_let_go():
         assert [len(row._states) for row in walk._rows] == [1, 1]
 
 
+def test_a_grammar_behind_embeddings_begins_anew():
+    """Plain `generate()` shows no ids at first; a call of one token leaves nothing to go on from."""
+    constraint, scores = counting(), torch.zeros(2, 64)
+    first, second = (constraint(torch.zeros(2, 0, dtype=torch.int64), scores) for _ in range(2))
+    assert first.equal(second)
+    assert first.isinf().any()
+
+
+class Circle:
+    """A place that every token leads back to."""
+
+    ended = False
+
+    def __init__(self, allowed, ahead):
+        self.allowed, self.ahead, self.steps = mask_of(allowed, 1), ahead, 0
+
+    def mask(self):
+        return self.allowed
+
+    def after(self, token):
+        self.steps += 1
+        assert self.steps < 20
+        return self
+
+    def forward(self):
+        return self.ahead
+
+
+def test_what_is_foreseen_is_allowed_and_ends_where_it_should():
+    """Where a grammar leaves no choice for ever, and where a library foresees what its own mask forbids."""
+    for allowed, ahead, found in (
+        ([3], [], [3] * 4),
+        ([3, 4], [4, 3, 4, 4, 3], [4, 3, 4, 4]),
+        ([3, 4], [4, 9, 3], [4]),
+    ):
+        place = Circle(allowed, ahead)
+        constraint = Constraint(SimpleNamespace(ends=(1,), start=lambda place=place: place))
+        assert constraint.forward(place, 4) == found
+    assert constraint.advance(place, 9) is None
+    assert constraint.forward(Circle([3, 4], []), 4) == []
+
+
 # --- masks ----------------------------------------------------------------------------------------
 
 
