@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from specdec import Fallback, NGram, SpeculativeGenerator, Suffix, UnsupportedModel
+from specdec import Fallback, Mixture, NGram, SpeculativeGenerator, Suffix, UnsupportedModel
 
 from .architectures.build import Case, build
 from .contract import NEW, gemma, llama, oracle, plain, prompts, qwen3_next, t5
@@ -66,9 +66,10 @@ def test_they_are_not_kept_where_nobody_asks():
     assert all(round_.hidden is None and round_.states is None for round_ in draft.rounds)
 
 
-def test_behind_another_proposer():
+@pytest.mark.parametrize("join", [Fallback, Mixture])
+def test_beside_another_proposer(join):
     draft = reader(llama, 3)
-    gen = SpeculativeGenerator(llama(), Fallback(Suffix(shortest=8), draft), num_draft_tokens=3, layout="slots")
+    gen = SpeculativeGenerator(llama(), join(Suffix(shortest=8), draft), num_draft_tokens=3, layout="slots")
     gen.generate(**prompts(3), **GREEDY)
     assert_hidden_as_in_plain(draft.rounds, llama, 3)
 

@@ -651,10 +651,11 @@ def test_the_check_sees_what_it_is_for():
 @pytest.mark.parametrize(
     ("rope", "prompt", "longest", "plain"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, 10, 60, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, 10, 64, False),
         ({"rope_type": "dynamic", "factor": 2.0}, 10, 65, True),
         ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 10, 32, False),
         ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 10, 33, True),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 32, 60, True),
         ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 33, 60, False),
         ({"rope_type": "default"}, 10, 500, False),
     ],
@@ -664,6 +665,89 @@ def test_frequencies_that_change_at_a_boundary(rope, prompt, longest, plain):
     model.config.max_position_embeddings = 64
     model.config.rope_parameters = {"rope_theta": 1e4, **rope}
     assert bool(one_token_reason(model, prompt, longest)) == plain
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "longest", "plain"),
+    [
+        ({"model_type": "zamba2"}, 1, 10, True),
+        ({"model_type": "llama"}, 3, 10, False),
+        ({"model_type": "unlimited_ocr"}, 1, 10, False),
+        ({"model_type": "unlimited_ocr"}, 2, 10, True),
+        ({"model_type": "doge", "keep_window_size": 32}, 1, 32, False),
+        ({"model_type": "doge", "keep_window_size": 32}, 1, 33, True),
+        ({"model_type": "moshi", "sliding_window": 16}, 1, 16, False),
+        ({"model_type": "moshi", "sliding_window": 16}, 1, 17, True),
+        ({"model_type": "moshi", "sliding_window": None}, 1, 17, False),
+        ({"model_type": "mistral", "sliding_window": 16, "keep_window_size": 16}, 1, 17, False),
+        ({"rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": {}}}, 1, 65, True),
+        ({"rope_scaling": {"type": "dynamic"}}, 1, 65, True),
+        ({"rope_parameters": {"rope_type": "longrope"}, "original_max_position_embeddings": 32}, 1, 33, True),
+        ({"rope_parameters": {"rope_type": "longrope"}}, 1, 64, False),
+        ({"rope_parameters": {"rope_type": "longrope"}}, 1, 65, True),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 10}}, 1, 11, True),
+    ],
+)
+def test_who_takes_one_token_at_a_time(config, batch, longest, plain):
+    """What a config says holds for the part of a model that it is about, however deep that lies."""
+    config = SimpleNamespace(**{"max_position_embeddings": 64, **config})
+    middle = SimpleNamespace(sub_configs={"text_config": None, "other": None}, text_config=config, other=None)
+    for whole in (config, middle, SimpleNamespace(sub_configs={"part": None}, part=middle)):
+        assert bool(one_token_reason(SimpleNamespace(config=whole), 10, longest, batch)) == plain
+
+
+def test_who_cannot_be_in_slots():
+    """Llama4 from some column on, and who has padding that is a word and no position."""
+    model = tiny_llama()
+    model.config.attn_temperature_tuning, model.config.floor_scale = True, 32
+    assert slots_reason(model, 31) == ""
+    assert "one length of the cache" in slots_reason(model, 32)
+    model.config.attn_temperature_tuning = False
+    assert slots_reason(model, 32) == ""
+    model.config.model_type = "trocr"
+    assert "padding" in slots_reason(model, 20)
+    model.config.pad_token_id = None
+    assert slots_reason(model, 20) == ""
+
+
+def test_who_prepares_the_inputs_of_a_model():
+    """Transformers for all models, transformers for this one, or somebody else: in a class, or in this object."""
+
+    def prepare(self, *args, **kwargs):
+        return {}
+
+    usual = tiny_llama()
+    assert (facts.prepares_as_usual(usual), slots_reason(usual, 20)) == (True, "")
+    for name in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
+        by_others = type("Own", (type(usual),), {name: prepare})(usual.config)
+        patched = tiny_llama()
+        setattr(patched, name, functools.partial(prepare, patched))
+        theirs = FunctionType(prepare.__code__, {})
+        theirs.__module__ = "transformers.models.some"
+        by_them = type("Own", (type(usual),), {name: theirs})(usual.config)
+        for model, reason in ((by_others, True), (patched, True), (by_them, False)):
+            assert not facts.prepares_as_usual(model)
+            assert bool(slots_reason(model, 20)) == reason
+
+
+@pytest.mark.parametrize(
+    ("config", "last"),
+    [
+        ({"max_position_embeddings": 24}, 24),
+        ({"max_position_embeddings": 24, "rope_parameters": {"rope_type": "default"}}, NEVER),
+        ({"max_position_embeddings": None, "max_target_positions": 20}, 20),
+        ({"max_position_embeddings": 24, "max_target_positions": 20}, 20),
+        ({"max_position_embeddings": -1}, NEVER),
+        ({}, NEVER),
+    ],
+)
+def test_where_positions_end(config, last):
+    config = SimpleNamespace(**config)
+    config.get_text_config = lambda decoder: config
+    assert facts.last_position(SimpleNamespace(config=config)) == last
 
 
 def test_embeddings_are_columns_before_the_boundary_as_well():

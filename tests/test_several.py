@@ -6,7 +6,7 @@ That no law is bent is shown in `laws`; here: is it what it says it is, and does
 import copy
 import re
 import string
-from itertools import accumulate, cycle
+from itertools import accumulate, count, cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,7 +43,7 @@ from specdec.sampling import Greedy
 from specdec.state import State
 from specdec.testing import assert_lossless, lively, noisy_copy, tiny_llama
 
-from .contract import llama, mamba2, mistral, noisy, plain, prompts, qwen3_next
+from .contract import Counted, llama, mamba2, mistral, noisy, plain, prompts, qwen3_next
 from .parrot import characters
 from .proposers import other
 
@@ -555,6 +555,67 @@ def test_a_mixture_waits_for_the_text_to_answer():
     assert sum(part == 0 for part, *_ in judged) >= 40 // 7 - 1
 
 
+def test_how_long_a_drawn_guess_has_become_decides_nothing():
+    """It may be long by its own value, so whether it is submitted must not depend on that; a certain one may."""
+    prompt = torch.tensor([[5, 6, 7]])
+    state = State(prompt, max_length=20, max_guesses=4, eos_ids=None, pad_id=0, starts=np.zeros(1, dtype=np.int64))
+    state.vocabulary = 64
+
+    def guess(length, drawn):
+        tokens, logits = torch.full((1, length), 9), torch.zeros(1, length, 64)
+        proposal = Proposal(tokens, np.array([length]), logits if drawn else None)
+        return SimpleNamespace(propose=lambda state, limits: proposal)
+
+    for length, drawn, first in ((1, True, True), (3, True, True), (1, False, False), (3, False, True)):
+        mixture = Mixture(guess(length, drawn), guess(2, drawn=False))
+        run = mixture.begin(Call(llama(), prompt, {}, 20, Processing([]), Greedy()))
+        assert run.propose(state, np.array([3])).lengths == [length if first else 2]
+
+
+def test_a_drawn_guess_beside_a_certain_one_keeps_what_it_was_drawn_from():
+    """Also where its proposer has guessed for the other row as well, and is not taken there."""
+    prompt = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    state = State(prompt, max_length=20, max_guesses=4, eos_ids=None, pad_id=0, starts=np.zeros(2, dtype=np.int64))
+    state.vocabulary = 64
+    logits = torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(0))
+    drawn = Proposal(torch.full((2, 2), 9), np.array([2, 2]), logits)
+    certain = Proposal.certain([[11, 12, 10], [13, 14, 15]], prompt.device)  # wider
+    for place, parts in enumerate([(drawn, certain), (certain, drawn)]):
+        mixture = Mixture(*(SimpleNamespace(propose=lambda *_, one=one: one) for one in parts))
+        run = mixture.begin(Call(llama(), prompt, {}, 20, Processing([]), Greedy()))
+        for _ in range(9):
+            run.record.add(place, 0, 2, 2)
+            run.record.add(place, 1, 2, 0)
+        found = run.propose(state, np.array([3, 3]))
+        assert found.lengths.tolist() == [2, 3]
+        assert found.tokens[0, :2].tolist() == [9, 9]
+        assert found.logits[0, :2].equal(logits[0])
+        assert found.tokens[1].tolist() == found.logits[1].argmax(-1).tolist() == [13, 14, 15]
+
+
+@pytest.mark.parametrize("join", [Mixture, Fallback])
+def test_each_of_several_sees_its_own_guesses_judged(join):
+    class Noted(Says):
+        judged = 0
+
+        def propose(self, state, limits):
+            self.guessed = super().propose(state, limits)
+            return self.guessed
+
+        def observe(self, round_):
+            for row in round_.lengths.nonzero()[0]:
+                length = round_.lengths[row]
+                assert round_.drafted[row, :length].tolist() == self.guessed.tokens[row, :length].tolist()
+                self.judged += length
+
+    right = answers(3)
+    ways = [[right[0], [], right[2]], [wrong(right)[0], right[1], wrong(right)[2]]]
+    parts = [Noted(way) for way in ways]
+    _, stats = run(llama(), join(*parts), prompts(3))
+    assert stats.drafted == sum(part.judged for part in parts)
+    assert all(part.judged for part in parts)
+
+
 def test_a_promised_text_does_not_depend_on_the_clock():
     clocks = []
 
@@ -627,6 +688,40 @@ def test_what_a_proposer_of_ones_own_calls_its_parts_is_not_looked_into():
     own = SimpleNamespace(parts=3, propose=lambda state, limits: Proposal.empty(state.batch, state.device))
     for draft in (Mixture("ngram", own), Fallback(own, Mixture("ngram", own))):
         assert build_proposer(llama(), draft, None, None) is draft
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("join", [Fallback, Mixture])
+def test_what_stands_beside_another_keeps_what_came_out(join, place):
+    """A store learns from a call, before another draft or behind it."""
+    store, parts = Store(), [NGram(2)]
+    parts.insert(place, Suffix(store=store, tenant="one"))
+    run(llama(), join(*parts), prompts(1))
+    assert store.tokens("one") == LONG + 1  # and a mark behind it
+
+
+class Seldom:
+    """A model that guesses in every other round."""
+
+    def __init__(self, model):
+        self.model = DraftModel(model)
+
+    def begin(self, call):
+        run, rounds = self.model.begin(call), count()
+        propose = run.propose
+        run.propose = lambda state, limits: propose(state, limits * (next(rounds) % 2))
+        return run
+
+
+@pytest.mark.parametrize("join", [Cascade, Mixture, lambda one, other: Fallback(Seldom(one), DraftModel(other))])
+def test_passes_of_several_models_are_told_together(join, monkeypatch):
+    monkeypatch.setattr("specdec.call.clock", None)  # prices as assumed: the first is left as it is never right
+    models = tiny_llama(seed=9), noisy_copy(llama(), 0.1)
+    with Counted(models[0]) as first, Counted(models[1]) as second:
+        got, stats = run(llama(), join(*models), prompts(3))
+    assert got == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
+    assert stats.draft_forwards == first.calls + second.calls
+    assert min(first.calls, second.calls) > 0
 
 
 def test_a_round_looks_as_if_nothing_was_guessed_where_another_did():

@@ -20,7 +20,7 @@ from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
 from specdec.processing import Processing
 from specdec.records import Round
-from specdec.stepwise import _Prefix
+from specdec.stepwise import Seen, Walk, _Prefix
 from specdec.structured import Constraint, ebnf, json_schema, lark, regex
 from specdec.structured.constraint import allows, forbidden, mask_of, single
 from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
@@ -534,12 +534,13 @@ def test_prefix_allowed_tokens_fn_is_not_asked_behind_an_end():
     target = tiny_llama()
     ids = ragged_prompt((5,))["input_ids"]
     text = target.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
-    table = {length: [text[length]] for length in range(5, 10)}
+    table, asked = {length: [text[length]] for length in range(5, 10)}, []
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": text[9]}
-    options |= {"prefix_allowed_tokens_fn": lambda row, ids: table[len(ids)]}
+    options |= {"prefix_allowed_tokens_fn": lambda row, ids: asked.append(len(ids)) or table[len(ids)]}
     for draft in (target, None):
         out = SpeculativeGenerator(target, draft, num_draft_tokens=8).generate(ids, **options, prediction=text[5:])
         assert out.tolist() == [text[:10]]
+    assert max(asked) == 9
 
 
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "seed": 1}])
@@ -555,6 +556,21 @@ def test_what_prefix_allowed_tokens_fn_raises_behind_a_stop_is_nobodys_error(how
             assert gen.generate(**inputs, **options, stopping_criteria=stop).shape == (rows, 13)
             with pytest.raises(KeyError, match="13"):
                 gen.generate(**inputs, **options)
+
+
+def test_what_prefix_allowed_tokens_fn_raises_is_raised_though_another_row_ended_before():
+    """A row that has ended waits for nobody, and nobody for it."""
+    target, inputs = tiny_llama(), ragged_prompt((9, 5, 7))
+
+    def allows(row, ids):
+        if len(ids) == 13:
+            raise KeyError("13")
+        return [6] if row == 0 and len(ids) == 11 else range(10, 40)
+
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 6, "prefix_allowed_tokens_fn": allows}
+    for draft in (noisy_copy(target, 0.05), "ngram", None):
+        with pytest.raises(KeyError, match="13"):
+            SpeculativeGenerator(target, draft, num_draft_tokens=4).generate(**inputs, **options, pad_token_id=0)
 
 
 def test_prefix_allowed_tokens_fn_is_asked_once_and_what_it_raised_is_raised():
@@ -625,6 +641,89 @@ def test_a_guess_behind_which_nothing_may_stand_is_only_a_guess():
     options["prefix_allowed_tokens_fn"] = lambda row, ids: [] if ids[-1] == end else range(64)
     assert torch.equal(gen.generate(**inputs, **options), text)
     assert gen.stats.drafted > 0
+
+
+class Choosy:
+    """Begins only some rows; says more than it is asked for, and nothing of a row that it did not begin."""
+
+    def start(self, prompt):
+        return [None, 0]
+
+    def advance(self, state, token):
+        return state + 1
+
+    def process(self, states, scores):
+        return scores
+
+    def require(self, state):
+        assert state is not None
+
+    def forward(self, state, most):
+        assert state is not None
+        return [state, 8, 9, 10][: most + 1]
+
+
+def test_a_processor_is_asked_nothing_of_a_row_that_it_did_not_begin():
+    """And what it says beyond what it was asked for is left out."""
+    prompt = torch.ones(2, 3, dtype=torch.int64)
+    walk = Walk(Choosy(), prompt)
+    seen = Seen(torch.nn.functional.pad(prompt, (0, 4)), np.full(2, 3), np.ones(2, dtype=np.int64), walk.columns())
+    scores = torch.zeros(2, 1, 16)
+    assert walk.process(scores, seen, final=True).equal(scores)
+    assert walk.foresee(seen, np.array([3, 2])) == [[], [0, 8]]
+
+
+def test_states_behind_which_the_text_has_gone_on_are_let_go():
+    """A long text holds the states of its last guesses only."""
+    walk = Walk(Choosy(), torch.ones(2, 3, dtype=torch.int64))
+    tokens = torch.ones(2, 40, dtype=torch.int64)
+    for length in range(3, 40, 4):
+        seen = Seen(tokens, np.full(2, length), np.ones(2, dtype=np.int64), walk.columns())
+        walk.process(torch.zeros(2, 1, 16), seen, final=True)
+        assert walk.columns().tolist() == [length, length]
+        assert [len(row._states) for row in walk._rows] == [1, 1]
+
+
+def test_a_grammar_behind_embeddings_begins_anew():
+    """Plain `generate()` shows no ids at first; a call of one token leaves nothing to go on from."""
+    constraint, scores = counting(), torch.zeros(2, 64)
+    first, second = (constraint(torch.zeros(2, 0, dtype=torch.int64), scores) for _ in range(2))
+    assert first.equal(second)
+    assert first.isinf().any()
+
+
+class Circle:
+    """A place that every token leads back to."""
+
+    ended = False
+
+    def __init__(self, allowed, ahead):
+        self.allowed, self.ahead, self.steps = mask_of(allowed, 1), ahead, 0
+
+    def mask(self):
+        return self.allowed
+
+    def after(self, token):
+        self.steps += 1
+        assert self.steps < 20
+        return self
+
+    def forward(self):
+        return self.ahead
+
+
+def test_what_is_foreseen_is_allowed_and_ends_where_it_should():
+    """Where a grammar leaves no choice for ever, and where a library foresees what its own mask forbids."""
+    for allowed, ahead, found in (
+        ([3], [], [3] * 4),
+        ([3, 4], [4, 3, 4, 4, 3], [4, 3, 4, 4]),
+        ([3, 4], [4, 9, 3], [4]),
+    ):
+        place = Circle(allowed, ahead)
+        constraint = Constraint(SimpleNamespace(ends=(1,), start=lambda place=place: place))
+        assert constraint.forward(place, 4) == found
+    assert constraint.advance(place, 9) is None
+    assert constraint.forward(Circle([3, 4], []), 4) == []
 
 
 # --- masks ----------------------------------------------------------------------------------------
