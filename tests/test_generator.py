@@ -545,6 +545,32 @@ def test_hooks_that_come_later_are_judged_anew():
     assert gen.stats.layout == "slots"
 
 
+class Mixing(torch.nn.Module):
+    """What a pass makes of a token depends on the tokens beside it, as where activations share a scale."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states):
+        return self.inner(states) + 0.5 * states.mean(dim=1, keepdim=True)
+
+
+def test_layers_that_come_later_are_judged_anew():
+    target = llama()
+    gen = SpeculativeGenerator(target, noisy(target), num_draft_tokens=3)
+    gen.generate(**prompts(3), **GREEDY)
+    assert gen.stats.layout == "slots"
+    layer = target.model.layers[0]
+    layer.mlp = Mixing(layer.mlp)
+    with pytest.warns(UserWarning, match="plainly"):
+        assert gen.generate(**prompts(3), **GREEDY).tolist() == plain(target, prompts(3), **GREEDY).tolist()
+    assert gen.stats.layout == "plain"
+    layer.mlp = layer.mlp.inner
+    gen.generate(**prompts(3), **GREEDY)
+    assert gen.stats.layout == "slots"
+
+
 class Sinks(DynamicCache):
     """Forgets most of a long text."""
 
