@@ -34,7 +34,7 @@ def kept_for(plain: Columns, prompt: Tensor, names: tuple[str, ...]) -> Any:
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         device,
         prompt.shape[0] > 1,
-        kwargs.get("attention_mask") is not None,
+        frozenset(name for name, value in kwargs.items() if value is not None),
         bool(kwargs.get("use_cache", True)),
         type(cache),
         frozenset(type(layer).__name__ for layer in getattr(cache, "layers", ())),
