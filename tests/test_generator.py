@@ -545,6 +545,55 @@ def test_hooks_that_come_later_are_judged_anew():
     assert gen.stats.layout == "slots"
 
 
+class Mixing(torch.nn.Module):
+    """What a pass makes of a token depends on the tokens beside it, as where activations share a scale."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states):
+        return self.inner(states) + 0.5 * states.mean(dim=1, keepdim=True)
+
+
+def test_layers_that_come_later_are_judged_anew():
+    target = llama()
+    gen = SpeculativeGenerator(target, noisy(target), num_draft_tokens=3)
+    gen.generate(**prompts(3), **GREEDY)
+    assert gen.stats.layout == "slots"
+    layer = target.model.layers[0]
+    layer.mlp = Mixing(layer.mlp)
+    with pytest.warns(UserWarning, match="plainly"):
+        assert gen.generate(**prompts(3), **GREEDY).tolist() == plain(target, prompts(3), **GREEDY).tolist()
+    assert gen.stats.layout == "plain"
+    layer.mlp = layer.mlp.inner
+    gen.generate(**prompts(3), **GREEDY)
+    assert gen.stats.layout == "slots"
+
+
+class Steered(LlamaForCausalLM):
+    """Told how, it mixes the scores of the tokens of a pass."""
+
+    def forward(self, input_ids=None, steer=None, **kwargs):
+        out = super().forward(input_ids=input_ids, **kwargs)
+        if steer is not None:
+            out.logits = out.logits + steer * out.logits.mean(dim=1, keepdim=True).roll(1, -1)
+        return out
+
+
+def test_inputs_that_come_later_are_judged_anew():
+    target = lively(Steered(llama().config).eval())
+    gen = SpeculativeGenerator(target, noisy(target), num_draft_tokens=3)
+    gen.generate(**prompts(3), **GREEDY)
+    assert gen.stats.layout == "slots"
+    options = {**GREEDY, "steer": torch.tensor(3.0)}
+    with pytest.warns(UserWarning, match="plainly"):
+        assert gen.generate(**prompts(3), **options).tolist() == plain(target, prompts(3), **options).tolist()
+    assert gen.stats.layout == "plain"
+    gen.generate(**prompts(3), **GREEDY)
+    assert gen.stats.layout == "slots"
+
+
 class Sinks(DynamicCache):
     """Forgets most of a long text."""
 

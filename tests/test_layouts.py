@@ -10,10 +10,12 @@ import functools
 import weakref
 from contextlib import ExitStack
 from types import FunctionType, SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import (
     Cache,
     DeepseekV4Config,
@@ -27,9 +29,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, QuantoQuantizedLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from specdec import SpeculativeGenerator
-from specdec.layouts import NEVER, check, facts, masks, slots
+from specdec.layouts import NEVER, check, facts, masks, slots, verdicts
 from specdec.layouts.choices import _may_change
 from specdec.layouts.facts import one_token_reason, slots_reason
 from specdec.layouts.forget import drop, trim
@@ -378,7 +381,7 @@ def forward_of(model, change):
 
 
 def test_another_forward_at_the_place_of_a_dead_one_is_tried_anew(monkeypatch):
-    monkeypatch.setattr(check, "id", lambda one: 7, raising=False)
+    monkeypatch.setattr(verdicts, "id", lambda one: 7, raising=False)
     model, prompt = tiny_llama(5), ragged_prompt((6,))
     wanted = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
@@ -389,6 +392,10 @@ def test_another_forward_at_the_place_of_a_dead_one_is_tried_anew(monkeypatch):
     with pytest.warns(UserWarning, match="plainly"):
         assert torch.equal(gen.generate(**prompt, max_new_tokens=12, do_sample=False), wanted)
     assert gen.stats.layout == "plain"
+
+
+class OtherWeight(torch.nn.Parameter):
+    """A tensor that might multiply in a way of its own."""
 
 
 CHANGES = {
@@ -404,6 +411,23 @@ CHANGES = {
     "padding": lambda model, stack: {"attention_mask": (torch.arange(7) > 1).long()[None]},
     "no cache": lambda model, stack: {"use_cache": False},
     "a static cache": lambda model, stack: {"cache_implementation": "static"},
+    "a hook on all": lambda model, stack: (
+        stack.callback(register_module_forward_hook(lambda *_: None).remove) and None
+    ),
+    "a hook before all": lambda model, stack: (
+        stack.callback(register_module_forward_pre_hook(lambda *_: None).remove) and None
+    ),
+    "a layer": lambda model, stack: setattr(
+        model.model.layers[1], "mlp", torch.nn.Sequential(model.model.layers[1].mlp)
+    ),
+    "a method of a layer": lambda model, stack: setattr(model.model.layers[1].mlp, "forward", torch.zeros_like),
+    "a method of all": lambda model, stack: (
+        stack.enter_context(patch.object(MistralMLP, "forward", lambda self, states: states)) and None
+    ),
+    "a method around that of all": lambda model, stack: (
+        stack.enter_context(patch.object(MistralMLP, "forward", torch.no_grad()(MistralMLP.forward))) and None
+    ),
+    "weights": lambda model, stack: setattr(model.lm_head, "weight", OtherWeight(model.lm_head.weight, False)),
     "checkpoints": lambda model, stack: setattr(model.model.layers[0], "gradient_checkpointing", True),
 }
 
@@ -431,7 +455,8 @@ def test_what_was_done_to_a_model_is_told_apart():
     model, prompt = tiny_llama(), torch.zeros(1, 3)
 
     def key(*names):
-        return check._key(SimpleNamespace(model=model, described=lambda width: {}, cache=None), prompt, names)
+        plain = SimpleNamespace(model=model, described=lambda width: {}, cache=None)
+        return verdicts.kept_for(plain, prompt, names)
 
     def hooked(made):
         handle = model.model.register_forward_hook(made)
@@ -455,9 +480,9 @@ def test_what_was_done_to_a_model_is_told_apart():
 
 
 def test_a_key_is_of_one_object_and_does_not_keep_it(monkeypatch):
-    monkeypatch.setattr(check, "id", lambda one: 7, raising=False)
+    monkeypatch.setattr(verdicts, "id", lambda one: 7, raising=False)
     one, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    key, same, another = (check._Very(made) for made in (one, one, other))
+    key, same, another = (verdicts.Very(made) for made in (one, one, other))
     assert hash(key) == hash(same) == hash(another)
     assert key == same
     assert key != another
@@ -465,7 +490,7 @@ def test_a_key_is_of_one_object_and_does_not_keep_it(monkeypatch):
     del one
     assert alive() is None
     assert key not in {same, another}
-    assert check._Very(object()) != check._Very(object())  # of which nobody can tell whether it is alive
+    assert verdicts.Very(object()) != verdicts.Very(object())  # of which nobody can tell whether it is alive
 
 
 def test_what_a_trial_changes_in_a_model_is_as_it_was():
@@ -525,7 +550,7 @@ def test_modules_may_change_while_their_states_are_looked_at(monkeypatch):
     assert model.steps == 3
     for hook in (print, repr):
         model.register_forward_hook(hook)
-    for _ in check._changes(model):
+    for _ in verdicts.changes(model):
         model.register_forward_hook(str)
 
 

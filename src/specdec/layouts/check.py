@@ -5,14 +5,14 @@ so cost nothing. Then the layout under trial goes back to the prompt and feeds t
 behind them, rows of different lengths, forgets what is wrong and feeds again. Its scores must agree with those of
 the one-token steps. Two short forwards (three for a batch of one row), once per model and kind of batch; the
 verdict is kept as long as the model lives. A draft makes its steps up, two forwards more. What a short check cannot
-see is in ``facts.py``. Knows nothing of proposals. Read next: ``facts.py``.
+see is in ``facts.py``. Knows nothing of proposals. Read next: ``verdicts.py``.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from torch import Tensor
 from specdec.errors import FAULTS
 from specdec.layouts import Layout
 from specdec.layouts.columns import Columns
-from specdec.layouts.forget import own_cache
 from specdec.layouts.snapshot import Snapshots
+from specdec.layouts.verdicts import kept_for
 from specdec.transfer import to_device
 
 # float32: the good cases of 295 architectures stay below 7e-5, the bad ones start at 6.9e-4
@@ -37,7 +37,6 @@ MODULE_PARTS = {name for name in vars(torch.nn.Module()) if name.startswith("_")
 
 Candidate = Callable[[Columns], Layout]
 _VERDICTS: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
-METHODS = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 LARGE = 1 << 16  # numbers
 STEPS, FED = 2, 3  # one-token steps that a layout is compared with; columns behind the prompt that it is fed
 
@@ -56,7 +55,7 @@ class Trial:
         """
         self._plain, self._prompt, self._candidates = plain, prompt, candidates
         self._verdicts = _VERDICTS.setdefault(plain.model, {})
-        self._key = _key(plain, prompt, tuple(candidates))
+        self._key = kept_for(plain, prompt, tuple(candidates))
         self._last = list(candidates)[-1]
         self._truth: list[Tensor] = []
         self.at_prompt: _Mark | None = None  # the way back behind the prompt
@@ -197,24 +196,6 @@ def close(scores: Tensor, truth: Tensor) -> bool:
     return bool(difference.abs().max() <= FLOAT32_TOLERANCE * scale)
 
 
-class _Very:
-    """An object as part of a key: equal to itself alone, however alike another is, and not kept alive by it."""
-
-    def __init__(self, one: Any) -> None:
-        self._hash = id(one)
-        try:
-            self._one: Callable[[], Any] = weakref.ref(one)
-        except TypeError:  # then it is equal to nothing, and layouts are tried again
-            self._one = lambda: None
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        mine = self._one()
-        return isinstance(other, _Very) and mine is not None and mine is other._one()
-
-
 class _ModuleStates:
     """What modules keep as plain attributes and buffers, and the way back to it.
 
@@ -263,37 +244,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _identical(one: list[Any], other: list[Any]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
-
-
-def _key(plain: Columns, prompt: Tensor, names: tuple[str, ...]) -> Any:
-    """What the verdict depends on beside the model object itself."""
-    model, kwargs = plain.model, plain.described(0)
-    cache, device = own_cache(plain.cache), prompt.device.type
-    return (
-        names,
-        getattr(model.config, "_attn_implementation", None),
-        model.dtype,
-        model.training,  # dropout makes every pass another
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-        device,
-        prompt.shape[0] > 1,
-        kwargs.get("attention_mask") is not None,
-        bool(kwargs.get("use_cache", True)),
-        type(cache),
-        frozenset(type(layer).__name__ for layer in getattr(cache, "layers", ())),
-        *_changes(model),
-    )
-
-
-def _changes(model: Any) -> Iterator[Any]:
-    """What somebody has done to a model's passes: hooks, other methods, checkpoints."""
-    for module in model.modules():
-        held = vars(module)
-        for hooks in (held["_forward_hooks"], held["_forward_pre_hooks"]):
-            # by what is written, for the same one may be registered for every call anew
-            yield from (getattr(hook, "__code__", None) or type(hook) for hook in list(hooks.values()))
-        if held.get("gradient_checkpointing"):
-            yield "gradient_checkpointing"
-    for method in (vars(model)[name] for name in METHODS if name in vars(model)):
-        # a bound one, as PEFT puts there for every call, is another object whenever it is asked for
-        yield from map(_Very, (getattr(method, "__self__", method), getattr(method, "__func__", method)))
