@@ -256,9 +256,10 @@ def widened(buffer: Tensor, columns: int, value: int = 0) -> Tensor:
 
 def in_common(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """(B,) columns that the rows of two arrays (B, n) have in common from their beginning on."""
-    pairs = [list(zip(mine, its, strict=True)) for mine, its in zip(one.tolist(), other.tolist(), strict=True)]
-    counts = [next((place for place, (a, b) in enumerate(row) if a != b), len(row)) for row in pairs]
-    return np.array(counts, dtype=np.int64)
+    same = np.zeros((len(one), one.shape[1] + 1), dtype=bool)  # behind the last column nothing is the same
+    np.equal(one, other, out=same[:, :-1])
+    count: np.ndarray = same.argmin(axis=1)
+    return count
 
 
 def span(values: np.ndarray) -> tuple[int, int]:
