@@ -363,11 +363,15 @@ def test_rows_that_have_ended_do_not_hold_back_what_nobody_looks_at_again():
         assert state.foundation == foundation
 
 
-def test_a_row_that_ended_before_keeps_its_length_when_all_are_cut():
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_row_that_ended_before_keeps_its_length_when_all_are_cut(apart):
+    """Where the host has a copy of the text, in both."""
     ids = torch.ones(4, 4, dtype=torch.int64)
     state = State(ids, max_length=20, max_guesses=3, eos_ids=None, pad_id=0, starts=np.zeros(4, dtype=np.int64))
     state.tokens[:, 4:12] = 5
     state.tokens[0, 6:] = 0
+    if apart:
+        state.host_tokens = state.host_tokens.copy()
     state.lengths, state.live = np.array([6, 9, 12, 12]), np.array([False, True, True, True])
     state.end_rows(np.array([True, True, True, False]), 9)
     assert state.lengths.tolist() == [6, 9, 9, 12]
@@ -376,6 +380,7 @@ def test_a_row_that_ended_before_keeps_its_length_when_all_are_cut():
         [1] * 4 + [5] * 2 + [7] * 6, [1] * 4 + [5] * 5 + [7] * 3, [1] * 4 + [5] * 5 + [7] * 3, [1] * 4 + [5] * 8
     ]  # fmt: skip
     assert (state.text(None)[:3, 9:] == 0).all()
+    assert state.host_tokens.tolist() == state.tokens.tolist()
     state.text(None)[:] = 3
     assert not (state.tokens == 3).any()
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import AddedToken, LogitsProcessor
 
 from specdec import DraftModel, EarlyExit, InvalidInput, InvalidScores, Proposal, SpeculativeGenerator, prune_head
 from specdec.length.adaptive import Adaptive
@@ -193,6 +193,16 @@ def test_each_of_several_ends_may_end_a_text_and_nothing_stands_behind(library, 
     assert only.forward(only.grammars[0].start(), 9) == [letter, letter]  # which end is for the model to say
     one = regex("aa", tokenizer, backend=library, eos_token_id=ends[:1])
     assert one.forward(one.grammars[0].start(), 9) == [letter, letter, ends[0]]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_special_tokens_that_a_tokenizer_has_no_name_for_are_no_text(library):
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.add_tokens([AddedToken("<tool>", special=True, normalized=False)])
+    added = len(tokenizer) - 1
+    start = regex("<[a-z]*>", tokenizer, backend=library).grammars[0].start()
+    assert allows(start.mask(), tokenizer("<", add_special_tokens=False)["input_ids"][0])
+    assert not allows(start.mask(), added)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
