@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from specdec import InvalidInput, NGram, Proposal, SpeculativeGenerator
+from specdec import InvalidInput, InvalidScores, NGram, Proposal, SpeculativeGenerator
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
 from specdec.processing import Processing
@@ -383,6 +383,20 @@ def test_a_row_that_ended_before_keeps_its_length_when_all_are_cut(apart):
     assert state.host_tokens.tolist() == state.tokens.tolist()
     state.text(None)[:] = 3
     assert not (state.tokens == 3).any()
+
+
+def test_a_row_without_a_distribution_waits_for_rows_behind_it_and_for_no_row_that_has_ended():
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    for live, waits in (([True, True], True), ([False, True], False)):
+        state = State(ids, max_length=20, max_guesses=3, eos_ids=None, pad_id=0, starts=np.zeros(2, dtype=np.int64))
+        state.lengths, state.live = np.array([5, 9]), np.array(live)
+        nothing, none = Proposal.empty(2, ids.device), torch.zeros(2, dtype=torch.int64)
+        outcome = (nothing, none, torch.tensor([6, -1]), torch.zeros(2, 1, 8), None)
+        if waits:
+            assert state.commit(*outcome).counts.tolist() == [1, 0]
+        else:
+            with pytest.raises(InvalidScores, match="row 1 at column 9"):
+                state.commit(*outcome)
 
 
 def test_an_empty_prompt_is_refused():
