@@ -42,7 +42,8 @@ def json_schema(
             standard, not all of it, and refuse or ignore different parts of the rest.
         tokenizer: of the target.
         whitespace: allow any white space between the parts; False writes as ``json.dumps`` does, ``", "`` and
-            ``": "``, which is shorter, cannot go on for ever, and lets more be guessed.
+            ``": "``, which is shorter, cannot go on for ever, and lets more be guessed. (What the schema spells out
+            itself, in ``const`` and ``enum``, is written by xgrammar without any.)
         backend: "llguidance" or "xgrammar"; None takes the one that is installed, llguidance of both.
         eos_token_id: what ends a text; None asks the tokenizer. Must be among the call's own.
 
