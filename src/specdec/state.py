@@ -19,6 +19,7 @@ from specdec.transfer import to_device, to_host, together_to_host
 
 ROOM = 4096  # columns made for tokens to come
 FOREVER = 1 << 40  # columns: a limit beyond it is none
+FEW = 32  # numbers: behind a pass lists of no more are compared before numpy has begun
 
 
 class State:
@@ -168,7 +169,7 @@ class State:
         Raises:
             InvalidScores: a live row's scores hold NaN or forbid every token, and no live row is behind it.
         """
-        # the one copy of the round: everything the host needs in a single tensor
+        # the one copy of the round: everything the host needs
         drafted, passed, following = together_to_host(proposal.tokens, accepted, next_token)
         self.host_copies += 1
         texts: list[list[int]] = []
@@ -256,6 +257,10 @@ def widened(buffer: Tensor, columns: int, value: int = 0) -> Tensor:
 
 def in_common(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """(B,) columns that the rows of two arrays (B, n) have in common from their beginning on."""
+    if one.size > FEW:  # rows that lag behind the others
+        differ: np.ndarray = one != other
+        first: np.ndarray = np.where(differ.any(axis=1), differ.argmax(axis=1), one.shape[1])
+        return first
     pairs = [list(zip(mine, its, strict=True)) for mine, its in zip(one.tolist(), other.tolist(), strict=True)]
     counts = [next((place for place, (a, b) in enumerate(row) if a != b), len(row)) for row in pairs]
     return np.array(counts, dtype=np.int64)
