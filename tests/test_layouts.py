@@ -115,7 +115,7 @@ def test_planned_passes_of_a_draft_score_what_single_ones_do(layout, lengths, po
         for step in range(count):
             self.layout.rewind(self.kept, live)
             ends = np.minimum(lengths + step, longest)
-            yield self.score(tokens, ends, ends - 1, 1)[:, 0], ends
+            yield self.score(tokens, ends, ends - 1, 1), ends
 
     def scores_of(steps):
         seen = []
