@@ -394,7 +394,6 @@ def test_a_proposer_made_of_functions():
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 0), (1, 4), (3, 2), (1, 50), (4, 50)])
 def test_what_rows_have_in_common(rows, columns):
-    """Few numbers are compared in another way than many."""
     one = np.arange(rows * columns).reshape(rows, columns)
     for place in range(columns + 1):
         other = one.copy()

@@ -19,7 +19,6 @@ from specdec.transfer import to_device, to_host, together_to_host
 
 ROOM = 4096  # columns made for tokens to come
 FOREVER = 1 << 40  # columns: a limit beyond it is none
-FEW = 32  # numbers: behind a pass lists of no more are compared before numpy has begun
 
 
 class State:
@@ -192,7 +191,7 @@ class State:
         submitted = proposal.lengths * self.live
         round_ = Round(
             proposal=proposal,
-            drafted=drafted,
+            drafted=drafted.copy(),  # a proposer may write into its memory again
             lengths=submitted,
             accepted=np.minimum(passed, submitted),
             emitted=emitted,
@@ -257,13 +256,10 @@ def widened(buffer: Tensor, columns: int, value: int = 0) -> Tensor:
 
 def in_common(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """(B,) columns that the rows of two arrays (B, n) have in common from their beginning on."""
-    if one.size > FEW:  # rows that lag behind the others
-        differ: np.ndarray = one != other
-        first: np.ndarray = np.where(differ.any(axis=1), differ.argmax(axis=1), one.shape[1])
-        return first
-    pairs = [list(zip(mine, its, strict=True)) for mine, its in zip(one.tolist(), other.tolist(), strict=True)]
-    counts = [next((place for place, (a, b) in enumerate(row) if a != b), len(row)) for row in pairs]
-    return np.array(counts, dtype=np.int64)
+    same = np.zeros((len(one), one.shape[1] + 1), dtype=bool)  # behind the last column nothing is the same
+    np.equal(one, other, out=same[:, :-1])
+    count: np.ndarray = same.argmin(axis=1)
+    return count
 
 
 def span(values: np.ndarray) -> tuple[int, int]:

@@ -23,12 +23,9 @@ def to_host(tensor: Tensor) -> np.ndarray:
 
 
 def together_to_host(*columns: Tensor) -> list[np.ndarray]:
-    """(B, n) or (B,) of whole numbers each, by one copy in which they stand side by side; on the CPU one by one.
-
-    Copies there as well: what a proposer gave may lie in memory that it writes into again.
-    """
+    """(B, n) or (B,) of whole numbers each, by one copy in which they stand side by side; on the CPU by none."""
     if columns[0].is_cpu:
-        return [column.numpy().copy() for column in columns]
+        return [column.numpy() for column in columns]
     wide = [column if column.ndim == 2 else column[:, None] for column in columns]
     packed = to_host(torch.cat(wide, dim=1))
     ends = np.cumsum([column.shape[1] for column in wide])

@@ -90,8 +90,8 @@ class Scripted:
 
     def guess(self, scores, positions):
         # like ``sample``: nothing can be drawn from a row that holds nothing
-        rows = [row.softmax(-1) for row in scores]
-        return torch.tensor([-1 if row.isnan().any() else self.script.decide(row) for row in rows])
+        rows = [row.softmax(-1) for row in scores[:, 0]]
+        return torch.tensor([[-1] if row.isnan().any() else [self.script.decide(row)] for row in rows])
 
     def noise(self, accept: torch.Tensor, width: int, *, longest: bool) -> torch.Tensor:
         """Uniforms that keep as many guesses as the script says.
@@ -736,8 +736,9 @@ def test_a_wrong_loop_breaks_the_law(mutant, monkeypatch):
     try:
         error = law_error("token", "model", 2)
     except RuntimeError as fault:  # it breaks something sooner than the law
-        assert "not forgotten" in str(fault)
-        return
+        if "not forgotten" in str(fault):
+            return
+        raise
     assert error > 1e-3
 
 

@@ -214,7 +214,7 @@ def shown_with_the_rows_of_the_draft(monkeypatch):
     """A foreseen guess is handed over as if the draft had drawn it."""
 
     def blurred(guess, vocabulary):
-        return torch.zeros(len(guess), vocabulary)
+        return torch.zeros(*guess.shape, vocabulary)
 
     monkeypatch.setattr(drawn, "certain", blurred)
     monkeypatch.setattr(drafting, "certain", blurred)
