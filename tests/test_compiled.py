@@ -64,6 +64,17 @@ def test_same_text_through_few_graphs(traced, lengths):
     assert not gen._steps.refused
 
 
+def test_the_pass_that_a_new_graph_is_compared_with_is_counted(traced):
+    target, prompt = pair()[0], ragged_prompt((7,))
+    options = {"num_draft_tokens": 4, "compile": True}
+    SpeculativeGenerator(target, "ngram", **options).generate(**prompt, **GREEDY)  # settles the layout
+    gen, forwards = SpeculativeGenerator(target, "ngram", **options), []
+    for _ in range(2):
+        gen.generate(**prompt, **GREEDY)
+        forwards.append(gen.stats.target_forwards)
+    assert forwards[0] - forwards[1] == gen._steps.graphs > 0
+
+
 def test_same_sampled_text(traced):
     target, draft = pair()
     prompt = ragged_prompt()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from specdec import InvalidInput, Mixture, NGram, Proposal, SpeculativeGenerator
+from specdec import InvalidInput, InvalidScores, Mixture, NGram, Proposal, SpeculativeGenerator
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
 from specdec.processing import Processing
@@ -362,6 +362,42 @@ def test_rows_that_have_ended_do_not_hold_back_what_nobody_looks_at_again():
     for ended, foundation in (((), 5), ((0,), 7), ((0, 2), 9)):
         state.only(~np.isin(np.arange(3), ended))
         assert state.foundation == foundation
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_row_that_ended_before_keeps_its_length_when_all_are_cut(apart):
+    """Where the host has a copy of the text, in both."""
+    ids = torch.ones(4, 4, dtype=torch.int64)
+    state = State(ids, max_length=20, max_guesses=3, eos_ids=None, pad_id=0, starts=np.zeros(4, dtype=np.int64))
+    state.tokens[:, 4:12] = 5
+    state.tokens[0, 6:] = 0
+    if apart:
+        state.host_tokens = state.host_tokens.copy()
+    state.lengths, state.live = np.array([6, 9, 12, 12]), np.array([False, True, True, True])
+    state.end_rows(np.array([True, True, True, False]), 9)
+    assert state.lengths.tolist() == [6, 9, 9, 12]
+    assert state.live.tolist() == [False, False, False, True]
+    assert state.text(7).tolist() == [
+        [1] * 4 + [5] * 2 + [7] * 6, [1] * 4 + [5] * 5 + [7] * 3, [1] * 4 + [5] * 5 + [7] * 3, [1] * 4 + [5] * 8
+    ]  # fmt: skip
+    assert (state.text(None)[:3, 9:] == 0).all()
+    assert state.host_tokens.tolist() == state.tokens.tolist()
+    state.text(None)[:] = 3
+    assert not (state.tokens == 3).any()
+
+
+def test_a_row_without_a_distribution_waits_for_rows_behind_it_and_for_no_row_that_has_ended():
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    for live, waits in (([True, True], True), ([False, True], False)):
+        state = State(ids, max_length=20, max_guesses=3, eos_ids=None, pad_id=0, starts=np.zeros(2, dtype=np.int64))
+        state.lengths, state.live = np.array([5, 9]), np.array(live)
+        nothing, none = Proposal.empty(2, ids.device), torch.zeros(2, dtype=torch.int64)
+        outcome = (nothing, none, torch.tensor([6, -1]), torch.zeros(2, 1, 8), None)
+        if waits:
+            assert state.commit(*outcome).counts.tolist() == [1, 0]
+        else:
+            with pytest.raises(InvalidScores, match="row 1 at column 9"):
+                state.commit(*outcome)
 
 
 def test_an_empty_prompt_is_refused():

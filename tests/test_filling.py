@@ -153,6 +153,22 @@ def test_tokens_that_fill_up_get_the_numbers_of_the_one_before():
     assert torch.equal(filling.on_real(states, 1, double), 2 * states)
 
 
+def test_a_pass_within_another_takes_nothing_from_it():
+    states, live = torch.ones(2, 8, 4), np.array([True, True])
+    outer, inner = (filling.leaving_out_filling(np.array(fed), 8, live) for fed in ([8, 1], [3, 2]))
+
+    def multiplied():
+        return filling.on_real(states, filling.MOVING, lambda rows: 0 * rows + rows[..., 0].numel()).max().item()
+
+    with outer:
+        assert multiplied() == 9
+        with inner:
+            assert multiplied() == 5
+        assert multiplied() == 9
+    assert multiplied() == 16
+    assert not filling.leaves_out()
+
+
 def test_what_fills_up_in_one_thread_is_real_in_another():
     states = torch.ones(3, 4, 8)
 

@@ -1,6 +1,7 @@
 """Every proposer against plain generate(): batches, processors, ends inside a block, shared noise, copies."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import specdec.transfer as transfer_room
 from specdec import EarlyExit, Fallback, LayerSkip, Recycling, SpeculativeGenerator, Store, Suffix
 from specdec.length.fixed import Fixed
 from specdec.proposers import draft_model as draft_model_room
+from specdec.proposers import drafting
 from specdec.proposers import suffix as suffix_room
 from specdec.proposers.prediction import Prediction
+from specdec.sampling import Greedy
 from specdec.testing import assert_lossless, tiny_llama
 
 from .contract import NEW, bart, mistral, noisy, plain, prompts, t5
@@ -228,3 +231,67 @@ def test_rows_that_make_no_guess_tell_no_chance(monkeypatch):
     assert all((chances[1:] > 0).any() for chances in told)
     assert told[-1][0] == 0
     assert told[0].min() > 0
+
+
+class Steps:
+    """Guesses 4, 5, 6 and 7 for four rows, asked for in a way that is written down."""
+
+    def __init__(self):
+        self.scored, self.written, self.positions = [], [], []
+        self.state = SimpleNamespace(
+            lengths=np.array([4, 6, 5, 4]), prompt_length=4, device=torch.device("cpu"), vocabulary=10
+        )
+
+    def next_scores(self, state, step, guessing):
+        self.scored.append((step, guessing.tolist()))
+        return 9 * torch.eye(10)[[4, 5, 6, 7]][:, None]
+
+    history = None
+
+    def write(self, state, guess, columns):
+        self.written.append((guess[:, 0].tolist(), columns.tolist()))
+
+    def guesses(self, limits, confidence, goes_on, foresight):
+        def guess(scores, positions):
+            self.positions.append(positions.tolist())
+            return Greedy().guess(scores, positions)
+
+        call = SimpleNamespace(
+            sampling=SimpleNamespace(guess=guess, keeps_logits=False), length=SimpleNamespace(goes_on=goes_on)
+        )
+        return drafting.draft(self, self.state, np.array(limits), call, confidence, foresight)
+
+
+def test_once_no_more_pays_only_what_is_foreseen_is_guessed():
+    """One row is foreseen, one ends with its first guess and one may make a single guess."""
+    foreseen = np.array([[-1, -1, 0, -1], [-1, -1, 8, -1], [-1, -1, 9, -1], [-1, -1, -1, -1]])
+    foresight = SimpleNamespace(
+        at=lambda step, *_: foreseen[step],
+        cut=lambda step, limits, guess: np.where(guess[:, 0].numpy() == 5, np.minimum(limits, step + 1), limits),
+        more=True,
+    )
+    steps, told = Steps(), []
+    goes_on = lambda chances: told.append(chances) or len(told) < 2  # noqa: E731
+    proposal = steps.guesses([5, 5, 5, 1], None, goes_on, foresight)
+    assert proposal.lengths.tolist() == [2, 1, 3, 1]
+    assert proposal.tokens[:, 0].tolist() == [4, 5, 0, 7]
+    assert proposal.tokens[0, 1] == 4
+    assert proposal.tokens[2].tolist() == [0, 8, 9]
+    assert (proposal.tokens >= 0).all()  # models may be fed all of them
+    assert steps.scored == [(0, [True, True, False, True]), (1, [True, False, False, False])]
+    assert steps.positions == [[0, 2, 1, 0], [1, 3, 2, 1]]
+    assert [columns for _, columns in steps.written] == [[4, 6, 5, 4], [5, 7, 6, 5], [6, 8, 7, 6]]
+    assert [np.flatnonzero(chances).tolist() for chances in told] == [[0, 1, 2, 3], [0, 2], [2]]
+
+
+NOTHING = SimpleNamespace(at=lambda *_: None, cut=lambda step, limits, guess: limits, more=False)
+
+
+def test_a_draft_with_a_confidence_of_its_own_does_not_ask_whether_one_more_guess_pays():
+    for confidence, lengths in ((None, [1, 1, 1, 1]), (0.0, [3, 1, 2, 0]), (1.0, [1, 1, 1, 0])):
+        steps = Steps()
+        limits = [3, 3, 3, 3] if confidence is None else [3, 1, 2, 0]
+        proposal = steps.guesses(limits, confidence, lambda chances: False, NOTHING)
+        assert proposal.lengths.tolist() == lengths
+        assert len(steps.scored) == proposal.tokens.shape[1] == max(lengths)
+        assert steps.scored[0][1] == [limit > 0 for limit in limits]

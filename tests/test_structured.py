@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import AddedToken, LogitsProcessor
 
 from specdec import DraftModel, EarlyExit, InvalidInput, InvalidScores, Proposal, SpeculativeGenerator, prune_head
 from specdec.length.adaptive import Adaptive
@@ -169,6 +169,58 @@ def test_special_tokens_are_no_text_and_ends_are_a_grammars_own(library):
         assert allows(start.mask(), tokenizer("<")["input_ids"][0])
         assert [one for one in (1, 7) if allows(start.mask(), one)] == [end]
         assert start.after(end).ended
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("ends", [[1, 7], [7, 1]])
+def test_each_of_several_ends_may_end_a_text_and_nothing_stands_behind(library, ends):
+    tokenizer = byte_tokenizer()
+    letter = tokenizer("a")["input_ids"][0]
+    start = regex("a?", tokenizer, backend=library, eos_token_id=ends).grammars[0].start()
+    whole = start.after(letter)
+
+    def allowed(place):
+        return [one for one in range(len(tokenizer)) if allows(place.mask(), one)]
+
+    assert allowed(start) == [1, 7, letter]
+    assert allowed(whole) == [1, 7]  # a place is left as it was by what is tried behind it
+    assert not whole.ended
+    for place in (start, whole):
+        for end in ends:
+            assert place.after(end).ended
+            assert allowed(place.after(end)) == [1, 7]
+    only = regex("aa", tokenizer, backend=library, eos_token_id=ends)
+    assert only.forward(only.grammars[0].start(), 9) == [letter, letter]  # which end is for the model to say
+    one = regex("aa", tokenizer, backend=library, eos_token_id=ends[:1])
+    assert one.forward(one.grammars[0].start(), 9) == [letter, letter, ends[0]]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_special_tokens_that_a_tokenizer_has_no_name_for_are_no_text(library):
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.add_tokens([AddedToken("<tool>", special=True, normalized=False)])
+    added = len(tokenizer) - 1
+    start = regex("<[a-z]*>", tokenizer, backend=library).grammars[0].start()
+    assert allows(start.mask(), tokenizer("<", add_special_tokens=False)["input_ids"][0])
+    assert not allows(start.mask(), added)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("whitespace", [False, True])
+def test_white_space_is_that_of_json_dumps_unless_any_is_allowed(library, whitespace):
+    tokenizer = byte_tokenizer()
+    schema = {"type": "array", "items": {"type": "integer"}}
+    place = json_schema(schema, tokenizer, whitespace=whitespace, backend=library).grammars[0].start()
+    found = []
+    for token in tokenizer("[1, 2]", add_special_tokens=False)["input_ids"]:
+        spaces = (tokenizer(space, add_special_tokens=False)["input_ids"][0] for space in " \n")
+        found.append([allows(place.mask(), space) for space in spaces])
+        assert allows(place.mask(), token)
+        place = place.after(token)
+    assert (found[1] == [True, True]) == whitespace
+    assert found[3] == [True, whitespace]
+    if not whitespace:
+        assert [number for number, spaces in enumerate(found) if any(spaces)] == [3]
 
 
 # --- tokens that are guessed without a draft ------------------------------------------------------

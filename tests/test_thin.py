@@ -204,6 +204,23 @@ def test_a_draft_can_be_made_while_another_thread_has_a_pass(counted):
     assert plain(draft, prompts(1)).equal(plain(model, prompts(1)))
 
 
+def test_a_single_row_goes_the_faster_way_in_a_pass_of_a_draft_only(counted):
+    """Whatever pass has just been: to a target its bits are owed."""
+    layer, row = torch.nn.Linear(8, 8), torch.ones(1, 1, 8)
+    target, draft = ThinProducts(layer), ThinProducts(layer, is_draft=True)
+    with torch.no_grad():
+        for tokens in (1, 4):
+            with draft.over(tokens):
+                assert blocks.drafting()
+                layer(row)
+            assert not blocks.drafting()
+            assert counted == [1]
+            with target.over(tokens):
+                assert torch.equal(layer(row), functional.linear(row, layer.weight, layer.bias))
+            assert counted == [1]
+            counted.clear()
+
+
 def test_hooks_run_as_ever(counted):
     target, seen = copy.deepcopy(llama()), []
     target.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[:2].numel()))
@@ -228,6 +245,15 @@ def test_a_forward_that_is_put_there_during_a_pass_stays(counted):
     assert layer.forward is own
 
 
+def test_a_forward_that_is_put_there_between_passes_stays_and_is_asked(counted):
+    layer, own = torch.nn.Linear(8, 8), lambda input: input
+    products, states = ThinProducts(layer), torch.ones(3, 8)
+    layer.forward = own
+    with products.over(3):
+        assert layer(states) is states
+    assert layer.forward is own
+
+
 @pytest.mark.parametrize("by", ["the model", "its forward"])
 def test_compiled_models_keep_their_graphs(counted, by):
     target = copy.deepcopy(llama())
@@ -240,7 +266,11 @@ def test_compiled_models_keep_their_graphs(counted, by):
         assert patched(target) == before
 
 
-def test_gradients_and_other_dtypes_go_the_usual_way(counted):
+class Own(torch.Tensor):
+    """What may multiply in a way of its own."""
+
+
+def test_gradients_and_other_kinds_of_tensors_go_the_usual_way(counted):
     layer = torch.nn.Linear(8, 8)
     with ThinProducts(layer).over(3):
         layer(torch.randn(3, 8)).sum().backward()
@@ -248,6 +278,8 @@ def test_gradients_and_other_dtypes_go_the_usual_way(counted):
             assert layer(torch.randn(3, 8)).dtype == torch.bfloat16
         with torch.no_grad(), pytest.raises(RuntimeError):
             layer(torch.randn(3, 8).bfloat16())
+        with torch.no_grad():
+            assert type(layer(torch.randn(3, 8).as_subclass(Own))) is Own
     assert counted == []
     assert layer.weight.grad is not None
 

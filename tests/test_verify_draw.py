@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from specdec.verify import choose, draw, match, sample
+from specdec.verify.draw import highest, probabilities
 from specdec.verify.matching import match_on_device
 
 NAN, INF = math.nan, math.inf
@@ -82,25 +83,52 @@ def test_the_lowest_id_wins_a_tie() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_bits_of_16_are_ordered_as_their_numbers(dtype: torch.dtype) -> None:
-    """Every row of three special numbers, alone and beside an ordinary one, against the same row in float32."""
+    """Every row of three special numbers, alone and between ordinary ones, against the same row in float32."""
     tiny = torch.finfo(dtype).smallest_normal / 4
     largest = torch.finfo(dtype).max
     special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, tiny, -tiny, 1.0, -1.0, largest, -largest], dtype=dtype)
-    special = torch.cat(
-        [special, special[:1].view(torch.int16).bitwise_xor(-0x8000).view(dtype)]
-    )  # a NaN's other sign
+    # a NaN's other sign, and the NaN next to infinity
+    nans = special[:2].view(torch.int16) ^ torch.tensor([-0x8000, 1], dtype=torch.int16)
+    special = torch.cat([special, nans.view(dtype)])
     ordinary = torch.tensor([1.0, 3.0, 2.0], dtype=dtype)
     for row in product(special, repeat=3):
-        scores = torch.stack([torch.stack(row), ordinary])
-        assert choose(scores[:1]).tolist() == choose(scores[:1].float()).tolist(), row
+        scores = torch.stack([ordinary, torch.stack(row), ordinary])
+        assert choose(scores[1:2]).tolist() == choose(scores[1:2].float()).tolist(), row
         assert choose(scores).tolist() == choose(scores.float()).tolist(), row
-        assert choose(scores[0]) == choose(scores[0].float())
+        assert choose(scores[1]) == choose(scores[1].float())
 
 
 def test_scores_of_16_bits_that_are_a_view() -> None:
     scores = torch.randn(3, 4, 100, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     for view in (scores[:, 1:3], scores.transpose(0, 1), scores[..., ::2], scores[:, :, 10:90]):
         assert torch.equal(choose(view), view.float().argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scores_that_gradients_go_through(dtype: torch.dtype) -> None:
+    """As those of a processor with weights of its own, in a call that was not told to leave gradients out."""
+    for row in ([0.0, 2.0, 1.0], [-3.0, -2.0, -1.0]):  # of 16 bits: by their bits, and not
+        scores = torch.tensor([row], dtype=dtype, requires_grad=True)
+        assert choose(scores).tolist() == highest(scores).tolist() == [row.index(max(row))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_have_32_bits_at_least(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]], dtype=dtype)
+    wide = logits.double().softmax(-1)
+    within = 1e-15 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(probabilities(logits).double(), wide, rtol=within, atol=0)
+
+
+def test_weights_without_shares() -> None:
+    weights = torch.tensor([[0.0, 0.0, 0.0], [0.0, INF, 1.0], [0.5, NAN, 1.0], [0.0, 1.0, 0.0]])
+    for noise in (0.0, 0.5, 1 - 2**-53):
+        assert draw(weights, torch.full((4,), noise, dtype=torch.float64)).tolist() == [-1, -1, -1, 1]
+
+
+def test_scores_of_64_bits_keep_them() -> None:
+    scores = torch.tensor([[1.0, 1.0 + 1e-12, 0.0]], dtype=torch.float64)
+    assert choose(scores).tolist() == highest(scores).tolist() == [1]
 
 
 def test_noise_is_added_to_the_scores() -> None:
