@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from specdec import InvalidInput, InvalidScores, NGram, Proposal, SpeculativeGenerator
+from specdec import InvalidInput, InvalidScores, Mixture, NGram, Proposal, SpeculativeGenerator
 from specdec.length.fixed import Fixed
 from specdec.loop import decode
 from specdec.processing import Processing
+from specdec.proposers.mixture import Record
 from specdec.records import Stats
 from specdec.sampling import Greedy
 from specdec.scorer import Scorer
-from specdec.state import State
+from specdec.state import State, in_common
 
 from .contract import (
     NEW,
@@ -425,3 +426,55 @@ def test_a_proposer_made_of_functions():
     assert told.call.prompt.tolist() == prompts(3)["input_ids"].tolist()
     assert told.call.max_length == START + NEW
     assert told.call.inputs["attention_mask"].tolist() == prompts(3)["attention_mask"].tolist()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 0), (1, 4), (3, 2), (1, 50), (4, 50)])
+def test_what_rows_have_in_common(rows, columns):
+    one = np.arange(rows * columns).reshape(rows, columns)
+    for place in range(columns + 1):
+        other = one.copy()
+        other[0, place:] = -1
+        found = in_common(one, other)
+        assert found.dtype == np.int64
+        assert found.tolist() == [place] + [columns] * (rows - 1)
+
+
+class InOnePlace:
+    """Shows the guesses of another in the same memory in every round."""
+
+    def __init__(self, inner, columns):
+        self.inner, self.memory = inner, torch.zeros(3, columns, dtype=torch.int64)
+        self.rounds, self.shown = [], []
+
+    def propose(self, state, limits):
+        proposal = self.inner.propose(state, limits)
+        memory = self.memory[: state.batch, : proposal.tokens.shape[1]]
+        memory.copy_(proposal.tokens)
+        return Proposal(memory, proposal.lengths)
+
+    def observe(self, round_):
+        self.rounds.append(round_)
+        self.shown.append(round_.drafted.tolist())
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_round_stays_as_it_was_though_a_proposer_uses_its_memory_again(batch):
+    model = llama()
+    proposer = InOnePlace(oracle(plain(model, prompts(batch), **GREEDY), wrong=range(0, 90, 4)), 3)
+    speculative(model, proposer).generate(**prompts(batch), **GREEDY)
+    assert [round_.drafted.tolist() for round_ in proposer.rounds] == proposer.shown
+    assert len(set(map(str, proposer.shown))) > 2
+
+
+def test_a_mixture_judges_the_guesses_that_were_made(monkeypatch):
+    """Not what a proposer has written into their memory since."""
+    model, added = llama(), []
+    text = plain(model, prompts(1), **GREEDY)
+    add = Record.add
+    monkeypatch.setattr(Record, "add", lambda self, *what: added[-1].append(what) or add(self, *what))
+    for wrap in (lambda part: part, lambda part: InOnePlace(part, 3)):
+        added.append([])
+        parts = oracle(text, wrong=range(0, 90, 2)), wrap(oracle(text, wrong=range(0, 90, 3)))
+        speculative(model, Mixture(*parts)).generate(**prompts(1), **GREEDY)
+    assert added[0] == added[1]
+    assert {part for part, *_ in added[0]} == {0, 1}

@@ -545,6 +545,16 @@ def test_hooks_that_come_later_are_judged_anew():
     assert gen.stats.layout == "slots"
 
 
+@pytest.mark.parametrize("made", [torch.jit.script, lambda part: torch.jit.trace(part, torch.ones(2, 3))])
+def test_a_model_with_a_part_in_torchscript(made):
+    """Such a module has not all that other modules hold, and its class no method to be looked at."""
+    target = tiny_llama(1, num_hidden_layers=1)
+    target.model.layers[0].mlp.act_fn = made(torch.nn.SiLU())
+    gen = SpeculativeGenerator(target, "ngram", num_draft_tokens=3)
+    assert gen.generate(**prompts(3), **GREEDY).tolist() == plain(target, prompts(3), **GREEDY).tolist()
+    assert gen.stats.layout == "slots"
+
+
 class Mixing(torch.nn.Module):
     """What a pass makes of a token depends on the tokens beside it, as where activations share a scale."""
 

@@ -168,7 +168,7 @@ class State:
         Raises:
             InvalidScores: a live row's scores hold NaN or forbid every token, and no live row is behind it.
         """
-        # the one copy of the round: everything the host needs in a single tensor
+        # the one copy of the round: everything the host needs
         drafted, passed, following = together_to_host(proposal.tokens, accepted, next_token)
         self.host_copies += 1
         texts: list[list[int]] = []
@@ -191,7 +191,7 @@ class State:
         submitted = proposal.lengths * self.live
         round_ = Round(
             proposal=proposal,
-            drafted=drafted,
+            drafted=drafted.copy(),  # a proposer may write into its memory again
             lengths=submitted,
             accepted=np.minimum(passed, submitted),
             emitted=emitted,

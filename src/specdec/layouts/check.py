@@ -207,7 +207,7 @@ class _ModuleStates:
         self._held = [
             (place, name, value, _copied(value))
             for module in model.modules()
-            for place in (vars(module), vars(module)["_buffers"])
+            for place in (vars(module), vars(module).get("_buffers", {}))
             for name, value in list(place.items())  # passes of other threads may change it meanwhile
             if isinstance(value, KEPT) and name not in MODULE_PARTS and not _is_weight(value)
         ]

@@ -55,7 +55,7 @@ def changes(model: Any) -> Iterator[Any]:
     yield from (_written(vars(module).get("forward")) for module in modules if not is_as_made(module))
     kinds: set[Any] = set(map(type, modules))
     yield frozenset(kinds)
-    yield frozenset(_written(kind.forward) for kind in kinds)
+    yield frozenset(_written(getattr(kind, "forward", None)) for kind in kinds)  # TorchScript's are not there
     yield frozenset(type(weight) for module in modules for weight in list(module._parameters.values()))
     for method in (vars(model)[name] for name in METHODS if name in vars(model)):
         # a bound one, as PEFT puts there for every call, is another object whenever it is asked for

@@ -31,7 +31,7 @@ from specdec.length import DraftLength
 from specdec.proposers import Call, Nothing, Proposer, begun, checked
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.drafting import asked
-from specdec.proposers.drawn import sound
+from specdec.proposers.drawn import chance_of, sound
 from specdec.proposers.fallback import has_model
 from specdec.proposers.past import Past
 from specdec.proposers.translated import TranslatedDraft
@@ -231,11 +231,8 @@ class _Level:
         """(B,) limits, lowered to what is written where no more pays; what is written is submitted all the same."""
         if not self._confidence and self._goes_on is None:
             return limits
-        emitted = to_device(round_.emitted, round_.scores.device)
-        inside = emitted.clamp(0, round_.scores.shape[-1] - 1)[..., None]
-        chances = (
-            round_.scores.softmax(dim=-1, dtype=torch.float32).gather(-1, inside)[..., 0].double().cpu().numpy()
-        )
+        inside = to_device(round_.emitted, round_.scores.device).clamp(max=round_.scores.shape[-1] - 1)
+        chances = chance_of(round_.scores, inside).double().cpu().numpy()
         if self._confidence:
             real = np.arange(chances.shape[1]) < round_.counts[:, None]
             return np.where((real & (chances < self._confidence)).any(axis=1), written, limits)

@@ -191,7 +191,7 @@ class _Run:
                 continue
             tokens = proposal.tokens.numpy()
             for row in np.flatnonzero(proposal.lengths):
-                guess = tokens[row, : proposal.lengths[row]]
+                guess = tokens[row, : proposal.lengths[row]].copy()  # the memory may be written into again
                 self._waiting.append(_Waiting(number, int(row), int(state.lengths[row]), guess))
 
     def _answer(self, state: State) -> None:

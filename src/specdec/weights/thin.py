@@ -140,5 +140,5 @@ def _is_large(weight: Any) -> bool:
 
 def _is_compiled(module: torch.nn.Module) -> bool:
     """By its owner: the module, or the ``forward`` it was given."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in vars(module)["_modules"]
+    compiled = getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
     return compiled or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
