@@ -72,8 +72,8 @@ def _top_p(processor: Any, row: Tensor) -> bool:
     for count in SELECTED:
         if count >= len(row) or least >= count:
             break
-        highest = row.topk(count).values
-        kept = _kept(probs.topk(count).values.double().numpy(), total, len(row), border)
+        highest, places = row.topk(count)
+        kept = _kept(probs[places].double().numpy(), total, len(row), border)
         if kept is not None:
             return _keep(row, highest.numpy(), max(kept, least), processor.filter_value)
     ascending = torch.from_numpy(np.sort(values))
