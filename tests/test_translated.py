@@ -434,7 +434,7 @@ def test_a_guess_is_as_likely_as_among_all_that_the_draft_may_say():
     call = Call(None, torch.zeros(1, 3, dtype=torch.int64), {}, 8, Processing([]), Greedy())
     state = SimpleNamespace(
         batch=1, device=torch.device("cpu"), tokens=torch.zeros(1, 6, dtype=torch.int64), vocabulary=3,
-        lengths=np.array([3]), prompt_length=3, device_lengths=torch.tensor([3]),
+        lengths=np.array([3]), prompt_length=3,
     )  # fmt: skip
     proposal = translated._Tokens(past, call, shared, stop, "").propose(state, np.array([2]))
     assert proposal.tokens.tolist() == [[2, 2]]
