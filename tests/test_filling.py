@@ -10,6 +10,7 @@ import torch
 from specdec import Cascade, DraftModel, LayerSkip, Proposal, SpeculativeGenerator, pack_weights, quantize_draft
 from specdec.testing import ragged_prompt, tiny_llama
 from specdec.weights import filling
+from specdec.weights.passing import Pass, under_way
 
 from .contract import assert_agrees, bart, ends, noisy, plain
 
@@ -142,20 +143,20 @@ def test_tokens_that_fill_up_get_the_numbers_of_the_one_before():
         given.append(rows.shape)
         return 2 * rows
 
-    with filling.leaving_out_filling(fed, 3, live):
+    with Pass(real=filling.real_tokens(fed, 3, live)):
         out = filling.on_real(states, 1, double)
         other = filling.on_real(states[:, :2], 1, double)  # of another shape: nothing to do with the pass
     assert given == [(3, 4), (2, 2, 4)]
     assert torch.equal(other, 2 * states[:, :2])
     assert torch.equal(out, 2 * torch.stack([states[0, [0, 0, 0]], states[1, [0, 1, 1]]]))
-    with filling.leaving_out_filling(fed, 3, ~live):  # nobody is left: as it is
+    with Pass(real=filling.real_tokens(fed, 3, ~live)):  # nobody is left: as it is
         assert torch.equal(filling.on_real(states, 1, double), 2 * states)
     assert torch.equal(filling.on_real(states, 1, double), 2 * states)
 
 
 def test_a_pass_within_another_takes_nothing_from_it():
     states, live = torch.ones(2, 8, 4), np.array([True, True])
-    outer, inner = (filling.leaving_out_filling(np.array(fed), 8, live) for fed in ([8, 1], [3, 2]))
+    outer, inner = (Pass(real=filling.real_tokens(np.array(fed), 8, live)) for fed in ([8, 1], [3, 2]))
 
     def multiplied():
         return filling.on_real(states, filling.MOVING, lambda rows: 0 * rows + rows[..., 0].numel()).max().item()
@@ -166,7 +167,7 @@ def test_a_pass_within_another_takes_nothing_from_it():
             assert multiplied() == 5
         assert multiplied() == 9
     assert multiplied() == 16
-    assert not filling.leaves_out()
+    assert under_way() is None
 
 
 def test_what_fills_up_in_one_thread_is_real_in_another():
@@ -175,7 +176,7 @@ def test_what_fills_up_in_one_thread_is_real_in_another():
     def multiplied():
         return filling.on_real(states, 1, lambda rows: 0 * rows + rows[..., 0].numel()).unique().tolist()
 
-    with filling.leaving_out_filling(np.array([4, 2, 1]), 4, np.ones(3, dtype=bool)):
+    with Pass(real=filling.real_tokens(np.array([4, 2, 1]), 4, np.ones(3, dtype=bool))):
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(multiplied).result() == [12]
         assert multiplied() == [7]
@@ -184,12 +185,12 @@ def test_what_fills_up_in_one_thread_is_real_in_another():
 def test_small_matrices_and_short_passes_are_computed_whole(monkeypatch):
     states, live = torch.ones(2, 8, 4), np.array([True, True])
     monkeypatch.setattr(filling, "MOVING", 1000)
-    with filling.leaving_out_filling(np.array([8, 1]), 8, live):
+    with Pass(real=filling.real_tokens(np.array([8, 1]), 8, live)):
         assert filling.on_real(states, 142, torch.Tensor.size) == (2, 8, 4)  # 7 tokens less: 994
         assert filling.on_real(states, 143, lambda rows: rows).shape == (2, 8, 4)
         seen = []
         filling.on_real(states, 143, lambda rows: seen.append(len(rows)) or rows)
         assert seen == [9]
     monkeypatch.setattr(filling, "READING", 16)
-    with filling.leaving_out_filling(np.array([8, 1]), 8, live):
+    with Pass(real=filling.real_tokens(np.array([8, 1]), 8, live)):
         assert filling.on_real(states, 143, torch.Tensor.size) == (2, 8, 4)

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from specdec import SpeculativeGenerator
 from specdec.layouts import grouped
 from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
+from specdec.weights.passing import Pass, under_way
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_the_sums_of_transformers(dtype, error, boolean, copies):
     given = arguments(dtype, boolean)
     expected, _ = attend(*given, scaling=0.3)
     assert copies == [3, 3]  # outside our passes nothing changes
-    with grouped.attending():
+    with Pass(by_groups=True):
         found, weights = attend(*given, scaling=0.3)
     assert copies == [3, 3]
     assert weights is None
@@ -64,11 +65,11 @@ def test_the_sums_of_transformers(dtype, error, boolean, copies):
 def test_one_mask_a_pass_and_none_after_it():
     grouped.install()
     given = arguments(torch.float32, True)
-    with grouped.attending():
+    with Pass(by_groups=True) as passing:
         for _ in range(3):
             ALL_ATTENTION_FUNCTIONS["sdpa"](*given)
-        assert len(grouped._here.masks) == 1
-    assert grouped._here.masks is None
+        assert len(passing.masks) == 1
+    assert under_way() is None
 
 
 @pytest.mark.parametrize("change", [{"softcap": 30.0}, {"position_bias": torch.zeros(1)}, {"dropout": 0.1}])
@@ -80,7 +81,7 @@ def test_what_it_does_not_know_goes_to_transformers(change, monkeypatch):
         return torch.zeros(1), None
 
     attend = grouped._wrapped(original)
-    with grouped.attending():
+    with Pass(by_groups=True):
         attend(*arguments(torch.float32, True), **change)
     assert told
     assert told[0].items() >= change.items()
@@ -90,7 +91,7 @@ def test_a_mask_for_every_head_goes_to_transformers():
     told = []
     attend = grouped._wrapped(lambda *args, **kwargs: told.append(args) or (None, None))
     module, query, key, value, mask = arguments(torch.float32, True)
-    with grouped.attending():
+    with Pass(by_groups=True):
         attend(module, query, key, value, mask)
         assert not told
         attend(module, query, key, value, mask.expand(-1, query.shape[1], -1, -1))
@@ -109,7 +110,7 @@ def test_a_mask_lives_as_long_as_the_pass():
     grouped.install()
     given = [*arguments(torch.float32, True)]
     mask = weakref.ref(given[-1])
-    with grouped.attending():
+    with Pass(by_groups=True):
         ALL_ATTENTION_FUNCTIONS["sdpa"](*given)
         given.clear()
         assert mask() is not None

@@ -12,7 +12,8 @@ from torch.nn import functional
 from specdec import EarlyExit, SpeculativeGenerator
 from specdec.testing import tiny_llama
 from specdec.weights import blocks, race, thin
-from specdec.weights.filling import leaving_out_filling
+from specdec.weights.filling import real_tokens
+from specdec.weights.passing import UNTOLD, Pass, under_way
 from specdec.weights.share import shared_copy
 from specdec.weights.thin import ThinProducts, product
 
@@ -168,14 +169,15 @@ def test_nothing_stays_after_an_exception(counted):
 def test_overlapping_passes_leave_nothing(counted):
     model = copy.deepcopy(llama())
     one, other = ThinProducts(model).over(4), ThinProducts(model).over(4)
-    with one:
-        other.__enter__()
-    other.__exit__()
-    assert patched(model) == []
-    other.__enter__()
-    with one:
-        assert patched(model)
-        other.__exit__()
+    with ThreadPoolExecutor(1) as pool:
+        with one:
+            pool.submit(other.__enter__).result()
+        pool.submit(other.__exit__).result()
+        assert patched(model) == []
+        pool.submit(other.__enter__).result()
+        with one:
+            assert patched(model)
+            pool.submit(other.__exit__).result()
     assert patched(model) == []
 
 
@@ -219,6 +221,32 @@ def test_a_single_row_goes_the_faster_way_in_a_pass_of_a_draft_only(counted):
                 assert torch.equal(layer(row), functional.linear(row, layer.weight, layer.bias))
             assert counted == [1]
             counted.clear()
+
+
+def test_layers_are_told_only_what_one_of_them_asks():
+    plain = ThinProducts(torch.nn.Linear(8, 8).bfloat16(), is_draft=True)
+    assert plain.over(1) is plain.over(4) is plain.compiled() is UNTOLD
+    packed = torch.nn.Linear(8, 8).bfloat16()
+    packed.weight = torch.nn.Parameter(packed.weight.as_subclass(Own))
+    target, draft = (ThinProducts(torch.nn.Sequential(packed), is_draft=is_draft) for is_draft in (False, True))
+    assert target.over(1) is target.over(4) is target.compiled() is UNTOLD
+    for told in (draft.over(1), draft.over(4), draft.over(65), draft.compiled()):
+        with told:
+            assert blocks.drafting()
+    with plain.over(4, by_groups=True) as passing:
+        assert passing.masks == {}
+        assert not blocks.drafting()
+
+
+def test_a_pass_within_another_hears_nothing_of_it():
+    inner = ThinProducts(torch.nn.Linear(8, 8).bfloat16())
+    real = real_tokens(np.array([8, 1]), 8, np.array([True, True]))
+    with Pass(of_draft=True, real=real, by_groups=True) as outer:
+        with inner.over(1) as passing:
+            assert under_way() is passing
+            assert (passing.of_draft, passing.real, passing.masks) == (False, None, None)
+        assert under_way() is outer
+    assert under_way() is None
 
 
 def test_hooks_run_as_ever(counted):
@@ -298,7 +326,7 @@ def test_other_dtypes_only_leave_out_filling(counted, monkeypatch):
     model, states = torch.nn.Sequential(layer), torch.randn(2, 3, 8, dtype=torch.bfloat16)
     with torch.no_grad():
         for fed in ([3, 3], [3, 1]):
-            with leaving_out_filling(np.array(fed), 3, np.array([True, True])), ThinProducts(model).over(6):
+            with ThinProducts(model).over(6, real_tokens(np.array(fed), 3, np.array([True, True]))):
                 assert bool(patched(model)) == (fed == [3, 1])
                 layer(states)
     assert counted == []

@@ -27,6 +27,7 @@ from specdec.proposers.past import opening
 from specdec.testing import TableModel, assert_lossless, lively, noisy_copy, ragged_prompt, tiny_llama
 from specdec.weights import blocks, half
 from specdec.weights.packed import PackedWeight
+from specdec.weights.passing import Pass
 
 from .contract import assert_untouched, bart, fingerprint, mamba2, t5
 
@@ -335,7 +336,7 @@ def test_blocks_are_filled_up_and_nobody_sees_it(in_sixes, shape, bias):
         with pack_weights(layer):
             for drafting in (False, True):
                 in_sixes.clear()
-                with blocks.single_rows() if drafting else nullcontext():
+                with Pass(of_draft=True) if drafting else nullcontext():
                     got = layer(states)
                 assert in_sixes == [6 if rows == 2 or (rows == 1 and drafting) else rows]
                 torch.testing.assert_close(got, usual)
@@ -358,7 +359,7 @@ def test_only_a_drafts_single_rows_are_filled_up(in_sixes, monkeypatch):
 
 
 def test_a_draft_of_one_thread_is_none_of_another():
-    with blocks.single_rows(), ThreadPoolExecutor(1) as pool:
+    with Pass(of_draft=True), ThreadPoolExecutor(1) as pool:
         assert blocks.drafting()
         assert not pool.submit(blocks.drafting).result()
 

@@ -49,8 +49,8 @@ def decode(
     logits = target.prefill(state.prompt, speculate=length.most > 0, at_once=sampling.keeps_logits)
     state.vocabulary = int(logits.shape[-1])
     stats.seconds_scoring += clock() - began
+    start = clock()
     while True:
-        start = clock()
         accepted, next_token, scores = _verify(logits, state, proposal, processing, sampling)
         round_ = state.commit(
             proposal, accepted, next_token, scores, logits if keep_logits else None, target.states(keep_states)
@@ -67,8 +67,8 @@ def decode(
         start = clock()
         if not target.settled and state.room().any():
             target.decide(state.tokens)
-        stats.seconds_scoring += clock() - start
         began = clock()
+        stats.seconds_scoring += began - start
         # all but the last committed token were fed and are final
         target.rollback(state.tokens, state.lengths - 1, state.live)
         if state.done:
@@ -85,7 +85,8 @@ def decode(
             proposal.tokens.shape[1] + 1,
         )
         stats.seconds_drafting += drafted - asked
-        stats.seconds_scoring += clock() - drafted + asked - began
+        start = clock()
+        stats.seconds_scoring += start - drafted + asked - began
 
 
 def _verify(

@@ -6,13 +6,12 @@ against 512 columns that costs 8 times the attention itself on a CPU. Here the h
 another as further queries of their key head, and the mask is repeated with them: the same sums, nothing copied.
 
 "sdpa" is wrapped once, when the first slot cache is made; the wrapper acts in passes of our own only
-(``attending``, in this thread), every other call goes to the original untouched. Knows no cache and no mask
+(``weights/passing.py``), every other call goes to the original untouched. Knows no cache and no mask
 function. Read next: ``compiled.py``.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-_here = threading.local()  # .masks: masks of the running pass that were made already, by id, with what they are of
+from specdec.weights.passing import under_way
 
 
 def install() -> None:
@@ -29,17 +28,6 @@ def install() -> None:
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not hasattr(original, "_specdec_original"):
         AttentionInterface.register("sdpa", _wrapped(original))
-
-
-class attending:
-    """While a forward pass of ours runs: attention in this thread goes by groups where it can."""
-
-    def __enter__(self) -> None:
-        self._before = getattr(_here, "masks", None)
-        _here.masks = {}
-
-    def __exit__(self, *_: object) -> None:
-        _here.masks = self._before
 
 
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,12 +41,14 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        if attention_mask is None or dropout or not _by_groups(query, key, attention_mask, kwargs):
+        passing = None if torch.compiler.is_compiling() else under_way()
+        made = None if passing is None else passing.masks
+        if attention_mask is None or dropout or made is None or not _by_groups(query, key, attention_mask, kwargs):
             found: tuple[Tensor, None] = original(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
             return found
-        return grouped_attention(query, key, value, _repeated(attention_mask, query, key), scaling), None
+        return grouped_attention(query, key, value, _repeated(attention_mask, query, key, made), scaling), None
 
     attend._specdec_original = original  # type: ignore[attr-defined]
     return attend
@@ -85,9 +75,7 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
 
 
 def _by_groups(query: Tensor, key: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether this call is one of ours, has groups, and gains by them; transformers packs a single query itself."""
-    if torch.compiler.is_compiling() or getattr(_here, "masks", None) is None:
-        return False
+    """Whether this call has groups and gains by them; transformers packs a single query itself."""
     batch, heads, queries, _ = query.shape
     keys = key.shape[1]
     if queries == 1 or heads == keys or heads % keys or mask.ndim != 4 or mask.shape[1] != 1:
@@ -98,10 +86,11 @@ def _by_groups(query: Tensor, key: Tensor, mask: Tensor, kwargs: dict[str, Any])
     return query.device.type != "cpu" or batch * keys >= torch.get_num_threads()
 
 
-def _repeated(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """``mask`` (B, 1, Q, S) once for each head of a group, to be added; made once a pass for all layers."""
+def _repeated(
+    mask: Tensor, query: Tensor, key: Tensor, made: dict[tuple[int, int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """``mask`` (B, 1, Q, S) once for each head of a group, to be added; ``made`` once a pass for all layers."""
     groups = query.shape[1] // key.shape[1]
-    made: dict[tuple[int, int], tuple[Tensor, Tensor]] = _here.masks
     known = made.get((id(mask), groups))
     if known is None:
         added = mask

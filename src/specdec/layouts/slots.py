@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ from specdec.layouts.slot_cache import Place, SlotCache, SlotLayer, slot_layer
 from specdec.state import span
 from specdec.transfer import to_device
 from specdec.weights.adapters import device_of
-from specdec.weights.filling import leaving_out_filling
+from specdec.weights.filling import real_tokens
 from specdec.weights.thin import ThinProducts
 
 BLOCK = 64
@@ -173,7 +172,7 @@ class Slots:
         if self._steps is None and lowest == longest:
             here = slice(lowest, lowest + width)
             columns = self._columns[:, lowest + hidden : lowest + hidden + width]
-            ids, positions = partial(tokens[:, here].contiguous), self._positions[..., here]
+            ids, positions = tokens[:, here].contiguous, self._positions[..., here]
         else:
             where = starts[:, None] + np.arange(width)
             last = lengths[:, None] - 1  # fills up rows that feed less than others
@@ -193,7 +192,7 @@ class Slots:
             inputs["logits_to_keep"] = plan.rows
         self.outputs = self._pass(inputs, plan)
         self._starts, self._wanted = plan.lengths, plan.wanted
-        return self.pick(self.outputs.logits)
+        return rows_from_the_end(self.outputs.logits, *plan.wanted)
 
     def pick(self, states: Tensor) -> Tensor:
         """See ``Layout.pick``."""
@@ -226,7 +225,7 @@ class Slots:
         self.forwards += 1
         if self._steps is not None:
             graphs = self._steps.graphs
-            with self._thin.compiled:
+            with self._thin.compiled():
                 scores = self._steps.run(self._model, inputs, self._cache, span(plan.fed)[1])
             self.forwards += self._steps.graphs > graphs  # a new graph is compared with an eager pass
             if scores is not None:
@@ -234,11 +233,10 @@ class Slots:
             self._cache.place(*plan.place)
             self.name = "slots" if self._steps.refused else self.name
         batch, width = plan.place[0].shape
-        by_groups = grouped.attending() if width > 1 else nullcontext()  # transformers groups a single query itself
         # beside an encoder an input of this shape need not be the tokens; only a CPU computes rather than reads
         whole = self._encodes or not plan.positions.is_cpu
-        leaves_out = nullcontext() if whole else leaving_out_filling(plan.fed, width, self._live)
-        with by_groups, leaves_out, self._thin.over(batch * width):
+        real = None if whole else real_tokens(plan.fed, width, self._live)
+        with self._thin.over(batch * width, real, by_groups=width > 1):  # transformers groups a single query itself
             return self._model(**inputs, return_dict=True)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:

@@ -71,7 +71,7 @@ class _Run:
     def __init__(self, past: Past, call: Call, confidence: float | None) -> None:
         self._past, self._call, self._confidence = past, call, confidence
         self._scorer = past.scorer
-        self._on_cpu = past.device.type == "cpu"
+        self._on_cpu, self._apart = past.device.type == "cpu", past.device != call.prompt.device
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)  # what the draft was fed, in its own ids
         self._fed = np.zeros(0)  # on the host; on a CPU the same memory, elsewhere -1 where others guessed
         self._settled = 0  # columns of them that nothing takes back
@@ -80,6 +80,7 @@ class _Run:
         self._limits = np.zeros(0, dtype=np.int64)
         self._passes: Iterator[tuple[Tensor, np.ndarray]] = iter(())
         self._next = 0  # the guess whose scores come next from them
+        self._translates = True  # the draft's ids are not the guesses as they are
 
     @property
     def forwards(self) -> int:
@@ -105,6 +106,8 @@ class _Run:
         begins = self._call.length.begins
         if foresight.covers(limits) or not begins(self._past.opening) or not self._past.feed_prompt():
             return foresight.proposal()
+        # what is written is below the target's vocabulary
+        self._translates = self._apart or state.vocabulary > self._past.embeds
         self._sync(state)
         self._limits, self._next = limits, -1
         proposal = draft(self, state, limits, self._call, self._confidence, foresight)
@@ -120,16 +123,19 @@ class _Run:
             )
         self._next = step + 1
         logits, lengths = next(self._passes)
-        logits = logits.to(state.device)
+        if self._apart:
+            logits = logits.to(state.device)
         return self._call.processing.draft(logits, self.history(state, step), lengths, state.vocabulary, guessing)
 
     def history(self, state: State, step: int) -> Tensor:
         """See ``Steps``."""
-        return state.tokens if not step else self._tokens.to(state.device)
+        if not step:
+            return state.tokens
+        return self._tokens.to(state.device) if self._apart else self._tokens
 
     def write(self, state: State, guess: Tensor, columns: np.ndarray) -> None:
         """See ``Steps``."""
-        put(self._tokens, columns, self._past.known(guess, state.vocabulary))
+        put(self._tokens, columns, self._past.known(guess) if self._translates else guess)
 
     def _sync(self, state: State) -> None:
         """Bring the draft's tokens to the committed ones; forget what it was fed and was not kept."""
@@ -148,7 +154,8 @@ class _Run:
                 guesses = self._observed if self._observed is not None else to_host(proposal.tokens)
                 put_on_host(self._fed, before, guesses)
             kept = np.minimum(kept, old + in_common(state.host_tokens[:, old:upto], self._fed[:, old:upto]))
-        self._tokens[:, old:upto] = self._past.known(state.tokens[:, old:upto])
+        text = state.tokens[:, old:upto]
+        self._tokens[:, old:upto] = self._past.known(text) if self._translates or not old else text
         if not self._on_cpu:
             self._fed[:, old:upto] = state.host_tokens[:, old:upto]
         self._settled, self._drafted = state.foundation, None

@@ -62,18 +62,19 @@ def draft(
     guesses: list[Tensor] = []
     rows: list[Tensor] = []
     # behind a pass the first sum of arrays takes as long as a hundred later: all are made before
-    every = np.arange(span(limits)[1])[:, None]
+    most = span(limits)[1]
+    every = np.arange(most)[:, None]
     columns, guessing = state.lengths + every, limits > every
     positions = columns - state.prompt_length
     goes_on = asked(call, confidence, state.device)
     asks = True  # until the call's draft length has had enough: then only what is foreseen is guessed
-    for step in range(len(every)):
+    for step in range(most):
         known = foresight.at(step, limits, steps.history)
         drafted = guessing[step] if known is None else (known < 0) & guessing[step]
         if not asks:
             limits, drafted = np.where(drafted, step, limits), np.zeros_like(drafted)
-            guessing = limits > every
-            if step >= span(limits)[1]:
+            guessing, most = limits > every, span(limits)[1]
+            if step >= most:
                 break
         guess, scores = _guess(steps, state, step, drafted, known, call, positions[step])
         guesses.append(guess)
@@ -88,8 +89,8 @@ def draft(
             asks = goes_on(np.where(guessing[step], chance, 0.0)) and asks
         lowered = foresight.cut(step, lowered, guess)
         if lowered is not limits:
-            limits, guessing = lowered, lowered > every
-        if step + 1 >= span(limits)[1]:
+            limits, guessing, most = lowered, lowered > every, span(lowered)[1]
+        if step + 1 >= most:
             break
         if not (asks or foresight.more):
             limits = np.minimum(limits, step + 1)

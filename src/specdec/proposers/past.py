@@ -151,13 +151,9 @@ class Past:
             self._usable &= scores is not None
         return bool(self._usable.any())
 
-    def known(self, ids: Tensor, vocabulary: int | None = None) -> Tensor:
-        """``ids`` where the model is, with others in place of those that it does not know.
-
-        All are real ids below ``vocabulary``, if that is given.
-        """
-        ids = ids.to(self.device)
-        return ids if vocabulary is not None and vocabulary <= self.embeds else ids.clamp(0, self.embeds - 1)
+    def known(self, ids: Tensor) -> Tensor:
+        """``ids`` where the model is, with others in place of those that it does not know."""
+        return ids.to(self.device).clamp(0, self.embeds - 1)
 
     def limits(self, state: State, limits: np.ndarray) -> np.ndarray:
         """(B,) ``limits``, lowered to what the model can do; a row with an id unknown to it is lost to it."""

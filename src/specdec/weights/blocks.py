@@ -6,41 +6,29 @@ timed once a process for each dtype and number of threads.
 
 Two rows and more had the same bits beside more of them, wherever that was looked at (docs/weights.md). A single row
 is another kernel's, in another order: in 16 bits the very bits of the plain matrix, which are those of plain
-``generate()``. It is therefore filled up for a draft alone (``single_rows``), whose scores may end in any bits.
+``generate()``. It is therefore filled up in passes of a draft alone (``passing.py``), which owes nobody its bits.
 Knows no model. Read next: ``thin.py``.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from specdec.weights.passing import under_way
 from specdec.weights.race import CLEARLY, seconds
 
 MOST = 8  # rows: more are two blocks at least
 TRIED = (1 << 14, 1 << 11)  # a matrix that caches do not hold
 
-_here = threading.local()
-
-
-class single_rows:
-    """While this lasts, single rows are filled up as well in this thread: a draft's pass."""
-
-    def __enter__(self) -> None:
-        self._before = drafting()
-        _here.single = True
-
-    def __exit__(self, *_: object) -> None:
-        _here.single = self._before
-
 
 def drafting() -> bool:
     """Whether a draft's pass is under way in this thread."""
-    return getattr(_here, "single", False)
+    passing = under_way()
+    return passing is not None and passing.of_draft
 
 
 def in_blocks(states: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 Without such instructions torch takes several times as long for a few rows of bfloat16 as for one, and a
 verification costs what it should save. FBGEMM, torch's kernels for x86 processors with AVX2, reads 16 bits,
 multiplies and adds up in float32, and has the next row nearly free. Knows nothing of layers and models.
-Read next: ``race.py``.
+Read next: ``passing.py``.
 """
 
 from __future__ import annotations

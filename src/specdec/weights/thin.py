@@ -16,8 +16,7 @@ models, gradients and autocast go torch's way. Knows no model. Read next: ``fill
 
 from __future__ import annotations
 
-import threading
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -26,13 +25,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdec.weights import blocks, race
-from specdec.weights.filling import leaves_out, on_real
+from specdec.weights.filling import on_real
+from specdec.weights.passing import UNTOLD, Layer, Pass, Real, under_way
 
 MOST_ROWS = 64  # more are a prompt, which is computing: another question than the one that is timed
 TRIED_ROWS, TRIED_NUMBERS = 4, 1 << 24  # numbers: more than caches hold, as in a pass
 
-_here = threading.local()  # .passes: of ours that are under way
-_Layer = tuple[dict[str, Any], Any]  # a module's own attributes, and the ``forward`` to put there
 _wins: dict[tuple[int, ...], bool] = {}  # oneDNN's kernel, by the matrix' size, the rows and the threads
 
 
@@ -41,53 +39,40 @@ class ThinProducts:
 
     def __init__(self, model: Any, *, is_draft: bool = False) -> None:
         """Find the layers, and time their sizes if this process has not yet."""
-        every: list[_Layer] = []  # what only fills up a pass can be left out of all, whatever the dtype
-        few: list[_Layer] = []
-        single: list[_Layer] = []
+        self._every: list[Layer] = []  # what only fills up a pass can be left out of all, whatever the dtype
+        self._few: list[Layer] = []
+        self._single: list[Layer] = []
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
         if not any(map(_is_compiled, modules)):  # whose graph would be made anew
             for module in modules:
                 if type(module) is torch.nn.Linear and is_as_made(module) and _is_large(module.weight):
-                    every.append((vars(module), partial(_forward, module)))
+                    self._every.append((vars(module), partial(_forward, module)))
                     if is_draft and wins(module.weight, 1):
-                        single.append(every[-1])
+                        self._single.append(self._every[-1])
                     if wins(module.weight, TRIED_ROWS):
-                        few.append(every[-1])
-        self._every, self._few, self._single = (_pass(layers, is_draft) for layers in (every, few, single))
-        self.compiled = _pass([], is_draft)  # what to enter for a pass of a graph
+                        self._few.append(self._every[-1])
+        # only layers that are exchanged above, or whose weights are no plain ones, ask whose pass it is
+        weights = [weight for module in modules for weight in module.parameters(recurse=False)]
+        asks = self._single or any(type(weight) is not torch.nn.Parameter for weight in weights)
+        self._of_draft = is_draft and bool(asks)
 
-    def over(self, tokens: int) -> AbstractContextManager[None]:
-        """What to enter for a pass over so many tokens of all rows, behind ``leaving_out_filling``."""
+    def over(
+        self, tokens: int, real: Real | None = None, *, by_groups: bool = False
+    ) -> AbstractContextManager[Any]:
+        """What to enter for a pass over so many tokens of all rows; see ``Pass``."""
+        layers = self._few if tokens > 1 else self._single
+        if real is not None:
+            layers = self._every
         if tokens > MOST_ROWS:
-            return nullcontext()
-        if leaves_out():
-            return self._every
-        return self._single if tokens == 1 else self._few
+            layers = []
+        # within another pass, as when a hook generates, what was said of that one must not be heard in this
+        if layers or real is not None or by_groups or self._of_draft or under_way() is not None:
+            return Pass(layers, of_draft=self._of_draft, real=real, by_groups=by_groups)
+        return UNTOLD
 
-
-def _pass(layers: list[_Layer], is_draft: bool) -> AbstractContextManager[None]:
-    of_draft: AbstractContextManager[None] = blocks.single_rows() if is_draft else nullcontext()
-    return _Pass(layers, of_draft) if layers else of_draft
-
-
-class _Pass(AbstractContextManager[None]):
-    """While this lasts, ``layers`` multiply the fast way in this thread; in others as they always do."""
-
-    def __init__(self, layers: list[_Layer], of_draft: AbstractContextManager[None]) -> None:
-        self._layers, self._of_draft = layers, of_draft
-
-    def __enter__(self) -> None:
-        for own, forward in self._layers:
-            own.setdefault("forward", forward)
-        self._of_draft.__enter__()
-        _here.passes = getattr(_here, "passes", 0) + 1
-
-    def __exit__(self, *_: object) -> None:
-        _here.passes -= 1
-        self._of_draft.__exit__(None, None, None)
-        for own, forward in self._layers:
-            if own.get("forward") is forward:  # another thread may have a pass of its own under way
-                del own["forward"]
+    def compiled(self) -> AbstractContextManager[Any]:
+        """What to enter for a pass of a graph, which has its layers as they are."""
+        return Pass(of_draft=True) if self._of_draft else UNTOLD
 
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,7 +105,7 @@ def _race(weight: Tensor, rows: int) -> bool:
 def _forward(module: torch.nn.Linear, input: Tensor) -> Tensor:
     """In the place of ``Linear.forward``."""
     weight, bias = module.weight, module.bias
-    usual = not getattr(_here, "passes", 0)  # another thread's pass has put this here
+    usual = under_way() is None  # another thread's pass has put this here
     usual |= input.dtype != weight.dtype or type(input) is not Tensor or input.device != weight.device
     if usual or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return functional.linear(input, weight, bias)
