@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as hf
@@ -143,5 +144,6 @@ def test_processing_uses_them_in_their_order():
     for processor in processors:
         expected = processor(IDS, expected)
     tokens = torch.zeros(2, 9, dtype=torch.int64)
-    found = Processing(processors).target(scores, tokens, torch.tensor([4, 5]).numpy())
+    lengths, guesses, live = np.array([4, 5]), np.array([2, 2]), np.array([True, True])
+    found = Processing(processors).target(scores, tokens, lengths, guesses, live)
     assert torch.equal(found.reshape(6, -1), expected)

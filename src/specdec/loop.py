@@ -25,7 +25,7 @@ from specdec.proposers import Proposer, checked
 from specdec.records import Proposal, Round, Stats
 from specdec.sampling import Sampling
 from specdec.scorer import Scorer
-from specdec.state import State
+from specdec.state import State, span
 from specdec.transfer import to_device
 
 
@@ -95,12 +95,11 @@ def _verify(
     """(accepted, next token, processed scores) for the target's ``logits`` (B, K + 1, V)."""
     if processing.in_lockstep:
         return verify_in_lockstep(logits.float(), state, proposal, processing, sampling)
-    guesses = proposal.lengths * state.live
-    scores = processing.target(logits, state.tokens, state.lengths, guesses + state.live)
+    scores = processing.target(logits, state.tokens, state.lengths, proposal.lengths, state.live)
     void = _void(scores) if processing.forbids else None
     if void is not None:
         scores = scores.masked_fill(void[..., None], 0)
-    submitted = to_device(guesses, state.device)
+    submitted = to_device(proposal.lengths, state.device)
     positions = state.lengths - state.prompt_length
     accepted, next_token = sampling.verify(scores, proposal.tokens, submitted, proposal.logits, positions)
     if void is not None:
@@ -135,7 +134,7 @@ def _limits(state: State, target: Scorer, length: DraftLength, processing: Proce
     limits: np.ndarray = target.reach(state.room(), state.lengths, state.live)
     if processing.in_lockstep:
         limits = np.where(state.live, limits[state.live].min(), 0)
-    drafted: int | np.ndarray = length.next(int(limits.max()))
+    drafted: int | np.ndarray = length.next(span(limits)[1])
     if processing.foresees and drafted < length.most:
         known = processing.foresee(state.tokens, state.lengths, np.minimum(limits, length.most))
         runs = np.array([len(ids) for ids in known], dtype=np.int64)

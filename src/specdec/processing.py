@@ -106,7 +106,7 @@ class Processing:
         return any(walk.foresees for walk in self._walks)
 
     def target(
-        self, logits: Tensor, tokens: Tensor, lengths: np.ndarray, wanted: np.ndarray | None = None
+        self, logits: Tensor, tokens: Tensor, lengths: np.ndarray, guesses: np.ndarray, live: np.ndarray
     ) -> Tensor:
         """Processed scores (B, n, V), as plain ``generate()`` processes: in float32, where anything is processed.
 
@@ -114,13 +114,12 @@ class Processing:
             logits: (B, n, V) of the target.
             tokens: (B, capacity) committed tokens and guesses.
             lengths: (B,) committed tokens; position i of row b sees ``lengths[b] + i`` tokens.
-            wanted: (B,) positions of each row that a token may be drawn from, 0 for ended rows; None is all.
+            guesses: (B,) of each row, 0 for ended ones; a token may be drawn at their positions and at one more.
+            live: (B,) bool, rows that have not ended.
         """
         if not self._known:
             return _single(logits)
-        if wanted is None:
-            wanted = np.full(len(lengths), logits.shape[1])
-        return self._apply(logits.float(), tokens, lengths, wanted, final=True)
+        return self._apply(logits.float(), tokens, lengths, guesses + live, final=True)
 
     def at(self, length: int, tokens: Tensor, scores: Tensor, live: np.ndarray) -> Tensor:
         """Processed scores (B, V) of one position in lockstep, by the calls of plain ``generate()``.

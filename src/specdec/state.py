@@ -100,7 +100,7 @@ class State:
     @property
     def done(self) -> bool:
         """Every row has ended."""
-        return not self.live.any()
+        return not any(self.live.tolist())
 
     @property
     def settled(self) -> np.ndarray:
@@ -188,12 +188,11 @@ class State:
         width = drafted.shape[1] + 1
         emitted = np.array([tokens + [self.pad_id] * (width - len(tokens)) for tokens in texts], dtype=np.int64)
         counts = np.array([len(tokens) for tokens in texts], dtype=np.int64)
-        submitted = proposal.lengths * self.live
         round_ = Round(
             proposal=proposal,
             drafted=drafted.copy(),  # a proposer may write into its memory again
-            lengths=submitted,
-            accepted=np.minimum(passed, submitted),
+            lengths=proposal.lengths.copy(),
+            accepted=np.minimum(passed, proposal.lengths),
             emitted=emitted,
             counts=counts,
             before=self.lengths,

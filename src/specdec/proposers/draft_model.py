@@ -100,14 +100,14 @@ class _Run:
     def propose(self, state: State, limits: np.ndarray) -> Proposal:
         """See ``Proposer.propose``."""
         limits = self._past.limits(state, limits)
-        if not limits.any():
+        if not span(limits)[1]:
             return Proposal.empty(state.batch, state.device)
         foresight = Foresight(self._call.processing, state, limits)
         begins = self._call.length.begins
         if foresight.covers(limits) or not begins(self._past.opening) or not self._past.feed_prompt():
             return foresight.proposal()
-        # what is written is below the target's vocabulary
-        self._translates = self._apart or state.vocabulary > self._past.embeds
+        # past the prompt, which may hold ids as for pictures, all are below the target's vocabulary
+        self._translates = self._apart or state.vocabulary > self._past.embeds or not self._settled
         self._sync(state)
         self._limits, self._next = limits, -1
         proposal = draft(self, state, limits, self._call, self._confidence, foresight)
@@ -154,9 +154,9 @@ class _Run:
                 guesses = self._observed if self._observed is not None else to_host(proposal.tokens)
                 put_on_host(self._fed, before, guesses)
             kept = np.minimum(kept, old + in_common(state.host_tokens[:, old:upto], self._fed[:, old:upto]))
-        text = state.tokens[:, old:upto]
-        self._tokens[:, old:upto] = self._past.known(text) if self._translates or not old else text
-        if not self._on_cpu:
+        if self._translates or not self._on_cpu:
+            self._tokens[:, old:upto] = self._past.known(state.tokens[:, old:upto])
+        if not (self._translates and self._on_cpu):
             self._fed[:, old:upto] = state.host_tokens[:, old:upto]
         self._settled, self._drafted = state.foundation, None
         # the last committed token is always fed again: its scores are what the next guess needs

@@ -149,7 +149,7 @@ class Past:
             prompt, self._prompt = self._prompt, None
             scores = tried(self.name, lambda: self.scorer.prefill(prompt, speculate=True))
             self._usable &= scores is not None
-        return bool(self._usable.any())
+        return any(self._usable.tolist())
 
     def known(self, ids: Tensor) -> Tensor:
         """``ids`` where the model is, with others in place of those that it does not know."""

@@ -69,8 +69,10 @@ def _by_bits(scores: Tensor, *, heeds_nan: bool) -> Tensor | None:
         if not 0 < bits.item(row * vocabulary + token) <= infinity:
             return None
     # a NaN with a sign, as it comes out of arithmetic, is above all other bits
-    if heeds_nan and bits.view("uint16").max() > 0x8000 + infinity:
-        return None
+    if heeds_nan:
+        unsigned = bits.view("uint16")
+        if unsigned.item(unsigned.argmax()) > 0x8000 + infinity:
+            return None
     return torch.from_numpy(tokens) if scores.ndim > 1 else torch.tensor(int(tokens), device="cpu")
 
 
