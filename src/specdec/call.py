@@ -31,7 +31,7 @@ from specdec.loop import decode
 from specdec.noise import seed_of
 from specdec.outputs import Collector
 from specdec.processing import Processing
-from specdec.proposers import Call, Nothing
+from specdec.proposers import Call, Nothing, one_a_row
 from specdec.proposers.jump import begun_behind
 from specdec.records import Round, Stats
 from specdec.sampling import Sampling
@@ -88,6 +88,11 @@ def run_call(request: Request, model: Any, input_ids: Tensor, **prepared: Any) -
             next(rounds)
         except StopIteration as end:
             return end.value
+        except RuntimeError as error:
+            # what Python makes of a StopIteration that a callback raised inside of a generator
+            if isinstance(error.__cause__, StopIteration):
+                raise error.__cause__ from None
+            raise
 
 
 def follow_call(
@@ -128,6 +133,7 @@ def follow_call(
     length = length if speculates else Fixed(0)
     inputs = _repeated(model, request.inputs, state.batch, generation_config.num_return_sequences)
     sampling = request.sampling(generation_config.do_sample, seed, state.device, lambda: _prompts(state, inputs))
+    tenants = None if request.tenants is None else one_a_row(request.tenants, state.batch, "tenant")
     if streamer is not None:
         streamer.put(input_ids.cpu())
     # the caller will go on with the cache: it is returned, or the caller's own
@@ -157,7 +163,7 @@ def follow_call(
                 processing=processing,
                 sampling=sampling,
                 length=length,
-                tenants=request.tenants,
+                tenants=tenants,
                 clock=None if promised else clock,
                 scorer=target,
             ),
