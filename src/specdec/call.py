@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import count
 from math import ceil
 from time import perf_counter
@@ -34,7 +33,7 @@ from specdec.processing import Processing
 from specdec.proposers import Call, Nothing, one_a_row
 from specdec.proposers.jump import begun_behind
 from specdec.records import Round, Stats
-from specdec.sampling import Sampling
+from specdec.sampling import Sampling, asked_of
 from specdec.scorer import Scorer, warn_plain
 from specdec.state import State
 from specdec.stopping import Watcher
@@ -132,7 +131,7 @@ def follow_call(
     speculates = room and guesses and length.most > 0 and not collector.takes_steps
     length = length if speculates else Fixed(0)
     inputs = _repeated(model, request.inputs, state.batch, generation_config.num_return_sequences)
-    sampling = request.sampling(generation_config.do_sample, seed, state.device, lambda: _prompts(state, inputs))
+    sampling = request.sampling(generation_config.do_sample, seed, state.device, lambda: asked_of(state, inputs))
     tenants = None if request.tenants is None else one_a_row(request.tenants, state.batch, "tenant")
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -149,6 +148,10 @@ def follow_call(
         returns_cache=cache_is_seen,
         steps=request.steps,
     )
+    watcher = Watcher(stopping_criteria, streamer, state)
+    stateful = processing.in_lockstep
+    # where a condition ends rows that would come to the end of their positions, none may be ahead of the others
+    processing.in_lockstep |= watcher.watches and state.batch > 1 and target.outgrown(state.max_length)
     proposer: Any = Nothing()
     if speculates:
         # by rejection the text depends on the guesses, and a given seed promises one text
@@ -176,8 +179,7 @@ def follow_call(
                 "give another draft"
             )
         keep_states = tuple({*keep_states, target.give_hidden()})
-    watcher = Watcher(stopping_criteria, streamer, state)
-    if processing.in_lockstep and watcher.watches:
+    if stateful and watcher.watches:
         # a processor with state must not be called for a step that a condition would have prevented
         length = Fixed(0)
     rounds = decode(
@@ -247,29 +249,6 @@ def _state(
         pad_id=max(int(pad), 0) if pad is not None else 0,
         starts=starts,
     )
-
-
-def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
-    """What each row was asked, as numbers: its ids without padding, and a digest of anything beside them.
-
-    An encoder-decoder model is asked through its encoder, a multimodal one through pictures and sounds too.
-    """
-    rows = zip(state.host_tokens, state.starts, strict=True)
-    prompts = [row[start : state.prompt_length].tolist() for row, start in rows]
-    mask = inputs.get("attention_mask")
-    for name in sorted(inputs):
-        value = inputs[name]
-        beside = name != "decoder_input_ids" and "mask" not in name and "position" not in name
-        if not beside or value.shape[:1] != (state.batch,):
-            continue
-        for row, prompt in enumerate(prompts):
-            part = value[row]
-            # ids, their types, their embeddings; not what happens to have as many columns
-            if mask is not None and mask.shape == value.shape[:2] and value.ndim <= 3:
-                part = part[mask[row].bool()]
-            content = to_host(part.contiguous().flatten().view(torch.uint8)).tobytes()
-            prompt.append(int.from_bytes(blake2b(content, digest_size=7).digest(), "big"))
-    return prompts
 
 
 def _repeated(model: Any, inputs: dict[str, Any], batch: int, samples: int) -> dict[str, Any]:
