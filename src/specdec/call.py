@@ -35,7 +35,7 @@ from specdec.proposers.jump import begun_behind
 from specdec.records import Round, Stats
 from specdec.sampling import Sampling, asked_of
 from specdec.scorer import Scorer, warn_plain
-from specdec.state import State
+from specdec.state import FOREVER, State
 from specdec.stopping import Watcher
 from specdec.transfer import to_host
 from specdec.weights.adapters import device_of
@@ -239,14 +239,16 @@ def _state(
     ends = [c.eos_token_id.reshape(-1).to(prompt.device) for c in criteria if type(c) is EosTokenCriteria]
     limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
     longest = ceil(min(limits, default=config.max_length))
-    pad = config._pad_token_tensor
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None) or FOREVER
     return State(
         prompt,
         max_length=longest,
         max_guesses=guesses,
         eos_ids=torch.cat(ends) if ends else None,
-        # an id that does not exist (Llama's -1) must not be fed, and shorter rows of a pass are filled up with it
-        pad_id=max(int(pad), 0) if pad is not None else 0,
+        # shorter rows of a pass are filled up with it, and an id that does not exist must not be fed (Llama's -1,
+        # or one that was added to a tokenizer only)
+        pad_id=pad if 0 <= pad < vocabulary else 0,
         starts=starts,
     )
 
