@@ -32,6 +32,7 @@ from specdec.testing import lively, noisy_copy, tiny_llama
 from .contract import (
     NEW,
     Counted,
+    Guesses,
     bart,
     gemma,
     llama,
@@ -659,6 +660,27 @@ def test_a_row_that_ended_behind_the_last_position_is_not_fed_there(draft, layou
             target, noisy(target) if draft == "model" else draft, num_draft_tokens=guesses, layout=layout
         )
         assert gen.generate(**how).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("layout", ["slots", "columns"])
+@pytest.mark.parametrize("end", [20, 24, 25])
+def test_a_row_that_is_ahead_of_a_condition_is_not_fed_behind_the_last_position(end, layout, static):
+    """The others have yet to come to where the condition ends all of them."""
+    target, inputs = llama() if static else gpt2(24, 2), prompts(3)
+    text = plain(target, inputs, max_new_tokens=16)
+    how = {**inputs, "max_new_tokens": 60, "do_sample": False}
+
+    def more():
+        cache = {"past_key_values": StaticCache(target.config, max_cache_len=24)} if static else {}
+        return {**cache, "stopping_criteria": StoppingCriteriaList([Reaches(end)])}
+
+    wanted = target.generate(**how, **more())
+    first = Guesses(lambda row, column, state: (int(text[row, min(column, 24)]) + (row > 0)) % 64)
+    for draft in (first, oracle(text)):
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=4, layout=layout)
+        assert gen.generate(**how, **more()).tolist() == wanted.tolist()
+    assert gen.stats.tokens_per_round > 1.5
 
 
 def test_a_prompt_at_the_last_positions_says_nothing_of_other_calls():

@@ -332,17 +332,21 @@ def test_padding_after_the_end(pad):
     assert (wanted[0, START + 2 :] == pad).all()
 
 
+@pytest.mark.parametrize("pad", [-1, 64])
 @pytest.mark.parametrize("layout", ["slots", "columns"])
-def test_padding_that_no_model_can_be_fed(layout):
-    """Llama's first checkpoints name -1: plain generate() can go on as long as no row has ended."""
+def test_padding_that_no_model_can_be_fed(layout, pad):
+    """Llama's first checkpoints name -1, and a new token may be in the tokenizer only.
+
+    Plain generate() can go on as long as no row has ended.
+    """
     free = plain(llama(), prompts(3))
     for more in ({}, {"eos_token_id": int(free[0, START + 2]), "max_new_tokens": 4}):
-        options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": -1, **more}
+        options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": pad, **more}
         wanted = plain(llama(), prompts(3), **options)
         for draft in ("noisy", "ngram", oracle(free, wrong={START + 5})):
             got = speculative(llama(), draft, layout=layout).generate(**prompts(3), **options)
             assert got.tolist() == wanted.tolist()
-    assert wanted[0, -1] == -1
+    assert wanted[0, -1] == pad
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -18,6 +18,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
+from specdec import InvalidInput
 from specdec.processing import Processing
 
 from .contract import (
@@ -227,6 +228,63 @@ class Machine(LogitsProcessor):
 def test_processor_of_the_user(kind, batch):
     with_it = assert_agrees(llama(), prompts(batch), make=lambda: {"logits_processor": [kind()]})
     assert with_it.sequences.tolist() != plain(llama(), prompts(batch)).tolist()
+
+
+class InPlaceOfACopy(InPlace):
+    def __call__(self, input_ids, scores):
+        return super().__call__(input_ids, scores.clone())
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kind", [InPlace, PureInPlace])
+def test_what_a_processor_writes_into_is_not_what_the_model_said(kind, batch):
+    asked = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": NEW, "do_sample": False}
+    inputs = prompts(batch)
+    wanted = llama().generate(**inputs, **asked, logits_processor=[InPlaceOfACopy()])
+    for draft in ("noisy", None):
+        got = speculative(llama(), draft).generate(**inputs, **asked, logits_processor=[kind()])
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(wanted.logits), atol=1e-4, rtol=1e-4)
+
+
+class Returns(LogitsProcessor):
+    """Returns what `change` makes of the scores."""
+
+    def __init__(self, change, pure):
+        self.change, self.specdec_pure = change, pure
+
+    def __call__(self, input_ids, scores):
+        return self.change(scores)
+
+
+RETURNED = {
+    "nothing": (lambda scores: None, "a NoneType"),
+    "fewer ids": (lambda scores: scores[:, :40], r"shape \({batch}, 40\)"),
+    "one id": (lambda scores: scores[:, :1], r"shape \({batch}, 1\)"),
+    "one row": (lambda scores: scores[0], r"shape \(64,\)"),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("pure", [True, False])
+@pytest.mark.parametrize("name", RETURNED)
+def test_a_processor_that_returns_something_else_is_named(name, pure, batch):
+    change, came = RETURNED[name]
+    for draft in ("noisy", None):
+        with pytest.raises(InvalidInput, match=f"Returns returned.*{came.format(batch=batch)}.*every id"):
+            speculative(llama(), draft).generate(
+                **prompts(batch), max_new_tokens=NEW, logits_processor=[Returns(change, pure)]
+            )
+
+
+@pytest.mark.parametrize("pure", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_processor_may_return_numbers_of_another_kind(dtype, pure):
+    processors = [Returns(lambda scores: scores.to(dtype), pure)]
+    wanted = plain(llama(), prompts(3), logits_processor=processors)
+    options = {"max_new_tokens": NEW, "do_sample": False, "logits_processor": processors}
+    for draft in ("noisy", None):
+        assert speculative(llama(), draft).generate(**prompts(3), **options).tolist() == wanted.tolist()
 
 
 def run_recorded(generate, inputs, **options):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor
 
-from specdec import DraftModel, InvalidInput, SpeculativeGenerator, call
+from specdec import DraftModel, InvalidInput, SpeculativeGenerator
 from specdec.noise import seed_of
+from specdec.sampling import asked_of
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import llama, noisy, oracle, prompts, speculative, t5
@@ -309,7 +310,7 @@ def test_padding_beside_the_prompt_is_no_part_of_what_was_asked(name):
         if name == "inputs_embeds":
             values = values[..., None].float()
         state = SimpleNamespace(host_tokens=np.array([[0, 1], [0, 1]]), starts=[1, 0], prompt_length=2, batch=2)
-        return call._prompts(state, {name: values, "attention_mask": mask, "position_ids": mask.cumsum(1)})
+        return asked_of(state, {name: values, "attention_mask": mask, "position_ids": mask.cumsum(1)})
 
     assert asked(0) == asked(1) == asked(2)
     (first, _), (*second, _) = asked(0)

@@ -487,3 +487,34 @@ def test_streaming_is_in_time():
     assert told_at == sorted(told_at)
     # the first token comes before any guess is scored; the check of the layout may lie before it
     assert len(set(told_at)) == 1 + gen.stats.rounds
+
+
+class Halts:
+    """A callback of any kind that raises what Python's generators cannot let through."""
+
+    def put(self, value):
+        if value.ndim == 1:
+            raise StopIteration("enough")
+
+    def end(self):
+        pass
+
+    def __call__(self, *_):
+        raise StopIteration("enough")
+
+
+@pytest.mark.parametrize("given", ["streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"])
+@pytest.mark.parametrize("draft", ["noisy", None])
+def test_a_callback_may_raise_stop_iteration(given, draft):
+    callback = [Halts()] if given in ("stopping_criteria", "logits_processor") else Halts()
+    for generate in (llama().generate, speculative(llama(), draft).generate):
+        with pytest.raises(StopIteration, match="enough"):
+            generate(**prompts(1), max_new_tokens=NEW, **{given: callback})
+
+
+def test_what_a_callback_raises_itself_arrives_as_it_is():
+    def breaks(ids, scores):
+        raise RuntimeError("of the caller") from KeyError("why")
+
+    with pytest.raises(RuntimeError, match="of the caller"):
+        speculative(llama(), "noisy").generate(**prompts(1), max_new_tokens=NEW, stopping_criteria=[breaks])

@@ -484,6 +484,7 @@ def test_the_confidence_of_a_call(draft):
         (lambda: LayerSkip(skip=[0.5]), "from 0"),
         (lambda: SpeculativeGenerator(deep(), EarlyExit(layers=4)), "an exit after 4 layers.* 1 to 3"),
         (lambda: SpeculativeGenerator(tiny_llama(num_hidden_layers=1), EarlyExit(layers=1)), "has one layer"),
+        (lambda: SpeculativeGenerator(tiny_llama(num_hidden_layers=1), LayerSkip(skip=[0])), "has one layer"),
         (lambda: SpeculativeGenerator(deep(), LayerSkip(skip=[4])), "0 to 3"),
         (lambda: SpeculativeGenerator(deep(), LayerSkip(skip=[8, 1])), "0 to 3"),
         (lambda: SpeculativeGenerator(deep(), LayerSkip(skip=range(4))), "not all"),

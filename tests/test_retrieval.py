@@ -340,6 +340,16 @@ def test_padding_behind_rows_that_have_ended_is_not_kept():
     assert kept[0] < max(kept)
 
 
+@pytest.mark.parametrize("draft", ["ngram", None])
+@pytest.mark.parametrize("new", [1, 9])
+def test_as_many_tenants_as_rows_with_and_without_a_store(draft, new):
+    gen = SpeculativeGenerator(llama(), draft)
+    for tenant in (["a", "b"], []):
+        with pytest.raises(InvalidInput, match=f"{len(tenant)} of `tenant` for 3 rows"):
+            gen.generate(**prompts(3), max_new_tokens=new, do_sample=False, tenant=tenant)
+    gen.generate(**prompts(3), max_new_tokens=new, do_sample=True, num_return_sequences=2, tenant=["a", "b", "a"])
+
+
 def test_a_call_that_fails_leaves_the_store_alone():
     store = Store()
     gen = SpeculativeGenerator(llama(), Suffix(store=store, tenant="me"))

@@ -176,6 +176,16 @@ def test_weights_learn_again_as_they_did():
         assert [weight.requires_grad for weight in one.parameters()] == [True, True, False, False]
 
 
+def test_a_conversion_that_packed_weights_refuse_says_how_to_go_on():
+    model = torch.nn.Sequential(torch.nn.LayerNorm(32), Linear(32, 16))
+    pack_weights(model)
+    with pytest.raises(UnsupportedModel, match=r"before this weight has been: unpack, and convert again"):
+        model.double()
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32, torch.float64}
+    unpack_weights(model)
+    assert {weight.dtype for weight in model.double().parameters()} == {torch.float64}
+
+
 def test_packed_weights_refuse_to_be_written_and_read_as_plain():
     model = torch.nn.Sequential(Linear(32, 16))
     before = plain(model)

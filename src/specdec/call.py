@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import count
 from math import ceil
 from time import perf_counter
@@ -31,12 +30,12 @@ from specdec.loop import decode
 from specdec.noise import seed_of
 from specdec.outputs import Collector
 from specdec.processing import Processing
-from specdec.proposers import Call, Nothing
+from specdec.proposers import Call, Nothing, one_a_row
 from specdec.proposers.jump import begun_behind
 from specdec.records import Round, Stats
-from specdec.sampling import Sampling
+from specdec.sampling import Sampling, asked_of
 from specdec.scorer import Scorer, warn_plain
-from specdec.state import State
+from specdec.state import FOREVER, State
 from specdec.stopping import Watcher
 from specdec.transfer import to_host
 from specdec.weights.adapters import device_of
@@ -88,6 +87,11 @@ def run_call(request: Request, model: Any, input_ids: Tensor, **prepared: Any) -
             next(rounds)
         except StopIteration as end:
             return end.value
+        except RuntimeError as error:
+            # what Python makes of a StopIteration that a callback raised inside of a generator
+            if isinstance(error.__cause__, StopIteration):
+                raise error.__cause__ from None
+            raise
 
 
 def follow_call(
@@ -127,7 +131,8 @@ def follow_call(
     speculates = room and guesses and length.most > 0 and not collector.takes_steps
     length = length if speculates else Fixed(0)
     inputs = _repeated(model, request.inputs, state.batch, generation_config.num_return_sequences)
-    sampling = request.sampling(generation_config.do_sample, seed, state.device, lambda: _prompts(state, inputs))
+    sampling = request.sampling(generation_config.do_sample, seed, state.device, lambda: asked_of(state, inputs))
+    tenants = None if request.tenants is None else one_a_row(request.tenants, state.batch, "tenant")
     if streamer is not None:
         streamer.put(input_ids.cpu())
     # the caller will go on with the cache: it is returned, or the caller's own
@@ -143,6 +148,10 @@ def follow_call(
         returns_cache=cache_is_seen,
         steps=request.steps,
     )
+    watcher = Watcher(stopping_criteria, streamer, state)
+    stateful = processing.in_lockstep
+    # where a condition ends rows that would come to the end of their positions, none may be ahead of the others
+    processing.in_lockstep |= watcher.watches and state.batch > 1 and target.outgrown(state.max_length)
     proposer: Any = Nothing()
     if speculates:
         # by rejection the text depends on the guesses, and a given seed promises one text
@@ -157,7 +166,7 @@ def follow_call(
                 processing=processing,
                 sampling=sampling,
                 length=length,
-                tenants=request.tenants,
+                tenants=tenants,
                 clock=None if promised else clock,
                 scorer=target,
             ),
@@ -170,8 +179,7 @@ def follow_call(
                 "give another draft"
             )
         keep_states = tuple({*keep_states, target.give_hidden()})
-    watcher = Watcher(stopping_criteria, streamer, state)
-    if processing.in_lockstep and watcher.watches:
+    if stateful and watcher.watches:
         # a processor with state must not be called for a step that a condition would have prevented
         length = Fixed(0)
     rounds = decode(
@@ -231,39 +239,18 @@ def _state(
     ends = [c.eos_token_id.reshape(-1).to(prompt.device) for c in criteria if type(c) is EosTokenCriteria]
     limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
     longest = ceil(min(limits, default=config.max_length))
-    pad = config._pad_token_tensor
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None) or FOREVER
     return State(
         prompt,
         max_length=longest,
         max_guesses=guesses,
         eos_ids=torch.cat(ends) if ends else None,
-        # an id that does not exist (Llama's -1) must not be fed, and shorter rows of a pass are filled up with it
-        pad_id=max(int(pad), 0) if pad is not None else 0,
+        # shorter rows of a pass are filled up with it, and an id that does not exist must not be fed (Llama's -1,
+        # or one that was added to a tokenizer only)
+        pad_id=pad if 0 <= pad < vocabulary else 0,
         starts=starts,
     )
-
-
-def _prompts(state: State, inputs: dict[str, Any]) -> list[list[int]]:
-    """What each row was asked, as numbers: its ids without padding, and a digest of anything beside them.
-
-    An encoder-decoder model is asked through its encoder, a multimodal one through pictures and sounds too.
-    """
-    rows = zip(state.host_tokens, state.starts, strict=True)
-    prompts = [row[start : state.prompt_length].tolist() for row, start in rows]
-    mask = inputs.get("attention_mask")
-    for name in sorted(inputs):
-        value = inputs[name]
-        beside = name != "decoder_input_ids" and "mask" not in name and "position" not in name
-        if not beside or value.shape[:1] != (state.batch,):
-            continue
-        for row, prompt in enumerate(prompts):
-            part = value[row]
-            # ids, their types, their embeddings; not what happens to have as many columns
-            if mask is not None and mask.shape == value.shape[:2] and value.ndim <= 3:
-                part = part[mask[row].bool()]
-            content = to_host(part.contiguous().flatten().view(torch.uint8)).tobytes()
-            prompt.append(int.from_bytes(blake2b(content, digest_size=7).digest(), "big"))
-    return prompts
 
 
 def _repeated(model: Any, inputs: dict[str, Any], batch: int, samples: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from specdec.errors import InvalidInput
 from specdec.state import span
 from specdec.stepwise import Allowed, Seen, Stepwise, Walk
 from specdec.transfer import to_device
@@ -135,14 +136,14 @@ class Processing:
         walks = any(isinstance(one, Walk) for one in self._in_order)
         lengths = np.full(len(tokens), length)
         seen = self._seen(tokens, lengths, live.astype(np.int64)) if walks else None
-        # plain generate() shows whole tensors, of which a processor may take other views
-        ids, scores = tokens[:, :length].contiguous(), scores.contiguous()
+        # plain generate() shows whole tensors, of which a processor may take other views, or write into them
+        ids, scores = tokens[:, :length].contiguous(), _copied(scores)
         for processor in self._in_order:
             if isinstance(processor, Walk):
                 assert seen is not None
                 scores = processor.process(scores[:, None], seen, final=True)[:, 0].contiguous()
             else:
-                scores = processor(ids, scores)
+                scores = _whole(processor(ids, scores), processor[0], scores)
         return scores
 
     def draft(
@@ -213,8 +214,8 @@ def _by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarr
     count = scores.shape[1]
     low, high = span(lengths[wanted > 0])
     if low == high:
-        rows = [processor(tokens[:, : low + i].contiguous(), scores[:, i].contiguous()) for i in range(count)]
-        return torch.stack(rows, dim=1)
+        given = [(tokens[:, : low + i].contiguous(), _copied(scores[:, i])) for i in range(count)]
+        return torch.stack([_whole(processor(ids, rows), processor, rows) for ids, rows in given], dim=1)
     columns = np.unique((lengths[:, None] + np.arange(count))[np.arange(count) < wanted[:, None]])
     at = columns[:, None] - lengths
     # a row without a position of some length is shown another one, whose result goes to a place behind the last
@@ -223,8 +224,27 @@ def _by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarr
     row = torch.arange(len(lengths), device=scores.device)
     out = torch.nn.functional.pad(scores, (0, 0, 0, 1))
     for length, here, there in zip(columns, read, write, strict=True):
-        out[row, there] = processor(tokens[:, :length].contiguous(), scores[row, here])
+        rows = scores[row, here]
+        made = _whole(processor(tokens[:, :length].contiguous(), rows), processor, rows)
+        out = out.to(torch.promote_types(out.dtype, made.dtype))
+        out[row, there] = made.to(out.dtype)
     return out[:, :count]
+
+
+def _copied(scores: Tensor) -> Tensor:
+    """``scores``, of which a view was taken, as a tensor of their own: a processor may write into what it gets."""
+    return scores.clone(memory_format=torch.contiguous_format)
+
+
+def _whole(made: Any, processor: Any, scores: Tensor) -> Tensor:
+    """``made``, which ``processor`` returned for ``scores`` (B, V): a score for every id, or an error by name."""
+    if isinstance(made, Tensor) and made.shape == scores.shape:
+        return made
+    came = f"a tensor of shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
+    raise InvalidInput(
+        f"the logits processor {type(processor).__name__} returned {came}; wanted is a tensor of shape "
+        f"{tuple(scores.shape)}, a score for every id: -inf for one that must not come"
+    )
 
 
 def _by_presence(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray) -> Tensor:

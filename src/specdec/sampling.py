@@ -8,7 +8,8 @@ and no cache. Read next: ``noise.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from hashlib import blake2b
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from specdec.errors import InvalidInput
 from specdec.noise import Noise, draw_seed
-from specdec.transfer import to_device
+from specdec.state import State
+from specdec.transfer import to_device, to_host
 from specdec.verify import Rule, choose, highest, keyed_gumbel, match, row_keys, sample, verify
 
 VERIFICATIONS = ("block", "token", "coupled")
@@ -141,3 +143,26 @@ def sampling_for(
         raise InvalidInput("one seed a row needs verification='coupled'; give a single seed")
     rule: Rule = "token" if verification == "token" else "block"
     return Rejection(rule, draw_seed() if seed is None else seed, device)
+
+
+def asked_of(state: State, inputs: dict[str, Any]) -> list[list[int]]:
+    """What each row was asked, as numbers: its ids without padding, and a digest of anything beside them.
+
+    An encoder-decoder model is asked through its encoder, a multimodal one through pictures and sounds too.
+    """
+    rows = zip(state.host_tokens, state.starts, strict=True)
+    prompts = [row[start : state.prompt_length].tolist() for row, start in rows]
+    mask = inputs.get("attention_mask")
+    for name in sorted(inputs):
+        value = inputs[name]
+        beside = name != "decoder_input_ids" and "mask" not in name and "position" not in name
+        if not beside or value.shape[:1] != (state.batch,):
+            continue
+        for row, prompt in enumerate(prompts):
+            part = value[row]
+            # ids, their types, their embeddings; not what happens to have as many columns
+            if mask is not None and mask.shape == value.shape[:2] and value.ndim <= 3:
+                part = part[mask[row].bool()]
+            content = to_host(part.contiguous().flatten().view(torch.uint8)).tobytes()
+            prompt.append(int.from_bytes(blake2b(content, digest_size=7).digest(), "big"))
+    return prompts

@@ -67,7 +67,7 @@ class Scorer:
         self.kept = np.zeros(0, dtype=np.int64)
         self.reason = ""
         self._max_length = max_length
-        self._positions = last_position(model)
+        self._positions = min(last_position(model), static_columns(self._columns.cache))
         self._live = np.ones(0, dtype=bool)
         self._wanted = layout
         self._is_draft = is_draft
@@ -112,7 +112,6 @@ class Scorer:
         if not speculate:
             self.layout = plain(self._columns)
             return scores
-        self._positions = min(self._positions, static_columns(self._columns.cache))
         if prompt.shape[1] + self.hidden + FED > self._positions:
             self.layout = plain(self._columns)
             self.reason = "its positions end right behind the prompt, or those of its cache do"
@@ -254,6 +253,10 @@ class Scorer:
         """
         room = np.maximum(self._positions - self.hidden - lengths, 0)
         return self.layout.reach(np.minimum(limits, room), lengths, live)
+
+    def outgrown(self, columns: int) -> bool:
+        """A text of ``columns``, of which the last is not fed, has more than there are positions for."""
+        return columns - 1 > self._positions
 
     def _settle(self, layout: Layout) -> None:
         """Go on in ``layout``, and through the graphs; say so once where it cannot be."""

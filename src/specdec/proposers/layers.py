@@ -119,6 +119,8 @@ class LayerSkip(OwnLayers):
 
     def kept(self, depth: int) -> tuple[int, ...]:
         """See ``OwnLayers``."""
+        if depth < 2:
+            raise InvalidInput("the target has one layer, and without it none would draft; give another draft")
         keep = tuple(layer for layer in range(depth) if layer not in self.skip)
         if self.skip[-1] >= depth or not keep:
             raise InvalidInput(

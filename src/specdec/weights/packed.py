@@ -259,7 +259,8 @@ def _agree(input: Tensor, bias: Tensor | None, kind: torch.dtype) -> bool:
 def _written(weight: Tensor) -> UnsupportedModel:
     return UnsupportedModel(
         f"a packed weight of shape {tuple(weight.shape)} cannot be changed, moved or converted; call "
-        "specdec.unpack_weights(model) first"
+        "specdec.unpack_weights(model) first. If all of a model was to be converted, as by model.half(), what "
+        "comes before this weight has been: unpack, and convert again"
     )
 
 
