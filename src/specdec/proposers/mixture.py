@@ -14,7 +14,7 @@ drawn token, and never at what the target says in the same round. A row's guesse
 where the text repeats something, the longest match is copied; where it does not, what the target itself scored best
 is recycled. Whoever knows more should say so: a model of the same family drafts better in free text, and a text
 that is expected goes in as ``prediction``, which comes before any draft.
-Knows none of those that it mixes. Read next: ``fallback.py``.
+Knows none of those that it mixes. Read next: ``combined.py``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from specdec.errors import InvalidInput
 from specdec.length.acceptance import survival
 from specdec.length.adaptive import ASSUMED_COST, FIRST_WAIT, LAG, LONGEST_WAIT, MOST
 from specdec.proposers import Call, Proposer, begun, checked
-from specdec.proposers.fallback import first_layout, has_model, merged, passes, show, wants_hidden
+from specdec.proposers.combined import Combined, has_model, merged, show
 from specdec.proposers.words import named
-from specdec.records import Proposal, Round, Stats
+from specdec.records import Proposal, Round
 from specdec.state import State
 
 FADE = 0.95  # what a judged guess is worth after the next one of the same proposer
@@ -73,14 +73,13 @@ class _Waiting:
     guess: np.ndarray
 
 
-class _Run:
+class _Run(Combined):
     """The proposers during one call, and their record."""
 
     def __init__(self, parts: list[Any], names: list[str], call: Call) -> None:
-        self._parts, self._names, self._clock = parts, names, call.clock
-        self.wants_hidden = wants_hidden(parts)
+        super().__init__(parts)
+        self._names, self._clock = names, call.clock
         self._has_model = np.array([has_model(part) for part in parts])
-        self.has_model = bool(self._has_model.any())
         # guesses on an accelerator are not looked at but where they were used
         self._when_used = self._has_model | (call.prompt.device.type != "cpu")
         self.record = Record(len(parts), len(call.prompt))
@@ -96,16 +95,6 @@ class _Run:
         self._rest: float | None = None  # seconds from there to the next
         self._typical = np.full(len(parts), float(MOST))  # guesses that a model makes before it stops
         self._used = np.zeros(len(parts), dtype=np.int64)
-
-    @property
-    def forwards(self) -> int:
-        """Forward passes of draft models."""
-        return passes(self._parts)
-
-    @property
-    def layout(self) -> str:
-        """The layout of the first draft model."""
-        return first_layout(self._parts)
 
     @property
     def drafting(self) -> str:
@@ -220,12 +209,6 @@ class _Run:
                 for row in np.flatnonzero(asked):
                     self.record.add(number, int(row), int(round_.lengths[row]), int(round_.accepted[row]))
             show(part, own, self._proposals[number], round_)
-
-    def finish(self, state: State, stats: Stats) -> None:
-        """Tell all that the call is over."""
-        for part in self._parts:
-            if hasattr(part, "finish"):
-                part.finish(state, stats)
 
 
 class Record:
