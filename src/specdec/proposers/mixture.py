@@ -106,21 +106,18 @@ class _Run(Combined):
         self._answer(state)
         self._rounds += 1
         most = int(limits.max(initial=0))
-        proposals: list[Proposal | None] = [None] * len(self._parts)
         lengths = np.zeros((len(self._parts), len(limits)), dtype=np.int64)
         for number, part in enumerate(self._parts):
             if self._has_model[number]:
                 lengths[number] = np.minimum(limits, ceil(self._typical[number]))
                 continue
-            proposals[number] = here = checked(part.propose(state, limits), state, limits)
+            self._proposals[number] = here = checked(part.propose(state, limits), state, limits)
             # a guess that was drawn may be long or short by its own value: what was asked for counts
             drawn = here.logits is not None
             lengths[number] = np.where(here.lengths > 0, limits, 0) if drawn else here.lengths
         choice = self._choose(lengths, most)
-        for number, part in enumerate(self._parts):
-            if self._has_model[number]:
-                proposals[number] = self._timed(part, number, state, np.where(choice == number, limits, 0))
-        self._proposals = [one for one in proposals if one is not None]
+        for number in np.flatnonzero(self._has_model).tolist():
+            self._proposals[number] = self._timed(number, state, np.where(choice == number, limits, 0))
         self._remember(state)
         self._choice = choice
         if most:
@@ -154,8 +151,9 @@ class _Run(Combined):
                 return np.where(lengths[number] > 0, number, choice)
         return choice
 
-    def _timed(self, part: Any, number: int, state: State, limits: np.ndarray) -> Proposal:
-        """What ``part`` proposes, and what it costs."""
+    def _timed(self, number: int, state: State, limits: np.ndarray) -> Proposal:
+        """What the model of that ``number`` proposes; what it costs is noted."""
+        part = self._parts[number]
         if not limits.any():
             return checked(part.propose(state, limits), state, limits)
         # a prompt to be fed, or much to catch up on, would pass for the price of a guess
@@ -167,11 +165,6 @@ class _Run(Combined):
             price = (self._clock() - start) / proposal.tokens.shape[1] / self._rest
             self._prices[number] += RECENT * (price - self._prices[number])
         return proposal
-
-    def _see_rest(self) -> None:
-        if self._clock and self._left is not None:
-            seconds = self._clock() - self._left
-            self._rest = seconds if self._rest is None else self._rest + RECENT * (seconds - self._rest)
 
     def _remember(self, state: State) -> None:
         """Keep the guesses of those without a model, to be judged by the text to come."""
@@ -199,7 +192,9 @@ class _Run(Combined):
 
     def observe(self, round_: Round) -> None:
         """Show each its part of the round, and judge the models that guessed."""
-        self._see_rest()  # before the reader of a stream has the round
+        if self._clock and self._left is not None:  # before the reader of a stream has the round
+            seconds = self._clock() - self._left
+            self._rest = seconds if self._rest is None else self._rest + RECENT * (seconds - self._rest)
         for number, part in enumerate(self._parts):
             own = self._choice == number
             if self._when_used[number]:
