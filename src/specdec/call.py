@@ -135,14 +135,9 @@ def follow_call(
         model_kwargs.get("past_key_values")
     )
     target = Scorer(
-        model,
-        model_kwargs,
-        generation_config,
-        max_length=state.max_length,
-        layout=request.layout,
-        returns_cache=cache_is_seen,
-        steps=request.steps,
-    )
+        model, model_kwargs, generation_config, max_length=state.max_length, layout=request.layout,
+        returns_cache=cache_is_seen, steps=request.steps,
+    )  # fmt: skip
     # by rejection the text depends on the guesses, and a given seed promises one text
     promised = seed is not None and sampling.keeps_logits
     call = Call(
@@ -163,16 +158,9 @@ def follow_call(
         # a processor with state must not be called for a step that a condition would have prevented
         length = Fixed(0)
     rounds = decode(
-        state,
-        target,
-        proposer,
-        length,
-        processing,
-        sampling,
-        stats,
-        keep_logits=collector.keeps_logits,
-        keep_states=_states_kept(collector, proposer, target),
-    )
+        state, target, proposer, length, processing, sampling, stats,
+        keep_logits=collector.keeps_logits, keep_states=_states_kept(collector, proposer, target),
+    )  # fmt: skip
     try:
         for round_ in rounds:
             collector.add(round_)
