@@ -36,7 +36,7 @@ from specdec.length.adaptive import MOST
 from specdec.length.fixed import Fixed
 from specdec.processing import Processing
 from specdec.proposers import Call, cascade, draft_model, recycling
-from specdec.proposers.fallback import show
+from specdec.proposers.combined import show
 from specdec.proposers.mixture import Record
 from specdec.records import Round
 from specdec.sampling import Greedy

@@ -140,59 +140,35 @@ def follow_call(
         model_kwargs.get("past_key_values")
     )
     target = Scorer(
-        model,
-        model_kwargs,
-        generation_config,
+        model, model_kwargs, generation_config, max_length=state.max_length, layout=request.layout,
+        returns_cache=cache_is_seen, steps=request.steps,
+    )  # fmt: skip
+    # by rejection the text depends on the guesses, and a given seed promises one text
+    promised = seed is not None and sampling.keeps_logits
+    call = Call(
+        target=model,
+        prompt=state.prompt,
+        inputs=inputs,
         max_length=state.max_length,
-        layout=request.layout,
-        returns_cache=cache_is_seen,
-        steps=request.steps,
+        processing=processing,
+        sampling=sampling,
+        length=length,
+        tenants=tenants,
+        clock=None if promised else clock,
+        scorer=target,
     )
     watcher = Watcher(stopping_criteria, streamer, state)
     stateful = processing.in_lockstep
     # where a condition ends rows that would come to the end of their positions, none may be ahead of the others
     processing.in_lockstep |= watcher.watches and state.batch > 1 and target.outgrown(state.max_length)
-    proposer: Any = Nothing()
-    if speculates:
-        # by rejection the text depends on the guesses, and a given seed promises one text
-        promised = seed is not None and sampling.keeps_logits
-        proposer = begun_behind(
-            request.proposer,
-            Call(
-                target=model,
-                prompt=state.prompt,
-                inputs=inputs,
-                max_length=state.max_length,
-                processing=processing,
-                sampling=sampling,
-                length=length,
-                tenants=tenants,
-                clock=None if promised else clock,
-                scorer=target,
-            ),
-        )
-    keep_states = collector.keeps_states
-    if getattr(proposer, "wants_hidden", False):
-        if odd_states(model) is not None:
-            raise UnsupportedModel(
-                f"the draft wants hidden states, and those of {type(model).__name__} have shapes of their own; "
-                "give another draft"
-            )
-        keep_states = tuple({*keep_states, target.give_hidden()})
+    proposer: Any = begun_behind(request.proposer, call) if speculates else Nothing()
     if stateful and watcher.watches:
         # a processor with state must not be called for a step that a condition would have prevented
         length = Fixed(0)
     rounds = decode(
-        state,
-        target,
-        proposer,
-        length,
-        processing,
-        sampling,
-        stats,
-        keep_logits=collector.keeps_logits,
-        keep_states=keep_states,
-    )
+        state, target, proposer, length, processing, sampling, stats,
+        keep_logits=collector.keeps_logits, keep_states=_states_kept(collector, proposer, target),
+    )  # fmt: skip
     try:
         for round_ in rounds:
             collector.add(round_)
@@ -267,6 +243,18 @@ def _repeated(model: Any, inputs: dict[str, Any], batch: int, samples: int) -> d
         mine = value.shape[along : along + 1] == (rows,)
         repeated[name] = value.repeat_interleave(batch // rows, dim=along) if mine else value
     return repeated
+
+
+def _states_kept(collector: Collector, proposer: Any, target: Scorer) -> tuple[str, ...]:
+    """Names of the states that the caller asked for, and of those that the draft wants."""
+    if not getattr(proposer, "wants_hidden", False):
+        return collector.keeps_states
+    if odd_states(target.model) is not None:
+        raise UnsupportedModel(
+            f"the draft wants hidden states, and those of {type(target.model).__name__} have shapes of their own; "
+            "give another draft"
+        )
+    return tuple({*collector.keeps_states, target.give_hidden()})
 
 
 def _count(stats: Stats, state: State, target: Scorer, proposer: Any, processing: Processing) -> None:

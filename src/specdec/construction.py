@@ -19,9 +19,10 @@ from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.fallback import Fallback
 from specdec.proposers.layers import OwnLayers
 from specdec.proposers.mixture import Mixture
+from specdec.proposers.prompt import embedded
 from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.vocabulary import same_ids
-from specdec.proposers.words import WORDS, check_sizes, one_behind_another
+from specdec.proposers.words import WORDS, one_behind_another
 from specdec.sampling import VERIFICATIONS
 from specdec.weights.adapters import inner_model, is_model
 from specdec.weights.quantized import has_two_weights, quantize_draft
@@ -175,8 +176,17 @@ def _shares_ids(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -
 
     Scores are often padded to a round number of rows (Qwen2.5: 151936 or 152064 for the same tokenizer), so
     sizes may differ by a little; ids past the smaller one are never guessed.
+
+    Raises:
+        VocabularyMismatch: the sizes differ by more than 1 %.
     """
     if tokenizer is not None and draft_tokenizer is not None:
         return same_ids(tokenizer, draft_tokenizer)
-    check_sizes(target, draft)
+    sizes = [embedded(model) for model in (target, draft)]
+    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
+        raise VocabularyMismatch(
+            f"the target has {sizes[0]} token ids and the draft {sizes[1]}, so an id does not mean the same to "
+            "both. Pass both tokenizers, `tokenizer` (the target's) and `draft_tokenizer`: then guesses are "
+            "translated; or give a draft of the same family"
+        )
     return True

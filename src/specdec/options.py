@@ -7,7 +7,7 @@ instead. Knows nothing of rounds. Read next: ``assistance.py``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -115,11 +115,40 @@ def check_tenant(tenant: Any) -> list[str] | None:
 
 def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -> None:
     """Refuse prompts that plain ``generate()`` would only warn about."""
-    if target.config.is_encoder_decoder:
-        return
     ids = inputs if inputs is not None else given.get("input_ids")
-    if ids is None:
+    if target.config.is_encoder_decoder or ids is None:
         return
+    embeds, mask = given.get("inputs_embeds") is not None, given.get("attention_mask")
+    _check_ids(ids, embeds)
+    if mask is not None and not isinstance(mask, Tensor):
+        raise InvalidInput(
+            f"attention_mask is a {type(mask).__name__}; wanted is a tensor, as a tokenizer returns it with "
+            "return_tensors='pt'"
+        )
+    past = cached_columns(given.get("past_key_values"))
+    if past and (mask is None or mask.shape == ids.shape) and not embeds and ids.shape[1] <= past:
+        raise InvalidInput(
+            f"past_key_values holds {past} columns and input_ids {ids.shape[1]}; give the whole conversation "
+            "as input_ids, or only what is new with an attention_mask over all of it"
+        )
+    if mask is not None and mask.shape not in (ids.shape, (ids.shape[0], past + ids.shape[1])) and not embeds:
+        raise InvalidInput(
+            f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; wanted is "
+            "one number for each token: pass both as the tokenizer returned them"
+        )
+    if not _is_padded_right(ids, mask, (given, config, own_settings(target))):
+        return
+    empty = [] if mask is None else (mask == 0).all(dim=1).nonzero().flatten().tolist()
+    if empty:
+        raise InvalidInput(f"the mask of row {empty[0]} leaves no token of its prompt; give at least one")
+    raise InvalidInput(
+        "the batch is padded on the right; a decoder-only model goes on from the last column. Set "
+        "tokenizer.padding_side = 'left' and tokenise again"
+    )
+
+
+def _check_ids(ids: Any, embeds: bool) -> None:
+    """Refuse a prompt that is no batch of ids; it may be empty where ``embeds`` are given."""
     if not isinstance(ids, Tensor):
         raise InvalidInput(
             f"input_ids is a {type(ids).__name__}; wanted is a tensor: call the tokenizer with "
@@ -130,45 +159,20 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
             f"input_ids has shape {tuple(ids.shape)}; wanted is (batch, length), e.g. a tokenizer's output "
             "with return_tensors='pt'"
         )
-    embeds = given.get("inputs_embeds") is not None
     if ids.shape[1] == 0 and not embeds:
         raise InvalidInput("the prompt is empty; give at least one token, such as the model's bos token")
     if ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInput(f"input_ids has dtype {ids.dtype}; wanted are token ids (torch.int64)")
-    mask = given.get("attention_mask")
-    if mask is not None and not isinstance(mask, Tensor):
-        raise InvalidInput(
-            f"attention_mask is a {type(mask).__name__}; wanted is a tensor, as a tokenizer returns it with "
-            "return_tensors='pt'"
-        )
-    past = cached_columns(given.get("past_key_values"))
-    whole = not isinstance(mask, Tensor) or mask.shape == ids.shape
-    if past and whole and not embeds and ids.shape[1] <= past:
-        raise InvalidInput(
-            f"past_key_values holds {past} columns and input_ids {ids.shape[1]}; give the whole conversation "
-            "as input_ids, or only what is new with an attention_mask over all of it"
-        )
-    if isinstance(mask, Tensor):
-        if mask.shape != ids.shape and mask.shape != (ids.shape[0], past + ids.shape[1]) and not embeds:
-            raise InvalidInput(
-                f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; wanted is "
-                "one number for each token: pass both as the tokenizer returned them"
-            )
-        padded_right = bool((mask[:, -1:] == 0).any())
-    else:
-        sources = (given, config, own_settings(target))
-        pad, eos = (first_given(sources, name) for name in ("pad_token_id", "eos_token_id"))
-        ends = [] if eos is None else torch.as_tensor(eos, device="cpu").flatten().tolist()
-        known = isinstance(pad, int) and pad not in ends and ids.shape[0] > 1 and ids.shape[1] > 0
-        padded_right = known and bool(ids[:, -1].eq(torch.tensor(pad, device=ids.device)).any())
-    if padded_right:
-        empty = [] if mask is None else (mask == 0).all(dim=1).nonzero().flatten().tolist()
-        if empty:
-            raise InvalidInput(f"the mask of row {empty[0]} leaves no token of its prompt; give at least one")
-        raise InvalidInput(
-            "the batch is padded on the right; a decoder-only model goes on from the last column. Set "
-            "tokenizer.padding_side = 'left' and tokenise again"
-        )
+
+
+def _is_padded_right(ids: Tensor, mask: Tensor | None, sources: Sequence[Any]) -> bool:
+    """Whether some row ends in padding: by the mask, or by the padding id that ``sources`` know."""
+    if mask is not None:
+        return bool((mask[:, -1:] == 0).any())
+    pad, eos = (first_given(sources, name) for name in ("pad_token_id", "eos_token_id"))
+    ends = [] if eos is None else torch.as_tensor(eos, device="cpu").flatten().tolist()
+    known = isinstance(pad, int) and pad not in ends and ids.shape[0] > 1 and ids.shape[1] > 0
+    return known and bool(ids[:, -1].eq(torch.tensor(pad, device=ids.device)).any())
 
 
 @contextmanager

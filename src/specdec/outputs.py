@@ -57,12 +57,10 @@ class Collector:
 
     def add(self, round_: Round) -> None:
         """Take the rows that drew a committed token."""
-        if self.scores is not None:
-            rows = round_.scores.float()
-            self._place(self.scores, rows, rows[:, 0], round_)
-        if self._logits is not None and round_.logits is not None:
-            rows = round_.logits.float()
-            self._place(self._logits, rows, rows[:, 0], round_)
+        for steps, given in ((self.scores, round_.scores), (self._logits, round_.logits)):
+            if steps is not None and given is not None:
+                rows = given.float()
+                self._place(steps, rows, rows[:, 0], round_)
         for name, held in self._states.items():
             layers = (round_.states or {})[name]
             held += [[] for _ in layers[len(held) :]]
@@ -88,11 +86,7 @@ class Collector:
             layers = [_cut(steps, stats.row_emitted, rows_in) or () for steps in held]
             count = int(stats.row_emitted.max())
             kept[name] = tuple(zip(*layers, strict=True)) if layers else ((),) * count
-        out: Any
-        if self._encodes:
-            out = GenerateEncoderDecoderOutput(**kept)
-        else:
-            out = GenerateDecoderOnlyOutput(**kept)
+        out: Any = (GenerateEncoderDecoderOutput if self._encodes else GenerateDecoderOnlyOutput)(**kept)
         out.speculation = stats
         return out
 

@@ -264,7 +264,8 @@ def _by_presence(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.nda
 
 def is_function(processor: Any) -> bool:
     """What ``processor`` gives depends on ids and scores alone, so it may be called as often as anybody likes."""
-    return _reads_scores_only(processor) or _is_pure(processor)
+    is_pure = type(processor) in PURE or bool(getattr(processor, "specdec_pure", False))
+    return is_pure or _reads_scores_only(processor)
 
 
 def _reads_scores_only(processor: Any) -> bool:
@@ -275,10 +276,6 @@ def _reads_scores_only(processor: Any) -> bool:
 
 def _asks_for_presence(processor: Any) -> bool:
     return type(processor) is hf.RepetitionPenaltyLogitsProcessor and processor.prompt_ignore_length is None
-
-
-def _is_pure(processor: Any) -> bool:
-    return type(processor) in PURE or bool(getattr(processor, "specdec_pure", False))
 
 
 def _stepwise(processor: Any, later: Any) -> Stepwise | None:

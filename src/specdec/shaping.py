@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from specdec.ahead import Ahead
 from specdec.errors import InvalidInput
@@ -119,25 +119,6 @@ def unpad(payload: bytes) -> Content:
         raise InvalidInput(f"{len(payload)} bytes that are no payload ({reason}); give Chunk.payload") from reason
 
 
-class Source(Protocol):
-    """Records that come while the clock runs; ``Ahead`` is one."""
-
-    def start(self) -> None:
-        """Begin."""
-
-    def wait(self) -> None:
-        """Until the first record has come."""
-
-    def taken(self) -> list[Tokens]:
-        """Records that came since the last call."""
-
-    def result(self) -> Any:
-        """What the call returns; waits for its end."""
-
-    def close(self) -> None:
-        """End it."""
-
-
 def shaped(
     records: Generator[Tokens, None, Any], rows: int, tokenizer: Any, release: ShapedRelease
 ) -> Generator[Chunk, None, Any]:
@@ -145,8 +126,10 @@ def shaped(
     return on_a_clock(Ahead(records), rows, tokenizer, release)
 
 
-def on_a_clock(source: Source, rows: int, tokenizer: Any, release: ShapedRelease) -> Generator[Chunk, None, Any]:
-    """The same, of a ``source`` that generates by itself."""
+def on_a_clock(
+    source: Ahead[Tokens], rows: int, tokenizer: Any, release: ShapedRelease
+) -> Generator[Chunk, None, Any]:
+    """The same, of a ``source`` that generates by itself: ``Ahead``, or what has its methods."""
     with closing(source):
         start = release.clock() + (release.first_after or 0.0)
         source.start()

@@ -15,11 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from specdec.state import State
 

@@ -24,7 +24,7 @@ from specdec.layouts.slot_cache import SlotLayer
 from specdec.layouts.slots import Slots
 from specdec.length.adaptive import Adaptive
 from specdec.length.cost import Assumed
-from specdec.proposers import cascade, draft_model, fallback, layers, mixture
+from specdec.proposers import cascade, combined, draft_model, layers, mixture
 from specdec.state import State
 from specdec.testing import TableModel
 from specdec.verify import (
@@ -446,13 +446,13 @@ def test_joint_law_of_rows_of_a_cascade_whose_model_may_not_begin_in_every_round
 
 def test_certain_guesses_shown_with_the_draft_rows_break_the_law(monkeypatch):
     """Two kinds of guesses in one proposal: the certain ones must not pass for drawn from the other's rows."""
-    right = fallback._rows
+    right = combined._rows
 
     def blurred(part, tokens, vocabulary):
         rows = right(part, tokens, vocabulary)
         return rows.clamp(min=-1.0) if part.logits is None else rows
 
-    monkeypatch.setattr(fallback, "_rows", blurred)
+    monkeypatch.setattr(combined, "_rows", blurred)
     assert error_of_two_rows("token") > 1e-3
 
 

@@ -62,8 +62,8 @@ class Columns:
         self._padding = uncounted_padding(model)
         self._snapshots: Snapshots | None = None
         self._columns = 0  # columns that ``_kwargs`` describes; the cache may hold more until a rewind
-        self._fed = 0  # columns in the cache
-        self._outputs: Any = None
+        self.fed = 0  # columns in the cache, without those that no id stands for (``hidden``)
+        self.outputs: Any = None  # of the last forward
         self._fed_kwargs = self._kwargs
         self._wanted = (np.zeros(0, dtype=np.int64), 0)  # what ``pick`` takes: rows counted from the last one
         self.given = self.cache
@@ -72,13 +72,13 @@ class Columns:
 
     def prefill(self, prompt: Tensor) -> Tensor:
         """Feed the whole prompt (B, P) the model's own way; scores of its last column, (B, 1, V)."""
-        self._outputs = self.model._prefill(prompt, self._config, self._kwargs)
+        self.outputs = self.model._prefill(prompt, self._config, self._kwargs)
         self.forwards += 1
-        self._columns = self._fed = int(prompt.shape[1])
+        self._columns = self.fed = int(prompt.shape[1])
         self._take_cache()
         # a past that the caller gave, or embeddings in the place of ids, lies before the first column
         held = cached_columns(self.cache)
-        self.hidden = held - self._fed if held else 0
+        self.hidden = held - self.fed if held else 0
         return self._scores(1)
 
     def give_hidden(self) -> str:
@@ -88,12 +88,12 @@ class Columns:
 
     def mark(self) -> tuple[Any, ...]:
         """Where the model stands, for ``go_back``; the cache is kept by others."""
-        return dict(self._kwargs), dict(self._fed_kwargs), self._outputs, self._columns, self._fed
+        return dict(self._kwargs), dict(self._fed_kwargs), self.outputs, self._columns, self.fed
 
     def go_back(self, mark: tuple[Any, ...], cache: Any) -> None:
         """Stand at ``mark`` again, one-token steps only, with ``cache`` as it was there."""
         self.become("nothing")
-        kwargs, fed_kwargs, self._outputs, self._columns, self._fed = mark
+        kwargs, fed_kwargs, self.outputs, self._columns, self.fed = mark
         self._kwargs, self._fed_kwargs = dict(kwargs), dict(fed_kwargs)
         self._put_cache(cache)
 
@@ -123,18 +123,13 @@ class Columns:
         return next((self._kwargs[n] for n in CACHE_NAMES if self._kwargs.get(n) is not None), None)
 
     @property
-    def fed(self) -> int:
-        """Columns in the cache; those that no id stands for (``hidden``) are not counted."""
-        return self._fed
-
-    @property
     def is_foreign(self) -> bool:
         """The model keeps its past in a form that we cannot copy or put back."""
-        return any(self._outputs.get(name) is not None for name in OLD_CACHES)
+        return any(self.outputs.get(name) is not None for name in OLD_CACHES)
 
     def forward(self, tokens: Tensor, lengths: np.ndarray, first: np.ndarray, count: int) -> Tensor:
         """See ``Layout.forward``."""
-        start, upto = self._fed, int(lengths.max())
+        start, upto = self.fed, int(lengths.max())
         if upto <= start:
             raise RuntimeError("columns are to be fed that were not forgotten; this is a bug in specdec")
         self._wanted = (first - upto, count)
@@ -143,8 +138,8 @@ class Columns:
         scores, passes = [], []
         for column in range(start + 1, upto + 1):
             scores.append(self._feed(tokens, column))
-            passes.append(self._outputs)
-        self._outputs = _joined(passes)
+            passes.append(self.outputs)
+        self.outputs = _joined(passes)
         return self.pick(torch.cat(scores, dim=1))
 
     def steps(self, tokens: Tensor, ends: Sequence[np.ndarray], live: np.ndarray) -> Iterator[Tensor]:
@@ -162,34 +157,29 @@ class Columns:
         real = to_device(np.arange(tokens.shape[1]) < lengths[:, None], tokens.device)
         return bool(((padding.cumsum(dim=1) > 0) & ~padding & real).any())
 
-    @property
-    def outputs(self) -> Any:
-        """Of the last forward."""
-        return self._outputs
-
     def pick(self, states: Tensor) -> Tensor:
         """See ``Layout.pick``."""
         return rows_from_the_end(states, *self._wanted)
 
     def rewind(self, kept: np.ndarray, live: np.ndarray) -> None:
         """See ``Layout.rewind``."""
-        target = int(kept[live].min(initial=self._fed))
+        target = int(kept[live].min(initial=self.fed))
         if self._forget == "crop":
-            drop(self.cache, self._fed - target)
-            self._fed = target
-        elif target < self._fed and self._snapshots is not None:
+            drop(self.cache, self.fed - target)
+            self.fed = target
+        elif target < self.fed and self._snapshots is not None:
             self._put_cache(self._snapshots.put_back())
-            self._fed = self._columns
-        elif target < self._fed:
+            self.fed = self._columns
+        elif target < self.fed:
             raise RuntimeError("the plain layout cannot forget; this is a bug in specdec")
 
     def undo(self) -> None:
         """The last pass may have broken off, with more columns in some layers than in others: take them back."""
         if self._forget == "crop":
-            level(self.cache, self._fed + self.hidden)
+            level(self.cache, self.fed + self.hidden)
         elif self._snapshots is not None and self._snapshots.taken:
             self._put_cache(self._snapshots.put_back())
-            self._fed, self._snapshots = self._columns, None  # no pass follows
+            self.fed, self._snapshots = self._columns, None  # no pass follows
 
     def settle(self, columns: int) -> None:
         """Columns below this one are final: no later ``rewind`` goes behind them."""
@@ -198,11 +188,11 @@ class Columns:
         if self._forget == "crop":
             self._kwargs = self.described(columns - self._columns)
             self._columns = columns
-            if columns == self._fed:
+            if columns == self.fed:
                 trim(self.cache)
-        elif columns == self._fed:
+        elif columns == self.fed:
             # a snapshot stays where it is until everything that was fed is final
-            self._kwargs, self._columns = self._fed_kwargs, self._fed
+            self._kwargs, self._columns = self._fed_kwargs, self.fed
             if self._snapshots is not None:
                 self._snapshots.drop()
 
@@ -221,12 +211,12 @@ class Columns:
         return limits * (lengths - int(lengths[live].min()) <= LEAD)
 
     def _feed(self, tokens: Tensor, upto: int) -> Tensor:
-        """One forward pass over columns ``_fed``..``upto`` - 1; their scores."""
+        """One forward pass over columns ``fed``..``upto`` - 1; their scores."""
         width = upto - self._columns
         if self._snapshots is not None and not self._snapshots.taken:
             self._snapshots.take(self.cache)
         kwargs = self.described(width)
-        fresh = upto - self._fed
+        fresh = upto - self.fed
         # a model without a cache takes the whole text again; one-token steps leave that to the model
         remembers = self._forget == "nothing" or self._has_cache()
         cached = kwargs.get("use_cache", True) and remembers
@@ -236,9 +226,9 @@ class Columns:
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = fresh  # several models set 1 there by themselves
         with self.thin.over(len(tokens) * fresh):
-            self._outputs = self.model(**inputs, return_dict=True)
+            self.outputs = self.model(**inputs, return_dict=True)
         self.forwards += 1
-        self._fed = upto
+        self.fed = upto
         self._fed_kwargs = kwargs
         self._take_cache()
         return self._scores(fresh)
@@ -248,7 +238,7 @@ class Columns:
         kwargs = dict(self._kwargs)
         for step in [1] * width if self._stepwise else [width] * (width > 0):
             kwargs = self.model._update_model_kwargs_for_generation(
-                self._outputs, kwargs, is_encoder_decoder=self.encoder_decoder, num_new_tokens=step
+                self.outputs, kwargs, is_encoder_decoder=self.encoder_decoder, num_new_tokens=step
             )
         return kwargs
 
@@ -257,19 +247,19 @@ class Columns:
         if self._snapshots is None or not live.any():
             return
         target = int(kept[live].min())
-        if target - self._fed > STRETCH:
+        if target - self.fed > STRETCH:
             lengths = np.full_like(kept, target)
             self.forward(tokens, lengths, lengths - 1, 1)
             self.settle(target)
 
     def _has_cache(self) -> bool:
-        given = (self._outputs.get(name) for name in (*CACHE_NAMES, *OLD_CACHES))
+        given = (self.outputs.get(name) for name in (*CACHE_NAMES, *OLD_CACHES))
         return self.cache is not None or any(value is not None for value in given)
 
     def _take_cache(self) -> None:
         for name in CACHE_NAMES:
-            if self._outputs.get(name) is not None:
-                self._kwargs[name] = self._outputs[name]
+            if self.outputs.get(name) is not None:
+                self._kwargs[name] = self.outputs[name]
 
     def _put_cache(self, cache: Any) -> None:
         """Go on with ``cache``: the next inputs are built from the last outputs and from the kwargs."""
@@ -277,12 +267,12 @@ class Columns:
             for kwargs in (self._kwargs, self._fed_kwargs):
                 if kwargs.get(name) is not None:
                     kwargs[name] = cache
-            if self._outputs.get(name) is not None:
-                self._outputs = copy.copy(self._outputs)
-                self._outputs[name] = cache
+            if self.outputs.get(name) is not None:
+                self.outputs = copy.copy(self.outputs)
+                self.outputs[name] = cache
 
     def _scores(self, columns: int) -> Tensor:
-        scores: Tensor = self._outputs.logits
+        scores: Tensor = self.outputs.logits
         if scores.shape[1] < columns:
             raise RuntimeError(f"{type(self.model).__name__} gave {scores.shape[1]} scores for {columns} tokens")
         return scores[:, -columns:]

@@ -140,11 +140,7 @@ class CompiledSteps:
 
     def _first(self, model: Any, inputs: dict[str, Any], cache: SlotCache, needed: int) -> Tensor | None:
         """Make the graph for a shape and compare its scores with those of an eager pass."""
-        eager = _step(model, inputs).clone()
-        with happens_once():  # the clock shall see the eager pass only
-            return self._checked(model, inputs, cache, eager[:, :needed])
-
-    def _checked(self, model: Any, inputs: dict[str, Any], cache: SlotCache, eager: Tensor) -> Tensor | None:
+        eager = _step(model, inputs)[:, :needed].clone()
         captured = BACKEND == "inductor" and captures(eager.device)
         settings: dict[str, Any] = {
             "fullgraph": True,
@@ -153,13 +149,14 @@ class CompiledSteps:
             "mode": "reduce-overhead" if captured else None,
             "isolate_recompiles": True,  # every shape has a cache of its own: nothing is searched, no limit is met
         }
-        graph = torch.compile(_step, **settings)
-        scores = _replay(graph, model, inputs, cache)
-        if not close(scores[:, : eager.shape[1]], eager):
-            self.refuse(model, "a compiled pass did not give the scores of an eager one")
-            return None
-        self._graphs[_shape(inputs, cache)] = graph
-        return scores
+        with happens_once():  # the clock shall see the eager pass only
+            graph = torch.compile(_step, **settings)
+            scores = _replay(graph, model, inputs, cache)
+            if not close(scores[:, :needed], eager):
+                self.refuse(model, "a compiled pass did not give the scores of an eager one")
+                return None
+            self._graphs[_shape(inputs, cache)] = graph
+            return scores
 
     def refuse(self, model: Any, reason: str) -> None:
         """Run ``model`` eagerly from now on, and say why."""

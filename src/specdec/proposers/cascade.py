@@ -29,10 +29,10 @@ from specdec.clock import clock
 from specdec.errors import InvalidInput
 from specdec.length import DraftLength
 from specdec.proposers import Call, Nothing, Proposer, begun, checked
+from specdec.proposers.combined import has_model
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.drafting import asked
 from specdec.proposers.drawn import chance_of, sound
-from specdec.proposers.fallback import has_model
 from specdec.proposers.past import Past
 from specdec.proposers.translated import TranslatedDraft
 from specdec.proposers.words import named

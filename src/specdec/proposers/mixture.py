@@ -14,7 +14,7 @@ drawn token, and never at what the target says in the same round. A row's guesse
 where the text repeats something, the longest match is copied; where it does not, what the target itself scored best
 is recycled. Whoever knows more should say so: a model of the same family drafts better in free text, and a text
 that is expected goes in as ``prediction``, which comes before any draft.
-Knows none of those that it mixes. Read next: ``fallback.py``.
+Knows none of those that it mixes. Read next: ``combined.py``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from specdec.errors import InvalidInput
 from specdec.length.acceptance import survival
 from specdec.length.adaptive import ASSUMED_COST, FIRST_WAIT, LAG, LONGEST_WAIT, MOST
 from specdec.proposers import Call, Proposer, begun, checked
-from specdec.proposers.fallback import first_layout, has_model, merged, passes, show, wants_hidden
+from specdec.proposers.combined import Combined, has_model, merged, show
 from specdec.proposers.words import named
-from specdec.records import Proposal, Round, Stats
+from specdec.records import Proposal, Round
 from specdec.state import State
 
 FADE = 0.95  # what a judged guess is worth after the next one of the same proposer
@@ -73,14 +73,13 @@ class _Waiting:
     guess: np.ndarray
 
 
-class _Run:
+class _Run(Combined):
     """The proposers during one call, and their record."""
 
     def __init__(self, parts: list[Any], names: list[str], call: Call) -> None:
-        self._parts, self._names, self._clock = parts, names, call.clock
-        self.wants_hidden = wants_hidden(parts)
+        super().__init__(parts)
+        self._names, self._clock = names, call.clock
         self._has_model = np.array([has_model(part) for part in parts])
-        self.has_model = bool(self._has_model.any())
         # guesses on an accelerator are not looked at but where they were used
         self._when_used = self._has_model | (call.prompt.device.type != "cpu")
         self.record = Record(len(parts), len(call.prompt))
@@ -98,16 +97,6 @@ class _Run:
         self._used = np.zeros(len(parts), dtype=np.int64)
 
     @property
-    def forwards(self) -> int:
-        """Forward passes of draft models."""
-        return passes(self._parts)
-
-    @property
-    def layout(self) -> str:
-        """The layout of the first draft model."""
-        return first_layout(self._parts)
-
-    @property
     def drafting(self) -> str:
         """How often a row went to which."""
         return ", ".join(f"{name} {used}" for name, used in zip(self._names, self._used, strict=True))
@@ -117,21 +106,18 @@ class _Run:
         self._answer(state)
         self._rounds += 1
         most = int(limits.max(initial=0))
-        proposals: list[Proposal | None] = [None] * len(self._parts)
         lengths = np.zeros((len(self._parts), len(limits)), dtype=np.int64)
         for number, part in enumerate(self._parts):
             if self._has_model[number]:
                 lengths[number] = np.minimum(limits, ceil(self._typical[number]))
                 continue
-            proposals[number] = here = checked(part.propose(state, limits), state, limits)
+            self._proposals[number] = here = checked(part.propose(state, limits), state, limits)
             # a guess that was drawn may be long or short by its own value: what was asked for counts
             drawn = here.logits is not None
             lengths[number] = np.where(here.lengths > 0, limits, 0) if drawn else here.lengths
         choice = self._choose(lengths, most)
-        for number, part in enumerate(self._parts):
-            if self._has_model[number]:
-                proposals[number] = self._timed(part, number, state, np.where(choice == number, limits, 0))
-        self._proposals = [one for one in proposals if one is not None]
+        for number in np.flatnonzero(self._has_model).tolist():
+            self._proposals[number] = self._timed(number, state, np.where(choice == number, limits, 0))
         self._remember(state)
         self._choice = choice
         if most:
@@ -165,8 +151,9 @@ class _Run:
                 return np.where(lengths[number] > 0, number, choice)
         return choice
 
-    def _timed(self, part: Any, number: int, state: State, limits: np.ndarray) -> Proposal:
-        """What ``part`` proposes, and what it costs."""
+    def _timed(self, number: int, state: State, limits: np.ndarray) -> Proposal:
+        """What the model of that ``number`` proposes; what it costs is noted."""
+        part = self._parts[number]
         if not limits.any():
             return checked(part.propose(state, limits), state, limits)
         # a prompt to be fed, or much to catch up on, would pass for the price of a guess
@@ -178,11 +165,6 @@ class _Run:
             price = (self._clock() - start) / proposal.tokens.shape[1] / self._rest
             self._prices[number] += RECENT * (price - self._prices[number])
         return proposal
-
-    def _see_rest(self) -> None:
-        if self._clock and self._left is not None:
-            seconds = self._clock() - self._left
-            self._rest = seconds if self._rest is None else self._rest + RECENT * (seconds - self._rest)
 
     def _remember(self, state: State) -> None:
         """Keep the guesses of those without a model, to be judged by the text to come."""
@@ -210,7 +192,9 @@ class _Run:
 
     def observe(self, round_: Round) -> None:
         """Show each its part of the round, and judge the models that guessed."""
-        self._see_rest()  # before the reader of a stream has the round
+        if self._clock and self._left is not None:  # before the reader of a stream has the round
+            seconds = self._clock() - self._left
+            self._rest = seconds if self._rest is None else self._rest + RECENT * (seconds - self._rest)
         for number, part in enumerate(self._parts):
             own = self._choice == number
             if self._when_used[number]:
@@ -220,12 +204,6 @@ class _Run:
                 for row in np.flatnonzero(asked):
                     self.record.add(number, int(row), int(round_.lengths[row]), int(round_.accepted[row]))
             show(part, own, self._proposals[number], round_)
-
-    def finish(self, state: State, stats: Stats) -> None:
-        """Tell all that the call is over."""
-        for part in self._parts:
-            if hasattr(part, "finish"):
-                part.finish(state, stats)
 
 
 class Record:

@@ -110,12 +110,11 @@ class _Run:
             reader.follow(new)
         place = own.end
         loose = state.host_tokens[row, settled : state.lengths[row]].tolist()
-        if loose:  # text that may be taken back is looked up, not taken in
-            for token in loose:
-                place = own.advance(*place, token)
-            if reader is not None:
-                reader = reader.copy()
-                reader.follow(loose)
+        for token in loose:  # text that may be taken back is looked up, not taken in
+            place = own.advance(*place, token)
+        if loose and reader is not None:
+            reader = reader.copy()
+            reader.follow(loose)
         in_own, in_store = place[1], 0 if reader is None else reader.matched
         if max(in_own, in_store) < self._shortest:
             return []

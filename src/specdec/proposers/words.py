@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specdec.errors import InvalidInput, UnsupportedModel, VocabularyMismatch
+from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.proposers import is_proposer
 from specdec.proposers.draft_model import DraftModel
 from specdec.proposers.fallback import Fallback
 from specdec.proposers.ngram import NGram
-from specdec.proposers.prompt import embedded
 from specdec.proposers.recycling import Recycling
 from specdec.proposers.suffix import Suffix
 from specdec.weights.adapters import is_model
@@ -52,21 +51,6 @@ def named(draft: Any) -> Any:
         f"{came} cannot draft; wanted is a Hugging Face model, an object with propose(state, limits), or one "
         f"of {', '.join(map(repr, WORDS))}"
     )
-
-
-def check_sizes(target: Any, draft: Any) -> None:
-    """Refuse a draft whose token ids cannot be those of ``target``, judged by how many there are.
-
-    Raises:
-        VocabularyMismatch: the numbers differ by more than 1 %.
-    """
-    sizes = [embedded(model) for model in (target, draft)]
-    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
-        raise VocabularyMismatch(
-            f"the target has {sizes[0]} token ids and the draft {sizes[1]}, so an id does not mean the same to "
-            "both. Pass both tokenizers, `tokenizer` (the target's) and `draft_tokenizer`: then guesses are "
-            "translated; or give a draft of the same family"
-        )
 
 
 def one_behind_another(drafts: Sequence[Any], build: Callable[[Any], Any]) -> Any:

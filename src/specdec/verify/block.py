@@ -27,10 +27,7 @@ from specdec.verify.token import likelihood_ratio
 
 
 def block_acceptance(
-    target_probs: Tensor,
-    draft_tokens: Tensor,
-    draft_lengths: Tensor,
-    draft_probs: Tensor,
+    target_probs: Tensor, draft_tokens: Tensor, draft_lengths: Tensor, draft_probs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Chance h that each guess succeeds, and the target's scale c after each number of guesses.
 

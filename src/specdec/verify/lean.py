@@ -77,11 +77,7 @@ def _by_block(
 
 
 def _residual(
-    target_probs: Tensor,
-    draft_tokens: Tensor,
-    draft_lengths: Tensor,
-    draft_probs: Tensor | None,
-    accepted: Tensor,
+    target_probs: Tensor, draft_tokens: Tensor, draft_lengths: Tensor, draft_probs: Tensor | None, accepted: Tensor
 ) -> Tensor:
     """`residual.residual_weights` of the token rule in place, on a copy of one row a sequence."""
     weights = _row_at(target_probs, accepted)

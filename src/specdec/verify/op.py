@@ -105,11 +105,8 @@ def _verify_cuda(target_logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 @_verify.register_fake
 def _verify_fake(target_logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    batch = target_logits.shape[0]
-    return (
-        target_logits.new_empty(batch, dtype=torch.int64),
-        target_logits.new_empty(batch, dtype=torch.int64),
-    )
+    accepted = target_logits.new_empty(target_logits.shape[0], dtype=torch.int64)
+    return accepted, torch.empty_like(accepted)
 
 
 @cache

@@ -56,12 +56,7 @@ def residual_weights(
     return torch.where(use[:, None], replacement, bonus)
 
 
-def usable(
-    target_probs: Tensor,
-    draft_tokens: Tensor,
-    draft_lengths: Tensor,
-    draft_probs: Tensor | None,
-) -> Tensor:
+def usable(target_probs: Tensor, draft_tokens: Tensor, draft_lengths: Tensor, draft_probs: Tensor | None) -> Tensor:
     """Which rows of the batch can be judged at all: (B,) bool.
 
     A row cannot if a row of scores that it needs has no distribution (softmax turns a NaN, a +inf,

@@ -35,10 +35,7 @@ def likelihood_ratio(target_probs: Tensor, draft_tokens: Tensor, draft_probs: Te
 
 
 def token_acceptance(
-    target_probs: Tensor,
-    draft_tokens: Tensor,
-    draft_lengths: Tensor,
-    draft_probs: Tensor | None = None,
+    target_probs: Tensor, draft_tokens: Tensor, draft_lengths: Tensor, draft_probs: Tensor | None = None
 ) -> Tensor:
     """Probability that each guess is kept, given that all before it were.
 

@@ -59,38 +59,15 @@ def verify_fused(
     if has_draft and width > 0:
         _measure[(batch, width)](*draft_rows, lengths, width, 0, **shape)
     _judge[(batch,)](
-        *target_rows,
-        *draft_rows,
-        tokens,
-        lengths,
-        acceptance,
-        scales,
-        usable,
-        vocabulary,
-        width,
-        WORK=_TYPES[dtype],
-        HAS_DRAFT=has_draft,
-        BY_BLOCK=by_block,
-    )
+        *target_rows, *draft_rows, tokens, lengths, acceptance, scales, usable, vocabulary, width,
+        WORK=_TYPES[dtype], HAS_DRAFT=has_draft, BY_BLOCK=by_block,
+    )  # fmt: skip
     if by_block and width > 1:
         _weigh[(batch, width - 1)](*target_rows, *draft_rows, lengths, scales, masses, width, **shape)
     _draw[(batch,)](
-        *target_rows,
-        *draft_rows,
-        tokens,
-        lengths,
-        acceptance,
-        scales,
-        masses,
-        usable,
-        uniforms,
-        accepted,
-        next_token,
-        width,
-        **shape,
-        HAS_DRAFT=has_draft,
-        BY_BLOCK=by_block,
-    )
+        *target_rows, *draft_rows, tokens, lengths, acceptance, scales, masses, usable, uniforms, accepted,
+        next_token, width, **shape, HAS_DRAFT=has_draft, BY_BLOCK=by_block,
+    )  # fmt: skip
     return accepted, next_token
 
 
@@ -101,18 +78,9 @@ def _packed(rows: Tensor) -> Tensor:
 
 @triton.jit
 def _measure(
-    rows,
-    row_stride,
-    position_stride,
-    peaks,
-    totals,
-    lengths,
-    positions,
-    extra,
-    vocabulary,
-    WORK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    rows, row_stride, position_stride, peaks, totals,
+    lengths, positions, extra, vocabulary, WORK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Maximum and total of exp(score - maximum) of each row needed; NaN or 0 total if it is bad."""
     row = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1)
@@ -133,27 +101,11 @@ def _measure(
 
 @triton.jit
 def _judge(
-    target,
-    target_row_stride,
-    target_position_stride,
-    target_peaks,
-    target_totals,
-    draft,
-    draft_row_stride,
-    draft_position_stride,
-    draft_peaks,
-    draft_totals,
-    tokens,
-    lengths,
-    acceptance,
-    scales,
-    usable,
-    vocabulary,
-    width,
-    WORK: tl.constexpr,
-    HAS_DRAFT: tl.constexpr,
-    BY_BLOCK: tl.constexpr,
-):
+    target, target_row_stride, target_position_stride, target_peaks, target_totals,
+    draft, draft_row_stride, draft_position_stride, draft_peaks, draft_totals,
+    tokens, lengths, acceptance, scales, usable, vocabulary, width,
+    WORK: tl.constexpr, HAS_DRAFT: tl.constexpr, BY_BLOCK: tl.constexpr,
+):  # fmt: skip
     """Acceptance of the token rule, the scales, and whether the sequence can be judged at all."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int32)
@@ -191,24 +143,10 @@ def _judge(
 
 @triton.jit
 def _weigh(
-    target,
-    target_row_stride,
-    target_position_stride,
-    target_peaks,
-    target_totals,
-    draft,
-    draft_row_stride,
-    draft_position_stride,
-    draft_peaks,
-    draft_totals,
-    lengths,
-    scales,
-    masses,
-    width,
-    vocabulary,
-    WORK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    target, target_row_stride, target_position_stride, target_peaks, target_totals,
+    draft, draft_row_stride, draft_position_stride, draft_peaks, draft_totals,
+    lengths, scales, masses, width, vocabulary, WORK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """The block rule's residual mass S after each guess but the last."""
     row = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1) + 1
@@ -235,20 +173,9 @@ def _weigh(
 
 @triton.jit
 def _residual(
-    target_start,
-    target_peak,
-    target_total,
-    draft_start,
-    draft_peak,
-    draft_total,
-    scale,
-    guess,
-    refused,
-    column,
-    vocabulary,
-    WORK: tl.constexpr,
-    HAS_DRAFT: tl.constexpr,
-):
+    target_start, target_peak, target_total, draft_start, draft_peak, draft_total,
+    scale, guess, refused, column, vocabulary, WORK: tl.constexpr, HAS_DRAFT: tl.constexpr,
+):  # fmt: skip
     """The target's probabilities of some columns, and what is left of them after a refusal."""
     real = column < vocabulary
     score = tl.load(target_start + column, mask=real, other=float("-inf")).to(WORK)
@@ -264,32 +191,11 @@ def _residual(
 
 @triton.jit
 def _draw(
-    target,
-    target_row_stride,
-    target_position_stride,
-    target_peaks,
-    target_totals,
-    draft,
-    draft_row_stride,
-    draft_position_stride,
-    draft_peaks,
-    draft_totals,
-    tokens,
-    lengths,
-    acceptance,
-    scales,
-    masses,
-    usable,
-    uniforms,
-    accepted_out,
-    next_token_out,
-    width,
-    vocabulary,
-    WORK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_DRAFT: tl.constexpr,
-    BY_BLOCK: tl.constexpr,
-):
+    target, target_row_stride, target_position_stride, target_peaks, target_totals,
+    draft, draft_row_stride, draft_position_stride, draft_peaks, draft_totals,
+    tokens, lengths, acceptance, scales, masses, usable, uniforms, accepted_out, next_token_out, width, vocabulary,
+    WORK: tl.constexpr, COLUMNS: tl.constexpr, HAS_DRAFT: tl.constexpr, BY_BLOCK: tl.constexpr,
+):  # fmt: skip
     """Select how many guesses are kept, then draw the token after them."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(usable + row) == 0:
