@@ -25,8 +25,9 @@ from specdec import (
 )
 from specdec.proposers.past import opening
 from specdec.testing import TableModel, assert_lossless, lively, noisy_copy, ragged_prompt, tiny_llama
-from specdec.weights import blocks, half
+from specdec.weights import blocks, half, quantized
 from specdec.weights.packed import PackedWeight
+from specdec.weights.quantized import all_alike
 
 from .contract import assert_untouched, bart, fingerprint, mamba2, t5
 
@@ -479,8 +480,9 @@ def test_a_draft_shares_all_but_linear_weights_and_leaves_the_model_alone():
 def test_a_quantised_draft_stays_where_it_is():
     draft = quantize_draft(tiny_llama(), "int4")
     assert draft.to(torch.float32) is draft
-    with pytest.raises(UnsupportedModel, match=r"stays in torch\.float32 on cpu"):
-        draft.bfloat16()
+    for move in (lambda: draft.bfloat16(), lambda: draft.to("meta")):
+        with pytest.raises(UnsupportedModel, match=r"stays in torch\.float32 on cpu"):
+            move()
 
 
 def test_wide_passes_go_through_the_given_weights():
@@ -496,6 +498,40 @@ def test_wide_passes_go_through_the_given_weights():
         assert not torch.equal(quantize_draft(model, "int4", keep=False).lm_head(states), wanted)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_which_weights_are_faster_is_the_processors_doing(monkeypatch, kind):
+    """Without instructions for bfloat16 plain matrices never are the faster ones, packed ones soon."""
+    model = tiny_llama(num_hidden_layers=1)
+    with torch.no_grad():
+        for multiplies, packs, tokens, given in (
+            (True, False, 1, False), (True, False, 8, True), (True, True, 3, False),
+            (False, False, 8, False), (False, True, 2, False), (False, True, 3, True),
+        ):  # fmt: skip
+            monkeypatch.setattr(quantized, "MULTIPLIES_BFLOAT16", multiplies)
+            with pack_weights(model) if packs else nullcontext():
+                states = torch.randn(tokens, 32)
+                wanted = model if given else quantize_draft(model, kind, keep=False)
+                assert torch.equal(quantize_draft(model, kind).lm_head(states), wanted.lm_head(states))
+
+
+def test_a_self_check_in_one_thread_leaves_wide_passes_in_another_alone():
+    draft, states = quantize_draft(tiny_llama(), "int8"), torch.randn(8, 32)
+    with ThreadPoolExecutor(1) as other, torch.no_grad():
+        wanted = draft.lm_head(states)
+        with all_alike():
+            assert not torch.equal(draft.lm_head(states), wanted)
+            assert torch.equal(other.submit(draft.lm_head, states).result(), wanted)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_matrix_is_quantised_in_parts_as_in_one(monkeypatch, kind):
+    model, states = tiny_llama(), torch.randn(1, 32)
+    with torch.no_grad():
+        whole = quantize_draft(model, kind, keep=False).lm_head(states)
+        monkeypatch.setattr(quantized, "ROWS", 24)
+        assert torch.equal(quantize_draft(model, kind, keep=False).lm_head(states), whole)
+
+
 def test_sizes_that_the_kernel_refuses_stay_as_they_are():
     model = tiny_llama(vocabulary=50)
     draft = quantize_draft(model, "int4")
@@ -505,6 +541,17 @@ def test_sizes_that_the_kernel_refuses_stay_as_they_are():
     # torch's kernel would read past the end of such rows, and be wrong or crash
     model.lm_head = Linear(20, 50)
     assert type(quantize_draft(model, "int8").lm_head) is Linear
+    model.lm_head = Linear(48, 64)
+    assert type(quantize_draft(model, "int4").lm_head) is Linear
+
+
+def test_a_layer_that_may_compute_something_else_stays_as_it_is():
+    class Adapter(Linear):
+        pass
+
+    model = tiny_llama()
+    model.lm_head = Adapter(32, 64)
+    assert type(quantize_draft(model, "int8").lm_head) is Adapter
 
 
 def test_a_draft_with_layers_of_its_own_is_not_saved_as_a_plain_model(tmp_path):
