@@ -13,7 +13,7 @@ import torch
 from specdec.length import Opening
 from specdec.length.acceptance import PRIOR, TEXTS, Acceptance
 from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
-from specdec.length.cost import OUTDATED, Assumed, Timings, best_length, rising, speed, tokens_per_round
+from specdec.length.cost import OUTDATED, REMEMBERED, Assumed, Timings, best_length, rising, speed, tokens_per_round
 from specdec.length.rows import Rows
 from specdec.records import Proposal, Round
 
@@ -87,6 +87,34 @@ def test_what_one_thread_reads_no_other_writes_into():
     timings.add(9, 2.0)
     assert read == before
     assert timings._seen.keys() == {0, 1, 9}, "what does not come again is let go"
+
+
+def test_what_rounds_take_now_counts_and_not_what_they_took():
+    timings = Timings()
+    for seconds in (1.0, 3.0):
+        for _ in range(REMEMBERED):
+            timings.add(0, seconds)
+            timings.add(2, 2 * seconds)
+    assert timings.table(2).tolist() == [3.0, 4.5, 6.0]
+
+
+def test_a_clock_that_stands_still_is_no_fault():
+    timings = Timings()
+    rule = Adaptive(timings)
+    for _ in range(4):
+        rule.observe(outcome(rule.next(16), np.zeros(1, dtype=np.int64)), 0.0)
+    assert timings.table(1)[0] > 0
+
+
+def test_a_guess_stays_priced_though_only_wider_rounds_come():
+    """Timings that do not come again are let go, but for the narrowest, which no wider one stands for."""
+    timings = Timings()
+    for width in (0, 1, 2):
+        timings.add(width, 1.0 + width)
+    for _ in range(2 * OUTDATED):
+        timings.add(4, 1.5)
+    assert timings._seen.keys() == {0, 1, 4}
+    assert timings.table(4)[1] < 2, "and what was slower than a wider round is taken to have been disturbed"
 
 
 # --- the controller -------------------------------------------------------------------------------

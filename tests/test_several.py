@@ -328,6 +328,22 @@ def test_every_level_of_a_cascade_learns_from_rounds_of_its_own(monkeypatch):
     assert all(any(round_.lengths.any() for round_ in rounds) for rounds in seen.values())
 
 
+def test_every_level_of_a_cascade_asks_the_rule_of_the_one_above_it_whether_to_begin(monkeypatch):
+    calls = []
+
+    class Model(DraftModel):
+        def open(self, call, run):
+            calls.append((call.length, run.keywords["length"]))
+            return super().open(call, run)
+
+    models = [Model(noisy(llama())), Model(noisy(llama(1))), Model(noisy(llama(2)))]
+    run(llama(), Cascade("ngram", *models), prompts(1))
+    (first, below_first), (second, below_second), (third, below_third) = calls
+    assert first is below_second
+    assert second is below_third
+    assert len({id(rule) for rule in (below_first, first, second, third)}) == 4
+
+
 def test_a_level_is_never_fed_an_id_that_it_does_not_know():
     """The target has an id more than the level, and what is below guesses it."""
     target, model = tiny_llama(vocabulary=101), noisy_copy(tiny_llama(vocabulary=100), 0.1)
@@ -356,7 +372,7 @@ def test_what_is_below_a_model_keeps_what_came_out():
     assert store.tokens("one") == LONG + 1  # and a mark behind it
 
 
-def test_what_is_below_sees_the_rounds_that_it_guessed_for_and_no_others():
+def test_what_is_below_sees_the_rounds_that_it_guessed_for_and_no_others(monkeypatch):
     seen = []
 
     class Noted(Says):
@@ -370,6 +386,11 @@ def test_what_is_below_sees_the_rounds_that_it_guessed_for_and_no_others():
 
     _, stats = run(llama(), Cascade(Noted([[5] * LONG]), noisy(llama())), prompts(1))
     assert len(seen) > stats.rounds  # a level makes several for one of the target
+    # where it guesses for the target itself, the last round has no room for a guess
+    seen.clear()
+    monkeypatch.setattr(Fixed, "begins", lambda self, opening=None: False)
+    _, stats = run(llama(), Cascade(Noted([[5] * LONG]), noisy(llama())), prompts(1))
+    assert 0 < len(seen) < stats.rounds
 
 
 def test_a_level_writes_nothing_beyond_its_positions():

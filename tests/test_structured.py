@@ -770,11 +770,15 @@ def test_what_is_foreseen_is_allowed_and_ends_where_it_should():
         ([3], [], [3] * 4),
         ([3, 4], [4, 3, 4, 4, 3], [4, 3, 4, 4]),
         ([3, 4], [4, 9, 3], [4]),
+        ([3, 4], [4, 3, 4, 4, 3, 9], [4, 3, 4, 4]),
     ):
         place = Circle(allowed, ahead)
         constraint = Constraint(SimpleNamespace(ends=(1,), start=lambda place=place: place))
         assert constraint.forward(place, 4) == found
     assert constraint.advance(place, 9) is None
+    place.ended = True  # what fills a row up behind its end is no token of the grammar
+    assert constraint.advance(place, 9) is place
+    assert constraint.forward(place, 4) == []
     assert constraint.forward(Circle([3, 4], []), 4) == []
 
 
