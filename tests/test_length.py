@@ -98,6 +98,26 @@ def test_what_rounds_take_now_counts_and_not_what_they_took():
     assert timings.table(2).tolist() == [3.0, 4.5, 6.0]
 
 
+def test_a_round_that_had_more_to_do_is_believed_where_it_took_clearly_less():
+    timings = Timings()
+    timings.add(0, 1.0)
+    timings.at_most(2, 0.1)
+    assert not timings.priced, "nothing is known yet that it could be compared with"
+    timings.add(2, 2.0)
+    timings.at_most(2, 1.9)
+    assert timings.table(2)[2] == 2.0
+    timings.at_most(2, 1.2)
+    assert timings.table(2)[2] == 1.2
+
+
+def test_a_plain_round_is_known_the_better_the_more_often_it_was_timed():
+    timings, known = Timings(), []
+    for _ in range(REMEMBERED + 2):
+        known.append(timings.known)
+        timings.add(0, 1.0)
+    assert known == [*np.arange(REMEMBERED) / REMEMBERED, 1.0, 1.0]
+
+
 def test_a_clock_that_stands_still_is_no_fault():
     timings = Timings()
     rule = Adaptive(timings)

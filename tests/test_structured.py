@@ -473,8 +473,9 @@ def test_one_grammar_a_prompt():
             assert allows(place.mask(), token)
             place = place.after(token)
     assert Constraint([Constraint(one), None, other]).grammars == mixed.grammars
-    with pytest.raises(InvalidInput, match="3 grammars for 1 rows"):
-        gen.generate(**ragged_prompt((5,)), **options, logits_processor=[mixed])
+    for rows in (1, 4):
+        with pytest.raises(InvalidInput, match=f"3 grammars for {rows} rows"):
+            gen.generate(**ragged_prompt((5,) * rows), **options, logits_processor=[mixed])
 
 
 def test_plain_generate_knows_a_new_call():
@@ -487,6 +488,14 @@ def test_plain_generate_knows_a_new_call():
         fresh = target.generate(**options, logits_processor=[counting()])
         assert torch.equal(target.generate(**options, logits_processor=[constraint]), fresh)
         assert torch.equal(gen.generate(**options, logits_processor=[constraint]), fresh)
+
+
+def test_a_call_with_one_row_that_goes_on_from_the_last_call_is_a_new_one():
+    constraint, scores = counting(), torch.zeros(2, 64)
+    constraint(torch.tensor([[5, 6], [7, 8]]), scores)
+    ids = torch.tensor([[5, 6, 3], [7, 9, 3]])
+    assert constraint(ids, scores).equal(counting()(ids, scores))
+    assert len(constraint._seen) == 2, "and of that nothing is kept"
 
 
 class Unknown(LogitsProcessor):
