@@ -75,6 +75,15 @@ def test_timings_interpolate_and_extrapolate():
     assert timings.table(4) == pytest.approx([1.0, 1.2, 1.4, 1.6, 1.8])
 
 
+def test_timings_are_medians_that_count_as_often_as_they_were_measured():
+    timings = Timings()
+    for seconds in (4.0, 3.0, 5.0):
+        timings.add(0, seconds)
+    assert timings.table(0).tolist() == [4.0], "a round that was fast by chance is none to go by either"
+    timings.add(1, 2.0)
+    assert timings.table(1).tolist() == [3.5, 3.5]
+
+
 def test_what_one_thread_reads_no_other_writes_into():
     timings = Timings()
     for width in range(6):
