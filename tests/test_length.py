@@ -63,6 +63,7 @@ def test_rising_pools_neighbours_out_of_order():
     assert rising([1, 3, 2, 4], [1, 1, 1, 1]).tolist() == [1, 2.5, 2.5, 4]
     assert rising([4, 1], [1, 3]).tolist() == [1.75, 1.75]
     assert rising([5], [1]).tolist() == [5]
+    assert rising([2, 3, 0.5, 1], [1, 1, 2, 1]).tolist() == [1.4] * 4, "a pool may meet the one before it"
 
 
 def test_timings_interpolate_and_extrapolate():

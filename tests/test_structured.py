@@ -856,6 +856,15 @@ def test_a_tokenizer_without_an_end():
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+def test_an_end_may_be_the_first_id(library):
+    tokenizer = copy.deepcopy(json_tokenizer())
+    assert regex("a", tokenizer, backend=library, eos_token_id=0).grammars[0].ends == (0,)
+    tokenizer.eos_token = tokenizer.decode([0])
+    assert tokenizer.eos_token_id == 0
+    assert regex("a", tokenizer, backend=library).grammars[0].ends == (0,)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_tokens_added_to_a_tokenizer_are_known_to_the_next_grammar(library):
     tokenizer = byte_tokenizer("name")
     regex("[ab]{3,5}", tokenizer, backend=library)
