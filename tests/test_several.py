@@ -241,6 +241,17 @@ def test_a_cascade_whose_model_is_out_of_order(options):
         assert got.tolist() == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
 
 
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "seed": 1}])
+def test_a_cascade_whose_model_overflows(options):
+    """As in float16; a row with an infinite score is no distribution either."""
+    model = copy.deepcopy(llama())
+    model.lm_head.register_forward_hook(lambda *called: called[-1].index_fill(-1, torch.tensor([7]), torch.inf))
+    gen = SpeculativeGenerator(llama(), Cascade("ngram", model), num_draft_tokens=4, layout="slots")
+    got = gen.generate(**prompts(3), max_new_tokens=LONG, **options)
+    assert got.shape == (3, START + LONG)
+    assert gen.stats.draft_forwards > 0
+
+
 def test_a_cascade_with_the_controller_and_with_confidence():
     wanted = plain(llama(), prompts(3), max_new_tokens=60).tolist()
     for draft in (Cascade("suffix", noisy(llama())), Cascade("suffix", DraftModel(noisy(llama()), confidence=0.6))):

@@ -840,6 +840,12 @@ def test_refused_with_what_to_do():
             Constraint([wrong, None])
 
 
+def test_of_both_libraries_llguidance_is_taken():
+    for name in ("llguidance", "xgrammar"):
+        pytest.importorskip(name)
+    assert type(regex("a", json_tokenizer()).grammars[0]).__module__ == "specdec.structured.llguidance"
+
+
 def test_a_library_that_is_not_there_is_named(monkeypatch):
     import specdec.structured
 
