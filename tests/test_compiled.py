@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, T5GemmaConfig, T5GemmaForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from specdec import SpeculativeGenerator
+from specdec import SpeculativeGenerator, quantize_draft
 from specdec.errors import InvalidInput
 from specdec.layouts import compiled
 from specdec.layouts.compiled import WIDTHS, CompiledSteps
@@ -122,6 +122,17 @@ def test_a_position_past_the_end_is_never_read(traced, compile):
     gen = SpeculativeGenerator(model, noisy_copy(model, 0.05), num_draft_tokens=6, compile=compile)
     assert torch.equal(gen.generate(**prompt, **options), plain)
     assert gen.stats.layout == ("slots+compiled" if compile else "slots")
+
+
+def test_a_quantised_draft_has_graphs(traced):
+    """In its wide passes it goes through the weights given, which depends on the processor and not on the graph."""
+    target, draft = pair()
+    prompt = ragged_prompt((9, 6, 3))
+    compiled_draft = DraftModel(quantize_draft(draft, "int8"), compile=True)
+    gen = SpeculativeGenerator(target, compiled_draft, num_draft_tokens=2)
+    ours = gen.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(ours, target.generate(**prompt, max_new_tokens=8, do_sample=False))
+    assert gen.stats.draft_layout == "slots+compiled"
 
 
 QUICK = ("gemma2",)

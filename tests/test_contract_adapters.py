@@ -56,6 +56,14 @@ def adapted(peft):
     return model.eval()
 
 
+def test_a_quantised_draft_has_no_adapters(adapted):
+    """They come and go with the target's, and a draft would not follow."""
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        wanted = quantize_draft(llama(), "int8")(ids).logits
+        assert torch.equal(quantize_draft(adapted, "int8")(ids).logits, wanted)
+
+
 @pytest.mark.parametrize("draft", ["base", "ngram", "self-int8", "adapted"])
 def test_adapters_are_switched_between_calls(draft, adapted):
     """Nothing that is kept from one call to the next belongs to an adapter."""

@@ -13,7 +13,7 @@ import torch
 from specdec.length import Opening
 from specdec.length.acceptance import PRIOR, TEXTS, Acceptance
 from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
-from specdec.length.cost import OUTDATED, Assumed, Timings, best_length, rising, speed, tokens_per_round
+from specdec.length.cost import OUTDATED, REMEMBERED, Assumed, Timings, best_length, rising, speed, tokens_per_round
 from specdec.length.rows import Rows
 from specdec.records import Proposal, Round
 
@@ -63,6 +63,7 @@ def test_rising_pools_neighbours_out_of_order():
     assert rising([1, 3, 2, 4], [1, 1, 1, 1]).tolist() == [1, 2.5, 2.5, 4]
     assert rising([4, 1], [1, 3]).tolist() == [1.75, 1.75]
     assert rising([5], [1]).tolist() == [5]
+    assert rising([2, 3, 0.5, 1], [1, 1, 2, 1]).tolist() == [1.4] * 4, "a pool may meet the one before it"
 
 
 def test_timings_interpolate_and_extrapolate():
@@ -73,6 +74,15 @@ def test_timings_interpolate_and_extrapolate():
     for seconds in (1.4, 9.0, 1.4):  # one of them disturbed
         timings.add(2, seconds)
     assert timings.table(4) == pytest.approx([1.0, 1.2, 1.4, 1.6, 1.8])
+
+
+def test_timings_are_medians_that_count_as_often_as_they_were_measured():
+    timings = Timings()
+    for seconds in (4.0, 3.0, 5.0):
+        timings.add(0, seconds)
+    assert timings.table(0).tolist() == [4.0], "a round that was fast by chance is none to go by either"
+    timings.add(1, 2.0)
+    assert timings.table(1).tolist() == [3.5, 3.5]
 
 
 def test_what_one_thread_reads_no_other_writes_into():
@@ -87,6 +97,54 @@ def test_what_one_thread_reads_no_other_writes_into():
     timings.add(9, 2.0)
     assert read == before
     assert timings._seen.keys() == {0, 1, 9}, "what does not come again is let go"
+
+
+def test_what_rounds_take_now_counts_and_not_what_they_took():
+    timings = Timings()
+    for seconds in (1.0, 3.0):
+        for _ in range(REMEMBERED):
+            timings.add(0, seconds)
+            timings.add(2, 2 * seconds)
+    assert timings.table(2).tolist() == [3.0, 4.5, 6.0]
+
+
+def test_a_round_that_had_more_to_do_is_believed_where_it_took_clearly_less():
+    timings = Timings()
+    timings.add(0, 1.0)
+    timings.at_most(2, 0.1)
+    assert not timings.priced, "nothing is known yet that it could be compared with"
+    timings.add(2, 2.0)
+    timings.at_most(2, 1.9)
+    assert timings.table(2)[2] == 2.0
+    timings.at_most(2, 1.2)
+    assert timings.table(2)[2] == 1.2
+
+
+def test_a_plain_round_is_known_the_better_the_more_often_it_was_timed():
+    timings, known = Timings(), []
+    for _ in range(REMEMBERED + 2):
+        known.append(timings.known)
+        timings.add(0, 1.0)
+    assert known == [*np.arange(REMEMBERED) / REMEMBERED, 1.0, 1.0]
+
+
+def test_a_clock_that_stands_still_is_no_fault():
+    timings = Timings()
+    rule = Adaptive(timings)
+    for _ in range(4):
+        rule.observe(outcome(rule.next(16), np.zeros(1, dtype=np.int64)), 0.0)
+    assert timings.table(1)[0] > 0
+
+
+def test_a_guess_stays_priced_though_only_wider_rounds_come():
+    """Timings that do not come again are let go, but for the narrowest, which no wider one stands for."""
+    timings = Timings()
+    for width in (0, 1, 2):
+        timings.add(width, 1.0 + width)
+    for _ in range(2 * OUTDATED):
+        timings.add(4, 1.5)
+    assert timings._seen.keys() == {0, 1, 4}
+    assert timings.table(4)[1] < 2, "and what was slower than a wider round is taken to have been disturbed"
 
 
 # --- the controller -------------------------------------------------------------------------------

@@ -241,6 +241,17 @@ def test_a_cascade_whose_model_is_out_of_order(options):
         assert got.tolist() == plain(llama(), prompts(3), max_new_tokens=LONG).tolist()
 
 
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "seed": 1}])
+def test_a_cascade_whose_model_overflows(options):
+    """As in float16; a row with an infinite score is no distribution either."""
+    model = copy.deepcopy(llama())
+    model.lm_head.register_forward_hook(lambda *called: called[-1].index_fill(-1, torch.tensor([7]), torch.inf))
+    gen = SpeculativeGenerator(llama(), Cascade("ngram", model), num_draft_tokens=4, layout="slots")
+    got = gen.generate(**prompts(3), max_new_tokens=LONG, **options)
+    assert got.shape == (3, START + LONG)
+    assert gen.stats.draft_forwards > 0
+
+
 def test_a_cascade_with_the_controller_and_with_confidence():
     wanted = plain(llama(), prompts(3), max_new_tokens=60).tolist()
     for draft in (Cascade("suffix", noisy(llama())), Cascade("suffix", DraftModel(noisy(llama()), confidence=0.6))):
@@ -272,7 +283,9 @@ def test_what_is_below_guesses_itself_where_the_model_does_not_pay(monkeypatch):
     assert got == text.tolist()
     assert stats.draft_forwards == 0
     assert stats.accepted == stats.drafted > LONG / 2
-    # a model is no more asked than the one above it
+    # a model is no more asked than the one above it, whatever its own rule says
+    asked = []
+    monkeypatch.setattr(Fixed, "begins", lambda self, opening=None: asked.append(self) or self is not asked[0])
     got, stats = run(target, Cascade(copy.deepcopy(target), noisy(target)), prompts(1))
     assert got == text.tolist()
     assert stats.drafted == stats.draft_forwards == 0
@@ -328,6 +341,22 @@ def test_every_level_of_a_cascade_learns_from_rounds_of_its_own(monkeypatch):
     assert all(any(round_.lengths.any() for round_ in rounds) for rounds in seen.values())
 
 
+def test_every_level_of_a_cascade_asks_the_rule_of_the_one_above_it_whether_to_begin(monkeypatch):
+    calls = []
+
+    class Model(DraftModel):
+        def open(self, call, run):
+            calls.append((call.length, run.keywords["length"]))
+            return super().open(call, run)
+
+    models = [Model(noisy(llama())), Model(noisy(llama(1))), Model(noisy(llama(2)))]
+    run(llama(), Cascade("ngram", *models), prompts(1))
+    (first, below_first), (second, below_second), (third, below_third) = calls
+    assert first is below_second
+    assert second is below_third
+    assert len({id(rule) for rule in (below_first, first, second, third)}) == 4
+
+
 def test_a_level_is_never_fed_an_id_that_it_does_not_know():
     """The target has an id more than the level, and what is below guesses it."""
     target, model = tiny_llama(vocabulary=101), noisy_copy(tiny_llama(vocabulary=100), 0.1)
@@ -356,7 +385,7 @@ def test_what_is_below_a_model_keeps_what_came_out():
     assert store.tokens("one") == LONG + 1  # and a mark behind it
 
 
-def test_what_is_below_sees_the_rounds_that_it_guessed_for_and_no_others():
+def test_what_is_below_sees_the_rounds_that_it_guessed_for_and_no_others(monkeypatch):
     seen = []
 
     class Noted(Says):
@@ -370,6 +399,11 @@ def test_what_is_below_sees_the_rounds_that_it_guessed_for_and_no_others():
 
     _, stats = run(llama(), Cascade(Noted([[5] * LONG]), noisy(llama())), prompts(1))
     assert len(seen) > stats.rounds  # a level makes several for one of the target
+    # where it guesses for the target itself, the last round has no room for a guess
+    seen.clear()
+    monkeypatch.setattr(Fixed, "begins", lambda self, opening=None: False)
+    _, stats = run(llama(), Cascade(Noted([[5] * LONG]), noisy(llama())), prompts(1))
+    assert 0 < len(seen) < stats.rounds
 
 
 def test_a_level_writes_nothing_beyond_its_positions():

@@ -473,8 +473,9 @@ def test_one_grammar_a_prompt():
             assert allows(place.mask(), token)
             place = place.after(token)
     assert Constraint([Constraint(one), None, other]).grammars == mixed.grammars
-    with pytest.raises(InvalidInput, match="3 grammars for 1 rows"):
-        gen.generate(**ragged_prompt((5,)), **options, logits_processor=[mixed])
+    for rows in (1, 4):
+        with pytest.raises(InvalidInput, match=f"3 grammars for {rows} rows"):
+            gen.generate(**ragged_prompt((5,) * rows), **options, logits_processor=[mixed])
 
 
 def test_plain_generate_knows_a_new_call():
@@ -487,6 +488,14 @@ def test_plain_generate_knows_a_new_call():
         fresh = target.generate(**options, logits_processor=[counting()])
         assert torch.equal(target.generate(**options, logits_processor=[constraint]), fresh)
         assert torch.equal(gen.generate(**options, logits_processor=[constraint]), fresh)
+
+
+def test_a_call_with_one_row_that_goes_on_from_the_last_call_is_a_new_one():
+    constraint, scores = counting(), torch.zeros(2, 64)
+    constraint(torch.tensor([[5, 6], [7, 8]]), scores)
+    ids = torch.tensor([[5, 6, 3], [7, 9, 3]])
+    assert constraint(ids, scores).equal(counting()(ids, scores))
+    assert len(constraint._seen) == 2, "and of that nothing is kept"
 
 
 class Unknown(LogitsProcessor):
@@ -770,11 +779,15 @@ def test_what_is_foreseen_is_allowed_and_ends_where_it_should():
         ([3], [], [3] * 4),
         ([3, 4], [4, 3, 4, 4, 3], [4, 3, 4, 4]),
         ([3, 4], [4, 9, 3], [4]),
+        ([3, 4], [4, 3, 4, 4, 3, 9], [4, 3, 4, 4]),
     ):
         place = Circle(allowed, ahead)
         constraint = Constraint(SimpleNamespace(ends=(1,), start=lambda place=place: place))
         assert constraint.forward(place, 4) == found
     assert constraint.advance(place, 9) is None
+    place.ended = True  # what fills a row up behind its end is no token of the grammar
+    assert constraint.advance(place, 9) is place
+    assert constraint.forward(place, 4) == []
     assert constraint.forward(Circle([3, 4], []), 4) == []
 
 
@@ -827,6 +840,12 @@ def test_refused_with_what_to_do():
             Constraint([wrong, None])
 
 
+def test_of_both_libraries_llguidance_is_taken():
+    for name in ("llguidance", "xgrammar"):
+        pytest.importorskip(name)
+    assert type(regex("a", json_tokenizer()).grammars[0]).__module__ == "specdec.structured.llguidance"
+
+
 def test_a_library_that_is_not_there_is_named(monkeypatch):
     import specdec.structured
 
@@ -840,6 +859,15 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
 def test_a_tokenizer_without_an_end():
     with pytest.raises(InvalidInput, match="eos_token_id"):
         regex("a", SimpleNamespace(eos_token_id=None))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_an_end_may_be_the_first_id(library):
+    tokenizer = copy.deepcopy(json_tokenizer())
+    assert regex("a", tokenizer, backend=library, eos_token_id=0).grammars[0].ends == (0,)
+    tokenizer.eos_token = tokenizer.decode([0])
+    assert tokenizer.eos_token_id == 0
+    assert regex("a", tokenizer, backend=library).grammars[0].ends == (0,)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -25,9 +25,10 @@ from specdec import (
 )
 from specdec.proposers.past import opening
 from specdec.testing import TableModel, assert_lossless, lively, noisy_copy, ragged_prompt, tiny_llama
-from specdec.weights import blocks, half
+from specdec.weights import blocks, half, quantized
 from specdec.weights.packed import PackedWeight
 from specdec.weights.passing import Pass
+from specdec.weights.quantized import all_alike
 
 from .contract import assert_untouched, bart, fingerprint, mamba2, t5
 
@@ -110,6 +111,14 @@ def test_only_plain_linear_layers_are_packed():
         pack_weights(model[1:])
 
 
+def test_a_weight_without_numbers_stays_as_it_is():
+    model = torch.nn.Sequential(Linear(32, 32), Linear(32, 32))
+    model[0].weight = torch.nn.Parameter(torch.empty(0, 32))
+    with pack_weights(model) as packing:
+        assert packing.layers == 1
+        assert type(model[0].weight) is torch.nn.Parameter
+
+
 def test_packing_twice_leaves_what_is_packed():
     model = torch.nn.Sequential(Linear(32, 32), Linear(32, 32))
     with pack_weights(model), pytest.raises(UnsupportedModel):
@@ -150,7 +159,8 @@ def test_weights_of_one_number_are_not_taken_for_one(monkeypatch):
     assert same(plain(model), before)
 
 
-def test_packing_that_breaks_off_leaves_the_model_as_it_was(monkeypatch):
+@pytest.mark.parametrize("fault", [MemoryError, KeyboardInterrupt])
+def test_packing_that_breaks_off_leaves_the_model_as_it_was(monkeypatch, fault):
     model = torch.nn.Sequential(Linear(32, 32), Linear(32, 32))
     before, forms = plain(model), []
     right = packed._form
@@ -158,11 +168,11 @@ def test_packing_that_breaks_off_leaves_the_model_as_it_was(monkeypatch):
     def form(weight):
         forms.append(1)
         if len(forms) == 2:
-            raise MemoryError
+            raise fault
         return right(weight)
 
     monkeypatch.setattr(packed, "_form", form)
-    with pytest.raises(MemoryError):
+    with pytest.raises(fault):
         pack_weights(model)
     assert {type(weight) for weight in model.parameters()} == {torch.nn.Parameter}
     assert same(plain(model), before)
@@ -274,15 +284,15 @@ def test_half_matrices_give_every_bit_back_and_add_up_in_float32(dtype):
 
 @needs_half
 @pytest.mark.parametrize("odd", [torch.inf, torch.nan, 1e8])
-def test_a_matrix_without_a_place_in_float16_stays_as_it_is(odd):
+def test_a_matrix_without_a_place_in_float16_stays_as_it_is(monkeypatch, odd):
     model = torch.nn.Sequential(Linear(32, 16), Linear(16, 16)).bfloat16()
     with torch.no_grad():
         model[0].weight.mul_(1e-4)[3, 3] = odd
     assert half.HalfMatrix.of(model[0].weight) is None
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        with pack_weights(model) as packing:
-            assert packing.layers == 1
-            assert type(model[0].weight) is torch.nn.Parameter
+    monkeypatch.setattr(packed, "_blocks", lambda dtype: False)
+    with pack_weights(model) as packing:
+        assert packing.layers == 1
+        assert type(model[0].weight) is torch.nn.Parameter
     assert half.HalfMatrix.of(torch.zeros(4, 4, dtype=torch.bfloat16)).dense().eq(0).all()
 
 
@@ -490,8 +500,9 @@ def test_a_draft_shares_all_but_linear_weights_and_leaves_the_model_alone():
 def test_a_quantised_draft_stays_where_it_is():
     draft = quantize_draft(tiny_llama(), "int4")
     assert draft.to(torch.float32) is draft
-    with pytest.raises(UnsupportedModel, match=r"stays in torch\.float32 on cpu"):
-        draft.bfloat16()
+    for move in (lambda: draft.bfloat16(), lambda: draft.to("meta")):
+        with pytest.raises(UnsupportedModel, match=r"stays in torch\.float32 on cpu"):
+            move()
 
 
 def test_wide_passes_go_through_the_given_weights():
@@ -507,6 +518,40 @@ def test_wide_passes_go_through_the_given_weights():
         assert not torch.equal(quantize_draft(model, "int4", keep=False).lm_head(states), wanted)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_which_weights_are_faster_is_the_processors_doing(monkeypatch, kind):
+    """Without instructions for bfloat16 plain matrices never are the faster ones, packed ones soon."""
+    model = tiny_llama(num_hidden_layers=1)
+    with torch.no_grad():
+        for multiplies, packs, tokens, given in (
+            (True, False, 1, False), (True, False, 8, True), (True, True, 3, False),
+            (False, False, 8, False), (False, True, 2, False), (False, True, 3, True),
+        ):  # fmt: skip
+            monkeypatch.setattr(quantized, "MULTIPLIES_BFLOAT16", multiplies)
+            with pack_weights(model) if packs else nullcontext():
+                states = torch.randn(tokens, 32)
+                wanted = model if given else quantize_draft(model, kind, keep=False)
+                assert torch.equal(quantize_draft(model, kind).lm_head(states), wanted.lm_head(states))
+
+
+def test_a_self_check_in_one_thread_leaves_wide_passes_in_another_alone():
+    draft, states = quantize_draft(tiny_llama(), "int8"), torch.randn(8, 32)
+    with ThreadPoolExecutor(1) as other, torch.no_grad():
+        wanted = draft.lm_head(states)
+        with all_alike():
+            assert not torch.equal(draft.lm_head(states), wanted)
+            assert torch.equal(other.submit(draft.lm_head, states).result(), wanted)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_matrix_is_quantised_in_parts_as_in_one(monkeypatch, kind):
+    model, states = tiny_llama(), torch.randn(1, 32)
+    with torch.no_grad():
+        whole = quantize_draft(model, kind, keep=False).lm_head(states)
+        monkeypatch.setattr(quantized, "ROWS", 24)
+        assert torch.equal(quantize_draft(model, kind, keep=False).lm_head(states), whole)
+
+
 def test_sizes_that_the_kernel_refuses_stay_as_they_are():
     model = tiny_llama(vocabulary=50)
     draft = quantize_draft(model, "int4")
@@ -516,6 +561,17 @@ def test_sizes_that_the_kernel_refuses_stay_as_they_are():
     # torch's kernel would read past the end of such rows, and be wrong or crash
     model.lm_head = Linear(20, 50)
     assert type(quantize_draft(model, "int8").lm_head) is Linear
+    model.lm_head = Linear(48, 64)
+    assert type(quantize_draft(model, "int4").lm_head) is Linear
+
+
+def test_a_layer_that_may_compute_something_else_stays_as_it_is():
+    class Adapter(Linear):
+        pass
+
+    model = tiny_llama()
+    model.lm_head = Adapter(32, 64)
+    assert type(quantize_draft(model, "int8").lm_head) is Adapter
 
 
 def test_a_draft_with_layers_of_its_own_is_not_saved_as_a_plain_model(tmp_path):

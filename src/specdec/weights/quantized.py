@@ -9,7 +9,6 @@ output's law is untouched. With the target's own weights this is self-speculatio
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections.abc import Callable
@@ -34,6 +33,11 @@ ROWS = 8192  # rows quantised at a time: a head in float32 need not fit into mem
 WIDE = {("int4", "cpu"): 8, ("int8", "cpu"): 5, ("int4", "cuda"): 32, ("int8", "cuda"): 32}
 # where a CPU has no instructions for bfloat16, plain matrices never are, and packed ones are from here on
 WIDE_PACKED = 3
+# whether torch has kernels of this processor for bfloat16: asked once, and not in graphs, which cannot ask
+MULTIPLIES_BFLOAT16 = bool(
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
 
 _here = threading.local()  # .alike: passes of all widths are computed with few bits
 
@@ -143,7 +147,7 @@ class _Quantized(torch.nn.Module):
         if not torch.compiler.is_compiling() and getattr(_here, "alike", False):
             return math.inf
         weight = self._given[0].weight
-        if weight.device.type == "cpu" and not _multiplies_bfloat16():
+        if weight.device.type == "cpu" and not MULTIPLIES_BFLOAT16:
             return WIDE_PACKED if isinstance(weight, PackedWeight) else math.inf
         return WIDE[self.kind, weight.device.type]
 
@@ -231,12 +235,6 @@ class Int4Linear(_Quantized):
 
 
 KINDS: dict[str, Any] = {"int4": Int4Linear, "int8": Int8Linear}
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether torch has kernels of this processor for bfloat16; asked once, not in every layer of every pass."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _kernel_dtype(weight: Tensor) -> torch.dtype:
