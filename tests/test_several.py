@@ -191,6 +191,9 @@ class Sometimes(Says):
 TWINS = {
     "a model": lambda twin, layout: DraftModel(twin, layout=layout),
     "a level": lambda twin, layout: Cascade("ngram", DraftModel(twin, layout=layout)),
+    # which stop after every guess, so that they are asked again behind text that may be taken back
+    "an unsure model": lambda twin, layout: DraftModel(twin, layout=layout, confidence=1),
+    "an unsure level": lambda twin, layout: Cascade("ngram", DraftModel(twin, layout=layout, confidence=1)),
 }
 
 
@@ -221,7 +224,7 @@ def test_a_twin_below_is_always_right(twin, make, batch, layout):
     assert kept == made > 10
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("twin", ["a model", "a level"])
 def test_a_cache_that_keeps_what_was_taken_back_is_noticed(twin, monkeypatch):
     room = {"a model": draft_model, "a level": cascade}[twin]
     monkeypatch.setattr(room, "in_common", lambda one, other: np.full(len(one), 1000))
