@@ -899,5 +899,7 @@ def test_a_proposer_is_begun_once_under_a_grammar():
 
 
 def test_arguments_the_wrong_way_round():
-    with pytest.raises(InvalidInput, match=r"regex\(\) was given a .* and a str; wanted are a text"):
-        regex(json_tokenizer(), "a+")
+    for text, tokenizer in ((json_tokenizer(), "a+"), ("a+", "gpt2"), (b"a+", json_tokenizer())):
+        names = f"a {type(text).__name__} and a {type(tokenizer).__name__}"
+        with pytest.raises(InvalidInput, match=rf"regex\(\) was given {names}; wanted are a text"):
+            regex(text, tokenizer)

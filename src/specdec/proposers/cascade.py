@@ -222,7 +222,7 @@ class _Level:
         upto = int(np.minimum(text.lengths, state.lengths).max())
         agree = since + in_common(text.host_tokens[:, since:upto], state.host_tokens[:, since:upto])
         text.follow(state, since)
-        kept = np.minimum(np.minimum(scorer.kept, agree), state.lengths - 1)
+        kept = np.minimum(agree, state.lengths - 1)
         scorer.rollback(self._ids(text), kept, state.live, state.settled - 1)
         self._settled = state.foundation
         return text

@@ -118,7 +118,7 @@ class Constraint(LogitsProcessor):  # type: ignore[misc]
         numbers = self._numbers(len(ids))
         rows = list(zip(numbers, ids, strict=True))
         before = [(number, row[:-1].numpy().tobytes()) for number, row in rows]
-        if ids.shape[1] and self._seen and all(key in self._seen for key in before):
+        if ids.shape[1] and all(key in self._seen for key in before):
             states = []
             for key, row in zip(before, ids, strict=True):
                 state = self._seen[key]
