@@ -9,7 +9,7 @@ import torch
 
 import specdec.state as state_room
 import specdec.transfer as transfer_room
-from specdec import EarlyExit, Fallback, LayerSkip, Recycling, SpeculativeGenerator, Store, Suffix
+from specdec import EarlyExit, Fallback, LayerSkip, Proposal, Recycling, SpeculativeGenerator, Store, Suffix
 from specdec.length.fixed import Fixed
 from specdec.proposers import draft_model as draft_model_room
 from specdec.proposers import drafting
@@ -107,6 +107,42 @@ def test_a_prompt_with_ids_that_the_target_cannot_write(name, do_sample):
         assert got.tolist() == plain(target, inputs).tolist()
     if name == "ngram":
         assert gen.stats.drafted > 0
+
+
+@pytest.mark.parametrize("where", ["the prompt", "the text"])
+def test_a_row_with_an_id_that_the_draft_does_not_embed_takes_nothing_from_the_others(where):
+    target, draft = tiny_llama(vocab_size=200), tiny_llama(vocab_size=199)
+    inputs, forced = prompts(3), {}
+    if where == "the prompt":  # of a target that reads more ids than it has scores for
+        draft = tiny_llama(vocab_size=200)
+        target.model.embed_tokens = torch.nn.Embedding(201, 32)
+        inputs["input_ids"][1, -2] = 200
+    else:
+        width = inputs["input_ids"].shape[1]
+        every = list(range(198))
+        forced["prefix_allowed_tokens_fn"] = lambda row, ids: [199] if row == 1 and len(ids) == width + 4 else every
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=3)
+    got = gen.generate(**inputs, max_new_tokens=NEW, do_sample=False, **forced)
+    assert got.tolist() == target.generate(**inputs, max_new_tokens=NEW, do_sample=False, **forced).tolist()
+    assert gen.stats.row_drafted[0] > gen.stats.row_drafted[1]
+
+
+def test_rounds_keep_the_lengths_that_were_submitted():
+    """A proposer may use its memory again."""
+    lengths, kept = np.zeros(3, dtype=np.int64), []
+
+    class Same:
+        def propose(self, state, limits):
+            lengths[:] = np.minimum(limits, len(kept) % 3)
+            return Proposal(torch.full((3, max(int(lengths.max()), 0)), 5), lengths)
+
+        def observe(self, round_):
+            kept.append(round_)
+
+    SpeculativeGenerator(llama(), Same(), num_draft_tokens=3).generate(
+        **prompts(3), max_new_tokens=NEW, do_sample=False
+    )
+    assert len({round_.lengths.max() for round_ in kept}) > 1
 
 
 @pytest.mark.parametrize("batch", BATCHES)
