@@ -245,6 +245,8 @@ def test_a_pass_within_another_hears_nothing_of_it():
         with inner.over(1) as passing:
             assert under_way() is passing
             assert (passing.of_draft, passing.real, passing.masks) == (False, None, None)
+        with inner.compiled():
+            assert not blocks.drafting()
         assert under_way() is outer
     assert under_way() is None
 

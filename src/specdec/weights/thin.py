@@ -72,7 +72,7 @@ class ThinProducts:
 
     def compiled(self) -> AbstractContextManager[Any]:
         """What to enter for a pass of a graph, which has its layers as they are."""
-        return Pass(of_draft=True) if self._of_draft else UNTOLD
+        return Pass(of_draft=self._of_draft) if self._of_draft or under_way() is not None else UNTOLD
 
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
