@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from specdec import pack_weights
 from specdec.layouts import masks
+from specdec.layouts.facts import CACHE
 from specdec.layouts.slot_cache import Place, SlotCache, SlotLayer
 from specdec.testing import tiny_llama
 
@@ -51,7 +52,7 @@ def compare(model: Any, widths: list[int], room: int) -> None:
     ids = torch.randint(3, vocabulary, (1, PROMPT + 64), generator=torch.Generator().manual_seed(0))
     # the model's own text: scores of random tokens say little of rounding
     ids[:, :PROMPT] = model.generate(ids[:, :4], max_length=PROMPT, min_length=PROMPT, do_sample=False)[:, :PROMPT]
-    prompt = model(ids[:, :PROMPT], use_cache=True).past_key_values
+    prompt = model(ids[:, :PROMPT], use_cache=True)[CACHE]
     where = Place()
     cache = SlotCache([SlotLayer(layer.keys, layer.values, where) for layer in prompt.layers], where)
     cache.grow(room, room)
@@ -64,7 +65,7 @@ def compare(model: Any, widths: list[int], room: int) -> None:
             cache.place_by_data()
         return {
             "input_ids": ids[:, start : start + width].clone(), "position_ids": columns.clone(),
-            "attention_mask": mask, "past_key_values": cache, "use_cache": True, "logits_to_keep": width,
+            "attention_mask": mask, CACHE: cache, "use_cache": True, "logits_to_keep": width,
         }  # fmt: skip
 
     def step(model: Any, inputs: dict[str, Any]) -> Tensor:

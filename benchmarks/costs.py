@@ -16,6 +16,8 @@ from measure import Clock, Forward, Run
 from models import Weights, last_only
 from torch import Tensor
 
+from specdec.layouts.facts import CACHE
+
 
 def operations(run: Run, target: Weights, draft: Weights | None) -> float | None:
     """Multiplications and additions a new token, the prompt excluded; None where a model's are not known."""
@@ -54,7 +56,7 @@ def cost_curve(
         ValueError: the model's cache cannot be put back to the prompt.
     """
     clock = Clock(inputs["input_ids"].device)
-    cache = model(**inputs, use_cache=True, **last_only(model)).past_key_values
+    cache = model(**inputs, use_cache=True, **last_only(model))[CACHE]
     if not getattr(cache, "is_croppable", True):
         raise ValueError(f"the cache of {type(model).__name__} cannot be cropped")
     rows = len(inputs["input_ids"])
@@ -66,7 +68,7 @@ def cost_curve(
             positions = (mask.cumsum(1) - 1)[:, -width:]
             clock.wait()
             start = clock.mark()
-            model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache})
             end = clock.mark()
             clock.wait()
             cache.crop(-width)

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from workload import prompts_of
 
 from specdec import DraftModel, SpeculativeGenerator, pack_weights, prune_head, quantize_draft
+from specdec.layouts.facts import CACHE
 from specdec.weights.share import shared_copy
 
 # code and chat in turn
@@ -118,12 +119,12 @@ def steps(tokenizer: Any, arguments: argparse.Namespace) -> Any:
     for name, heads in ((arguments.target, ()), (arguments.draft, HEADS)):
         for form, model in variants(name, tokenizer, arguments, heads):
             took = {}
-            cache = model(ids).past_key_values
+            cache = model(ids)[CACHE]
             for width in (1, 2, 5, 8):
                 times = []
                 for _ in range(6):
                     start = time.perf_counter()
-                    model(ids[:, :width], past_key_values=cache, use_cache=True)
+                    model(ids[:, :width], **{CACHE: cache}, use_cache=True)
                     times.append(time.perf_counter() - start)
                     cache.crop(-width)
                 took[width] = round(statistics.median(times[1:]) * 1e3, 1)
@@ -144,8 +145,8 @@ def scores(tokenizer: Any, arguments: argparse.Namespace) -> Any:
                 continue
             cache, rows = None, []
             for place in range(ids.shape[1]):
-                out = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = model(ids[:, place : place + 1], **{CACHE: cache}, use_cache=True)
+                cache = out[CACHE]
                 rows.append(out.logits[0, -1].float())
             passes = {"one pass": model(ids).logits[0].float(), "token by token": torch.stack(rows)}
             reference = reference or passes

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.generation import logits_process as hf
 
 from specdec import SpeculativeGenerator, TranslatedDraft, transfer
+from specdec.layouts.facts import CACHE
 from specdec.length.fixed import Fixed
 from specdec.state import State
 from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
@@ -122,7 +123,7 @@ CASES |= {
     "all outputs": {
         "return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_hidden_states": True,
     },
-    "a given cache": {"make": lambda: {"past_key_values": DynamicCache()}},
+    "a given cache": {"make": lambda: {CACHE: DynamicCache()}},
     "a static cache": {"cache_implementation": "static"},
     "several a prompt": {"num_return_sequences": 2, "do_sample": True, "verification": "coupled"},
     "windows": {"target": mistral},

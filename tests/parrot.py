@@ -17,6 +17,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from specdec.layouts.facts import CACHE
 from specdec.proposers.vocabulary import Vocabulary
 from specdec.testing import TableConfig
 
@@ -125,10 +126,9 @@ class Parrot(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 return max(fitting, key=lambda i: len(self.vocabulary.pieces.of[i]))
         return self.vocabulary.pieces.roles["eos_token_id"]
 
-    def forward(
-        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any
-    ) -> Any:
-        cache = past_key_values if past_key_values is not None else DynamicCache()
+    def forward(self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        cache = past_key_values if cache is None else cache
+        cache = DynamicCache() if cache is None else cache
         states = input_ids[:, None, :, None].float()
         keys, _ = cache.update(states, states, 0)
         seen = keys[:, 0, :, 0].long()
@@ -142,4 +142,4 @@ class Parrot(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 if self.vocabulary.pieces.starts_with_space:
                     said = said.removeprefix(b" ")
                 logits[row, place, self.following(said)] = 10.0
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})

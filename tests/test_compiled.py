@@ -19,6 +19,7 @@ from specdec import SpeculativeGenerator, quantize_draft
 from specdec.errors import InvalidInput
 from specdec.layouts import compiled
 from specdec.layouts.compiled import WIDTHS, CompiledSteps
+from specdec.layouts.facts import CACHE
 from specdec.proposers.draft_model import DraftModel
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
@@ -235,7 +236,7 @@ def test_a_compiler_that_fails_or_errs_is_not_used(monkeypatch, backend, reason)
 
 def test_passes_that_no_graph_is_made_for():
     steps, cache = CompiledSteps(), SimpleNamespace(shape=(1, 5, 256), eager=False)
-    inputs = {"past_key_values": None}
+    inputs = {CACHE: None}
     # a graph gives scores only: with None for a model, whatever gets as far as making one is warned about
     for asked in ("output_hidden_states", "output_attentions"):
         assert steps.run(None, {**inputs, asked: True}, cache, 5) is None
@@ -252,7 +253,7 @@ def test_passes_that_no_graph_is_made_for():
 class Small(torch.nn.Module):
     """As much of a model as a graph needs: scores of the one number that it is given."""
 
-    def forward(self, ids, past_key_values, return_dict):
+    def forward(self, ids, return_dict, cache=None, past_key_values=None):
         return CausalLMOutputWithPast(logits=self.scores(ids))
 
     def scores(self, ids):
@@ -271,7 +272,7 @@ def test_a_graph_is_of_one_shape_and_whole(traced):
     steps = CompiledSteps()
 
     def run(model, *shape):
-        inputs = {"ids": torch.ones(shape[:2], dtype=torch.int64), "past_key_values": None}
+        inputs = {"ids": torch.ones(shape[:2], dtype=torch.int64), CACHE: None}
         cache = SimpleNamespace(shape=shape, place_by_data=lambda: None, device=torch.device("cpu"), eager=False)
         return steps.run(model, inputs, cache, 1)
 
@@ -531,7 +532,7 @@ def test_caches_and_hidden_states(traced, lengths):
         prompt, cache = ragged_prompt(lengths), DynamicCache(config=target.config)
         for turn in range(3):
             # a pass that is asked for states is an eager one
-            out = run(**prompt, past_key_values=cache, output_hidden_states=turn == 2, **asked)
+            out = run(**prompt, **{CACHE: cache}, output_hidden_states=turn == 2, **asked)
             ids = torch.cat([out.sequences, torch.full((len(lengths), 2), 20 + turn)], dim=1)
             added = ids.shape[1] - prompt["input_ids"].shape[1]
             mask = torch.nn.functional.pad(prompt["attention_mask"], (0, added), value=1)

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from specdec import EarlyExit, InvalidInput, SpeculativeGenerator
+from specdec.layouts.facts import CACHE
 from specdec.layouts.forget import own_cache
 from specdec.testing import lively, noisy_copy, tiny_llama
 
@@ -89,8 +90,8 @@ def test_returned_cache(layout, make, draft, batch):
         gen = speculative(make(), draft, layout=layout)
         got = gen.generate(**inputs, eos_token_id=eos, **DICT)
         assert got.sequences.tolist() == wanted.sequences.tolist()
-        assert type(got.past_key_values) is DynamicCache
-        assert_same_cache(got.past_key_values, wanted.past_key_values, got.sequences.shape[1] - 1)
+        assert type(got[CACHE]) is DynamicCache
+        assert_same_cache(got[CACHE], wanted[CACHE], got.sequences.shape[1] - 1)
 
 
 @pytest.mark.parametrize("layout", ["slots", "columns", "snapshot"])
@@ -106,7 +107,7 @@ def test_returned_cache_where_rows_end_far_apart(layout):
         with Counted(llama()) as counted:
             got = gen.generate(**inputs, **options)
         assert got.sequences.tolist() == wanted.sequences.tolist()
-        assert_same_cache(got.past_key_values, wanted.past_key_values)
+        assert_same_cache(got[CACHE], wanted[CACHE])
         # one pass at most besides those of the rounds, and the trial of the layout
         assert gen.stats.target_forwards <= counted.calls <= gen.stats.rounds + 9
 
@@ -114,7 +115,7 @@ def test_returned_cache_where_rows_end_far_apart(layout):
 @pytest.mark.parametrize("make", [llama, mistral])
 def test_a_returned_cache_has_no_columns_to_spare(make):
     got = speculative(make(), "noisy", layout="slots").generate(**prompts(3), **DICT)
-    for held in states(got.past_key_values):
+    for held in states(got[CACHE]):
         assert held.is_contiguous()
         assert held.untyped_storage().nbytes() == held.nbytes
 
@@ -126,13 +127,13 @@ def test_returned_cache_of_other_kinds(make, batch):
     for draft in ("noisy", "ngram", None):
         got = speculative(make(), draft).generate(**prompts(batch), **DICT)
         assert got.sequences.tolist() == wanted.sequences.tolist()
-        assert_same_cache(got.past_key_values, wanted.past_key_values)
+        assert_same_cache(got[CACHE], wanted[CACHE])
 
 
 def test_no_cache_no_return():
     options = {**DICT, "use_cache": False}
-    assert llama().generate(**prompts(3), **options).past_key_values is None
-    assert speculative(llama(), "noisy").generate(**prompts(3), **options).past_key_values is None
+    assert llama().generate(**prompts(3), **options).get(CACHE) is None
+    assert speculative(llama(), "noisy").generate(**prompts(3), **options).get(CACHE) is None
 
 
 @pytest.mark.parametrize("ended_by", ["criterion", "max_length of the caller's"])
@@ -151,7 +152,7 @@ def test_returned_cache_after_a_cut(ended_by):
         for layout in ("slots", "columns", "snapshot"):
             got = speculative(llama(), oracle(free), layout=layout).generate(**inputs, **options)
             assert got.sequences.tolist() == wanted.sequences.tolist()
-            assert_same_cache(got.past_key_values, wanted.past_key_values)
+            assert_same_cache(got[CACHE], wanted[CACHE])
 
 
 # --- conversations --------------------------------------------------------------------------------
@@ -169,10 +170,8 @@ def converse(run, batch, turns=5, new=4, eos=None, config=None, **options):
     ids, mask, cache = given["input_ids"], given["attention_mask"], DynamicCache(config=config)
     options = {"max_new_tokens": new, "do_sample": False, "return_dict_in_generate": True, **options}
     for number in range(turns):
-        out = run(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, eos_token_id=eos, pad_token_id=0, **options
-        )
-        assert out.past_key_values is cache, "the caller's own object is gone on with"
+        out = run(input_ids=ids, attention_mask=mask, **{CACHE: cache}, eos_token_id=eos, pad_token_id=0, **options)
+        assert out[CACHE] is cache, "the caller's own object is gone on with"
         assert cache.get_seq_length() == out.sequences.shape[1] - 1
         said = turn(number, batch)
         answered = out.sequences[:, ids.shape[1] :]
@@ -246,12 +245,12 @@ def test_only_what_is_new(make, layout, draft):
     texts, caches = [], []
     for run in (make().generate, speculative(make(), draft, layout=layout).generate):
         first = make().generate(**prompts(3), **DICT)
-        cache = first.past_key_values
+        cache = first[CACHE]
         new = torch.cat([first.sequences[:, -1:], said], dim=1)
         mask = torch.nn.functional.pad(prompts(3)["attention_mask"], (0, NEW + said.shape[1]), value=1)
-        out = run(input_ids=new, attention_mask=mask, past_key_values=cache, **DICT)
+        out = run(input_ids=new, attention_mask=mask, **{CACHE: cache}, **DICT)
         texts.append(out.sequences.tolist())
-        caches.append(out.past_key_values)
+        caches.append(out[CACHE])
     assert texts[0] == texts[1]
     assert len(texts[0][0]) == 1 + said.shape[1] + NEW
     assert_same_cache(caches[1], caches[0])
@@ -261,8 +260,8 @@ def test_a_cache_is_gone_on_with_whatever_is_returned():
     """Without the dictionary, too, plain generate() writes into the cache that it was given."""
     caches = [DynamicCache(), DynamicCache()]
     options = {"max_new_tokens": NEW, "do_sample": False}
-    wanted = llama().generate(**prompts(3), past_key_values=caches[0], **options)
-    got = speculative(llama(), "noisy").generate(**prompts(3), past_key_values=caches[1], **options)
+    wanted = llama().generate(**prompts(3), **{CACHE: caches[0]}, **options)
+    got = speculative(llama(), "noisy").generate(**prompts(3), **{CACHE: caches[1]}, **options)
     assert got.tolist() == wanted.tolist()
     assert_same_cache(caches[1], caches[0])
 
@@ -308,7 +307,7 @@ def test_an_exception_leaves_the_cache_at_the_prompt_or_further():
     cache = DynamicCache()
     with pytest.raises(Broken):
         speculative(llama(), "noisy").generate(
-            **prompts(3), past_key_values=cache, stopping_criteria=[breaks], max_new_tokens=NEW, do_sample=False
+            **prompts(3), **{CACHE: cache}, stopping_criteria=[breaks], max_new_tokens=NEW, do_sample=False
         )
     assert cache.get_seq_length() >= START
     assert all(layer.keys is not None for layer in cache.layers)
@@ -331,15 +330,15 @@ def test_a_cache_of_the_callers_is_sound_behind_an_exception(layout):
     wrong = oracle(wanted.sequences, wrong={START + 3, START + 4, START + 5})
     with pytest.raises(Broken):
         speculative(llama(), wrong, layout=layout).generate(
-            **inputs, past_key_values=cache, stopping_criteria=[breaks], max_new_tokens=NEW, do_sample=False
+            **inputs, **{CACHE: cache}, stopping_criteria=[breaks], max_new_tokens=NEW, do_sample=False
         )
     columns = cache.get_seq_length()
     assert START <= columns <= START + 4
-    for mine, other in zip(states(cache), states(wanted.past_key_values), strict=True):
+    for mine, other in zip(states(cache), states(wanted[CACHE]), strict=True):
         torch.testing.assert_close(mine, other[:, :, :columns], atol=1e-4, rtol=1e-4)
     text = wanted.sequences
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW), value=1)
-    more = llama().generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    more = llama().generate(text, attention_mask=mask, **{CACHE: cache}, max_new_tokens=4, do_sample=False)
     assert more.tolist() == plain(llama(), inputs, max_new_tokens=NEW + 4).tolist()
 
 
@@ -363,7 +362,7 @@ def goes_on_from(make, cache, inputs):
     assert len({int(layer.get_seq_length()) for layer in cache.layers}) == 1
     text = plain(make(), inputs, max_new_tokens=NEW)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW), value=1)
-    more = make().generate(text, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    more = make().generate(text, attention_mask=mask, **{CACHE: cache}, max_new_tokens=4, do_sample=False)
     return more.equal(plain(make(), inputs, max_new_tokens=NEW + 4))
 
 
@@ -373,9 +372,7 @@ def test_a_cache_of_the_callers_is_sound_behind_an_error_about_the_prompts_score
     inputs, cache = prompts(3), DynamicCache(config=make().config)
     gen = speculative(make(), "ngram", layout=layout)
     with pytest.raises(KeyboardInterrupt):
-        gen.generate(
-            **inputs, past_key_values=cache, logits_processor=[Breaks()], max_new_tokens=NEW, do_sample=False
-        )
+        gen.generate(**inputs, **{CACHE: cache}, logits_processor=[Breaks()], max_new_tokens=NEW, do_sample=False)
     assert cache.get_seq_length() == START
     assert goes_on_from(make, cache, inputs)
 
@@ -397,7 +394,7 @@ def test_a_cache_of_the_callers_is_sound_behind_a_pass_that_broke_off(layout, ma
         cache = DynamicCache(config=target.config)
         hook = target.model.layers[1].register_forward_pre_hook(breaks)
         try:
-            speculative(target, wrong, layout=layout).generate(**inputs, past_key_values=cache, **DICT)
+            speculative(target, wrong, layout=layout).generate(**inputs, **{CACHE: cache}, **DICT)
         except KeyboardInterrupt:
             assert goes_on_from(make, copy.deepcopy(cache), inputs)
             found.add(cache.get_seq_length())
@@ -407,12 +404,13 @@ def test_a_cache_of_the_callers_is_sound_behind_a_pass_that_broke_off(layout, ma
     assert len(found) > 1 or layout != "columns", "committed columns stay where they can"
 
 
-def test_a_cache_that_is_ahead_of_the_text():
-    cache = llama().generate(**prompts(1), **DICT).past_key_values
+@pytest.mark.parametrize("name", dict.fromkeys([CACHE, "past_key_values"]))
+def test_a_cache_that_is_ahead_of_the_text(name):
+    cache = llama().generate(**prompts(1), **DICT)[CACHE]
     kept = copy.deepcopy(cache)
     for ids in (prompts(1)["input_ids"], turn(1, 1)):
-        with pytest.raises(InvalidInput, match=r"past_key_values holds 17 columns.*whole conversation"):
-            speculative(llama(), "noisy").generate(ids, past_key_values=cache, **DICT)
+        with pytest.raises(InvalidInput, match=CACHE + r" holds 17 columns.*whole conversation"):
+            speculative(llama(), "noisy").generate(ids, **{name: cache}, **DICT)
     assert_same_cache(cache, kept)
 
 
@@ -428,7 +426,7 @@ def test_static_cache_by_name(make, batch):
         gen = speculative(make(), draft)
         got = gen.generate(**prompts(batch), **options)
         assert got.sequences.tolist() == wanted.sequences.tolist()
-        assert_same_cache(got.past_key_values, wanted.past_key_values)
+        assert_same_cache(got[CACHE], wanted[CACHE])
         assert (gen.stats.drafted > 0) == (draft is not None)
 
 
@@ -438,7 +436,7 @@ def test_a_static_cache_has_room_for_no_more_than_the_text(new):
     wanted = copy.deepcopy(llama()).generate(**prompts(3), **options)
     got = speculative(copy.deepcopy(llama()), "ngram").generate(**prompts(3), **options)
     assert got.sequences.tolist() == wanted.sequences.tolist()
-    assert_same_cache(got.past_key_values, wanted.past_key_values)
+    assert_same_cache(got[CACHE], wanted[CACHE])
 
 
 @pytest.mark.parametrize("make", [llama, t5, bart])
@@ -484,7 +482,7 @@ def test_a_window_that_ends_at_the_last_key_of_a_static_cache():
 def test_the_size_of_a_static_cache():
     options = {**DICT, "cache_implementation": "static", "max_cache_len": 77}
     for run in (llama().generate, speculative(llama(), "noisy").generate):
-        assert run(**prompts(3), **options).past_key_values.get_max_length() == 77
+        assert run(**prompts(3), **options)[CACHE].get_max_length() == 77
 
 
 @pytest.mark.parametrize("layout", ["slots", "snapshot", "plain"])
@@ -495,7 +493,7 @@ def test_a_static_cache_of_the_callers(make, layout):
         cache = StaticCache(config=make().config, max_cache_len=48)
         ids, mask = prompts(3).values()
         for number in range(3):
-            ids = run(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False)
+            ids = run(input_ids=ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=5, do_sample=False)
             ids = torch.cat([ids, turn(number, 3)], dim=1)
             mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
             if not number:
@@ -529,7 +527,7 @@ def test_embeddings(layout, make, with_ids, batch):
         gen = speculative(make(), draft, layout=layout)
         got = gen.generate(**inputs, **DICT)
         assert got.sequences.tolist() == wanted.sequences.tolist()
-        assert_same_cache(got.past_key_values, wanted.past_key_values, START + NEW - 1)
+        assert_same_cache(got[CACHE], wanted[CACHE], START + NEW - 1)
         assert gen.stats.drafted > 0 or draft in (None, "ngram")
     sampled = {"max_new_tokens": NEW, "do_sample": True, "top_k": 1, "num_return_sequences": 2}
     for rule in ("block", "coupled"):
@@ -561,7 +559,7 @@ def test_a_soft_prompt_before_the_ids():
         for layout in ("slots", "columns"):
             got = speculative(llama(), draft, layout=layout).generate(ids, **inputs, **DICT)
             assert got.sequences.tolist() == wanted.sequences.tolist()
-            assert_same_cache(got.past_key_values, wanted.past_key_values)
+            assert_same_cache(got[CACHE], wanted[CACHE])
 
 
 def test_embeddings_that_the_draft_cannot_read():
@@ -672,7 +670,7 @@ def test_a_row_that_is_ahead_of_a_condition_is_not_fed_behind_the_last_position(
     how = {**inputs, "max_new_tokens": 60, "do_sample": False}
 
     def more():
-        cache = {"past_key_values": StaticCache(target.config, max_cache_len=24)} if static else {}
+        cache = {CACHE: StaticCache(target.config, max_cache_len=24)} if static else {}
         return {**cache, "stopping_criteria": StoppingCriteriaList([Reaches(end)])}
 
     wanted = target.generate(**how, **more())

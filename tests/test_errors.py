@@ -31,6 +31,7 @@ from specdec import (
     VocabularyMismatch,
     prune_head,
 )
+from specdec.layouts.facts import CACHE
 from specdec.testing import TableModel, tiny_llama
 from specdec.whole import real, whole
 
@@ -239,17 +240,18 @@ def test_what_comes_in_another_form(options, message):
 @pytest.mark.parametrize("source", ["argument", "config"])
 def test_a_cache_that_is_not_to_be_used(source):
     """Plain generate() feeds the whole text behind itself in every pass, and gives some other text."""
-    options = {"max_new_tokens": 6, "do_sample": False, "past_key_values": DynamicCache()}
+    options = {"max_new_tokens": 6, "do_sample": False, CACHE: DynamicCache()}
     if source == "argument":
         options["use_cache"] = False
     else:
         options["generation_config"] = GenerationConfig(use_cache=False, pad_token_id=0)
-    error = assert_refused(llama(), UnsupportedOption, "`use_cache` is not.*past_key_values", IDS, **options)
+    error = assert_refused(llama(), UnsupportedOption, "`use_cache` is not.*" + CACHE, IDS, **options)
     assert error.option == "use_cache"
     llama().generate(IDS, **options)
-    assert options["past_key_values"].get_seq_length() > IDS.shape[1] + 6
+    assert options[CACHE].get_seq_length() > IDS.shape[1] + 6
 
 
+@pytest.mark.filterwarnings("ignore:`cache_params` is deprecated:FutureWarning")  # by transformers 5.24
 @pytest.mark.parametrize("name", [*REFUSED, *ARGUMENTS])
 def test_a_refused_option_that_holds_nothing_is_fine(name):
     value = 1 if name == "num_beams" else None

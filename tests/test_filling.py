@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specdec import Cascade, DraftModel, LayerSkip, Proposal, SpeculativeGenerator, pack_weights, quantize_draft
+from specdec.layouts.facts import CACHE
 from specdec.testing import ragged_prompt, tiny_llama
 from specdec.weights import filling
 from specdec.weights.passing import Pass, under_way
@@ -118,7 +119,7 @@ def test_a_returned_cache_holds_what_plain_generate_leaves():
     draft = Uneven(theirs.sequences)
     pack_weights(target)
     ours = SpeculativeGenerator(target, draft, num_draft_tokens=4).generate(**inputs, **options)
-    for mine, wanted in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+    for mine, wanted in zip(ours[CACHE].layers, theirs[CACHE].layers, strict=True):
         torch.testing.assert_close(mine.keys, wanted.keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(mine.values, wanted.values, atol=1e-4, rtol=1e-4)
 

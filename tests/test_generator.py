@@ -33,6 +33,7 @@ from specdec import (
     prune_head,
     quantize_draft,
 )
+from specdec.layouts.facts import CACHE
 from specdec.length.fixed import Fixed
 from specdec.proposers import mixture as mixture_room
 from specdec.state import State
@@ -286,7 +287,7 @@ def test_a_static_cache_that_is_too_small_is_named():
     target = llama()
     cache = StaticCache(config=target.config, max_cache_len=14)
     with pytest.raises(InvalidInput, match=r"14 columns.*fill \d+.*max_cache_len"):
-        SpeculativeGenerator(target, "ngram").generate(**prompts(1), past_key_values=cache, **GREEDY)
+        SpeculativeGenerator(target, "ngram").generate(**prompts(1), **{CACHE: cache}, **GREEDY)
 
 
 # --- one draft for many calls ---
@@ -448,12 +449,11 @@ def test_one_warning_with_the_reason():
 class OneByOne(LlamaForCausalLM):
     """Knows one new token only: all tokens of a pass with a past have the first one's position."""
 
-    def forward(self, input_ids=None, position_ids=None, past_key_values=None, **kwargs):
-        if position_ids is not None and past_key_values is not None and past_key_values.get_seq_length():
+    def forward(self, input_ids=None, position_ids=None, cache=None, past_key_values=None, **kwargs):
+        cache = past_key_values if cache is None else cache
+        if position_ids is not None and cache is not None and cache.get_seq_length():
             position_ids = position_ids[..., :1].expand_as(position_ids)
-        return super().forward(
-            input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs
-        )
+        return super().forward(input_ids=input_ids, position_ids=position_ids, **{CACHE: cache}, **kwargs)
 
 
 class RulesOut(OneByOne):
@@ -614,11 +614,11 @@ class Sinks(DynamicCache):
 
 def test_a_cache_of_ones_own_decodes_plainly():
     target, options = llama(), {"max_new_tokens": 24, "do_sample": False}
-    wanted = plain(target, prompts(1), **options, past_key_values=Sinks(config=target.config)).tolist()
+    wanted = plain(target, prompts(1), **options, **{CACHE: Sinks(config=target.config)}).tolist()
     gen = SpeculativeGenerator(target, "ngram", num_draft_tokens=3)
     gen.generate(**prompts(1), **options)
     with pytest.warns(UserWarning, match="plainly.*a Sinks may come to change"):
-        got = gen.generate(**prompts(1), **options, past_key_values=Sinks(config=target.config))
+        got = gen.generate(**prompts(1), **options, **{CACHE: Sinks(config=target.config)})
     assert got.tolist() == wanted
 
 
@@ -645,10 +645,10 @@ def test_a_cache_whose_layers_may_change_what_they_hold_decodes_plainly(layer, b
     def cache():
         return Cache(layers=[layer() for _ in range(target.config.num_hidden_layers)])
 
-    wanted = plain(target, prompts(batch), **options, past_key_values=cache()).tolist()
+    wanted = plain(target, prompts(batch), **options, **{CACHE: cache()}).tolist()
     gen = SpeculativeGenerator(target, noisy(target), num_draft_tokens=3)
     with pytest.warns(UserWarning, match=f"plainly.*a {type(layer()).__name__} may come to change"):
-        got = gen.generate(**prompts(batch), **options, past_key_values=cache())
+        got = gen.generate(**prompts(batch), **options, **{CACHE: cache()})
     assert got.tolist() == wanted
 
 
@@ -659,7 +659,7 @@ def test_an_interrupted_call_leaves_its_own_text_in_the_callers_cache(layout, ba
     target, cache = llama(), DynamicCache(config=llama().config)
     text = plain(target, prompts(batch), max_new_tokens=40)
     gen = SpeculativeGenerator(target, noisy(target), num_draft_tokens=3, layout=layout)
-    options = {"max_new_tokens": 40, "do_sample": False, "past_key_values": cache}
+    options = {"max_new_tokens": 40, "do_sample": False, CACHE: cache}
     if way == "closed":
         records = gen.stream(**prompts(batch), **options)
         for _ in range(9):
@@ -679,7 +679,7 @@ def test_an_interrupted_call_leaves_its_own_text_in_the_callers_cache(layout, ba
     mask = torch.nn.functional.pad(prompts(batch)["attention_mask"], (0, held), value=1)[:, :held]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        target(text[:, :held], attention_mask=mask, position_ids=positions, past_key_values=truth)
+        target(text[:, :held], attention_mask=mask, position_ids=positions, **{CACHE: truth})
     real = mask[:, None, :, None].bool()
     for one, other in zip(cache.layers, truth.layers, strict=True):
         torch.testing.assert_close(one.keys.where(real, 0), other.keys.where(real, 0), atol=1e-4, rtol=1e-4)

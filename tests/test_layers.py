@@ -34,6 +34,7 @@ from specdec import (
     pack_weights,
 )
 from specdec.layouts import compiled
+from specdec.layouts.facts import CACHE
 from specdec.layouts.slots import Slots
 from specdec.length.fixed import Fixed
 from specdec.proposers import layers as layers_room
@@ -347,7 +348,7 @@ def returned_by(gen):
     wanted = deep().generate(**inputs, **options)
     got = gen.generate(**inputs, **options)
     assert got.sequences.tolist() == wanted.sequences.tolist()
-    return got.past_key_values, wanted.past_key_values
+    return got[CACHE], wanted[CACHE]
 
 
 def test_returned_cache():
@@ -379,7 +380,7 @@ def test_a_cache_that_is_given(make):
             text = run.generate(
                 text,
                 attention_mask=torch.ones_like(text),
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=12,
                 do_sample=False,
             )

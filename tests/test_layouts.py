@@ -34,7 +34,7 @@ from transformers.models.mistral.modeling_mistral import MistralMLP
 from specdec import SpeculativeGenerator
 from specdec.layouts import NEVER, check, facts, masks, slots, verdicts
 from specdec.layouts.choices import _may_change
-from specdec.layouts.facts import one_token_reason, slots_reason
+from specdec.layouts.facts import CACHE, one_token_reason, slots_reason
 from specdec.layouts.forget import drop, trim
 from specdec.layouts.handover import cached_columns, static_columns
 from specdec.layouts.slot_cache import SlotLayer
@@ -50,7 +50,7 @@ def fresh_cache(model, ids, mask):
     """Keys and values of a forward pass over ``ids`` alone: a list of (keys, values) a layer."""
     cache = DynamicCache()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    model(ids, attention_mask=mask, position_ids=positions, **{CACHE: cache})
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -227,14 +227,14 @@ def test_a_window_can_be_left_and_entered_again_before_it_is_trimmed():
     model = windowed()
     ids = ragged_prompt((14,))["input_ids"]
     cache = DynamicCache(config=model.config)
-    model(ids[:, :9], past_key_values=cache)
+    model(ids[:, :9], **{CACHE: cache})
     cache.activate_past_recording()
     for stop in (11, 13):
-        model(ids[:, stop - 2 : stop], past_key_values=cache)
+        model(ids[:, stop - 2 : stop], **{CACHE: cache})
     drop(cache, 1)
     drop(cache, 3)  # back to column 9, over both forwards
     trim(cache)
-    again = model(ids[:, 9:], past_key_values=cache).logits
+    again = model(ids[:, 9:], **{CACHE: cache}).logits
     torch.testing.assert_close(again, model(ids).logits[:, 9:], rtol=1e-4, atol=1e-5)
 
 
@@ -289,9 +289,10 @@ def test_a_text_too_short_for_the_self_check_is_written_plainly_and_without_a_wa
 class Forgetful(type(tiny_llama())):
     """Several tokens in one cached forward come out differently, as in models with a scan of their own."""
 
-    def forward(self, input_ids=None, past_key_values=None, **kwargs):
-        cached = past_key_values is not None and past_key_values.get_seq_length() > 0
-        out = super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+    def forward(self, input_ids=None, cache=None, past_key_values=None, **kwargs):
+        cache = past_key_values if cache is None else cache
+        cached = cache is not None and cache.get_seq_length() > 0
+        out = super().forward(input_ids=input_ids, **{CACHE: cache}, **kwargs)
         if cached and input_ids.shape[1] > 1:
             out.logits = out.logits + 0.01
         return out
@@ -406,7 +407,7 @@ CHANGES = {
     "dtype": lambda model, stack: model.double() and None,
     "a hook before": lambda model, stack: model.model.layers[1].register_forward_pre_hook(lambda *_: None) and None,
     "a hook behind": lambda model, stack: model.model.layers[1].register_forward_hook(lambda *_: None) and None,
-    "layers of a cache": lambda model, stack: {"past_key_values": DynamicCache()},
+    "layers of a cache": lambda model, stack: {CACHE: DynamicCache()},
     "rows": lambda model, stack: ragged_prompt((7, 7)),
     "padding": lambda model, stack: {"attention_mask": (torch.arange(7) > 1).long()[None]},
     "no cache": lambda model, stack: {"use_cache": False},
@@ -628,11 +629,11 @@ def test_a_static_cache_is_put_back_where_it_lies():
     """Compiled code knows its buffers by their addresses."""
     model, ids = tiny_llama(), ragged_prompt((6,))["input_ids"]
     cache = StaticCache(config=model.config, max_cache_len=8)
-    model(ids[:, :4], past_key_values=cache)
+    model(ids[:, :4], **{CACHE: cache})
     keys, held = cache.layers[0].keys, cache.layers[0].keys.clone()
     states = Snapshots()
     states.take(cache)
-    model(ids[:, 4:], past_key_values=cache)
+    model(ids[:, 4:], **{CACHE: cache})
     assert not torch.equal(keys, held)
     assert states.put_back() is cache
     assert cache.layers[0].keys is keys

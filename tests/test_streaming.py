@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec import SpeculativeGenerator, Tokens, UnsupportedOption
 from specdec.layouts.columns import Columns
+from specdec.layouts.facts import CACHE
 from specdec.layouts.slots import SlotCache
 from specdec.scorer import Scorer
 from specdec.state import State
@@ -253,7 +254,7 @@ def test_the_dictionary_is_returned():
     _, out = drain(gen.stream(**prompts(3), **GREEDY, return_dict_in_generate=True, output_scores=True))
     assert isinstance(out, GenerateDecoderOnlyOutput)
     assert len(out.scores) == NEW
-    assert out.past_key_values.get_seq_length() == START + NEW - 1
+    assert out[CACHE].get_seq_length() == START + NEW - 1
 
 
 def test_options_are_judged_at_once():
@@ -295,7 +296,7 @@ def test_a_stream_is_closed_in_the_mode_that_it_was_begun_in():
     text = plain(llama(), prompts(1), max_new_tokens=24)
     gen = speculative(llama(), oracle(text, wrong=range(START, START + 24)), layout="snapshot")
     with torch.inference_mode():
-        stream = gen.stream(**prompts(1), max_new_tokens=24, do_sample=False, past_key_values=cache)
+        stream = gen.stream(**prompts(1), max_new_tokens=24, do_sample=False, **{CACHE: cache})
         next(stream)
     told = 1 + sum(len(next(stream).ids) for _ in range(4))
     stream.close()

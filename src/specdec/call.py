@@ -22,7 +22,7 @@ from specdec.abroad import brought_home
 from specdec.clock import clock
 from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.layouts.compiled import CompiledSteps
-from specdec.layouts.facts import odd_states
+from specdec.layouts.facts import CACHE, odd_states
 from specdec.layouts.handover import is_callers
 from specdec.length import DraftLength
 from specdec.length.fixed import Fixed
@@ -136,9 +136,7 @@ def follow_call(
     if streamer is not None:
         streamer.put(input_ids.cpu())
     # the caller will go on with the cache: it is returned, or the caller's own
-    cache_is_seen = bool(generation_config.return_dict_in_generate) or is_callers(
-        model_kwargs.get("past_key_values")
-    )
+    cache_is_seen = bool(generation_config.return_dict_in_generate) or is_callers(model_kwargs.get(CACHE))
     target = Scorer(
         model, model_kwargs, generation_config, max_length=state.max_length, layout=request.layout,
         returns_cache=cache_is_seen, steps=request.steps,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InvalidInput, UnsupportedModel
+from specdec.layouts.facts import CACHE
 from specdec.length.cost import speed
 from specdec.proposers.past import opening
 from specdec.weights.layers import count_layers, with_layers
@@ -161,9 +162,9 @@ def _written(model: Any, prompt: Tensor, tokens: int) -> tuple[_Text, np.ndarray
         return_dict_in_generate=False,
     )  # fmt: skip
     read = prompt.shape[1] - 1
-    past = model(input_ids=prompt[:, :read], use_cache=True).past_key_values
+    past = model(input_ids=prompt[:, :read], use_cache=True)[CACHE]
     fed = text[:, read:-1]
-    out = model(input_ids=fed, past_key_values=copy.deepcopy(past), use_cache=True, output_hidden_states=True)
+    out = model(input_ids=fed, use_cache=True, output_hidden_states=True, **{CACHE: copy.deepcopy(past)})
     states = [layer[0].float() for layer in out.hidden_states]
     moved = [1 - float(torch.cosine_similarity(one, two, dim=-1).mean()) for one, two in pairwise(states)]
     return _Text(past, fed, text[0, read + 1 :]), np.array(moved)
@@ -173,5 +174,5 @@ def _answers(part: Any, text: _Text, keep: Sequence[int]) -> Tensor:
     """(N,) what the part says to each token of the text, behind the whole model's past in the layers ``keep``."""
     past = copy.copy(text.past)
     past.layers = [copy.deepcopy(text.past.layers[layer]) for layer in keep]
-    logits: Tensor = part(input_ids=text.fed, past_key_values=past, use_cache=True).logits
+    logits: Tensor = part(input_ids=text.fed, use_cache=True, **{CACHE: past}).logits
     return logits[0].argmax(dim=-1)

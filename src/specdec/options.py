@@ -20,6 +20,7 @@ from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_ma
 from specdec.assistance import UNDERSTOOD, first_given
 from specdec.attaching import having, own_settings
 from specdec.errors import InvalidInput, UnsupportedOption
+from specdec.layouts.facts import CACHE
 from specdec.layouts.handover import cached_columns
 
 PLAIN = "call target.generate() for it"
@@ -85,10 +86,10 @@ def check_options(target: Any, config: Any, given: dict[str, Any]) -> None:
             "what such a cache holds depends on how many tokens are fed at once, or it has no way back; leave it "
             "unset, or " + PLAIN,
         )
-    if first_given(sources, "use_cache") is False and given.get("past_key_values") is not None:
+    if first_given(sources, "use_cache") is False and _given_cache(given) is not None:
         raise UnsupportedOption(
             "use_cache",
-            "False beside past_key_values feeds the whole text in every pass, behind what the cache holds of it "
+            f"False beside {CACHE} feeds the whole text in every pass, behind what the cache holds of it "
             "already; give one of the two",
         )
     if given.get("synced_gpus") is None and _is_sharded(target):
@@ -125,10 +126,10 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
             f"attention_mask is a {type(mask).__name__}; wanted is a tensor, as a tokenizer returns it with "
             "return_tensors='pt'"
         )
-    past = cached_columns(given.get("past_key_values"))
+    past = cached_columns(_given_cache(given))
     if past and (mask is None or mask.shape == ids.shape) and not embeds and ids.shape[1] <= past:
         raise InvalidInput(
-            f"past_key_values holds {past} columns and input_ids {ids.shape[1]}; give the whole conversation "
+            f"{CACHE} holds {past} columns and input_ids {ids.shape[1]}; give the whole conversation "
             "as input_ids, or only what is new with an attention_mask over all of it"
         )
     if mask is not None and mask.shape not in (ids.shape, (ids.shape[0], past + ids.shape[1])) and not embeds:
@@ -145,6 +146,11 @@ def check_prompt(target: Any, config: Any, inputs: Any, given: dict[str, Any]) -
         "the batch is padded on the right; a decoder-only model goes on from the last column. Set "
         "tokenizer.padding_side = 'left' and tokenise again"
     )
+
+
+def _given_cache(given: dict[str, Any]) -> Any:
+    """The cache among the arguments, by its name or by the one that transformers had for it before 5.24."""
+    return next((given[name] for name in (CACHE, "past_key_values") if given.get(name) is not None), None)
 
 
 def _check_ids(ids: Any, embeds: bool) -> None:

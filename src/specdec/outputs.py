@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from specdec.layouts.facts import feeds_all, odd_states
+from specdec.layouts.facts import CACHE, feeds_all, odd_states
 from specdec.records import Round, Stats
 from specdec.state import State
 from specdec.transfer import to_device
@@ -78,7 +78,7 @@ class Collector:
             "sequences": sequences,
             "scores": _cut(self.scores, stats.row_emitted),
             "logits": _cut(self._logits, stats.row_emitted),
-            "past_key_values": cache,
+            CACHE: cache,
             **self._encoded,
         }
         for name, held in self._states.items():

@@ -20,6 +20,8 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from specdec.layouts.facts import CACHE
+
 
 def tiny_llama(seed: int = 0, *, vocabulary: int = 64, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     """A random Llama of two layers whose text varies; the same for the same ``seed``."""
@@ -131,16 +133,22 @@ class TableModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return self.head
 
     def forward(
-        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Any = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> Any:
-        """Scores (B, Q, V) for ids (B, Q), history read from the cache."""
-        cache = past_key_values if past_key_values is not None else DynamicCache()
+        """Scores (B, Q, V) for ids (B, Q), history read from the cache, by either of its names."""
+        cache = past_key_values if cache is None else cache
+        cache = DynamicCache() if cache is None else cache
         states = input_ids[:, None, :, None].to(self.table.dtype)
         keys, _ = cache.update(states, states, 0)
         seen = keys[:, 0, :, 0].long()
         before = torch.nn.functional.pad(seen, (1, 0))[:, :-1]
         logits = self.table[before, seen][:, -input_ids.shape[1] :]
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
 
 def assert_lossless(

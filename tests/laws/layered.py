@@ -13,6 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from specdec.layouts.facts import CACHE
 from specdec.testing import TableConfig
 
 
@@ -62,11 +63,14 @@ class LayeredTable(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.head
 
-    def forward(self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, **kwargs):
-        cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
+    def forward(
+        self, input_ids, cache=None, past_key_values=None, attention_mask=None, position_ids=None, **kwargs
+    ):
+        cache = past_key_values if cache is None else cache
+        cache = DynamicCache(config=self.config) if cache is None else cache
         tokens = input_ids[..., None].to(self.dtype)
         scores = tokens.new_zeros(*input_ids.shape, self.config.vocab_size)
         hidden = torch.cat([tokens, torch.zeros_like(tokens), scores], dim=-1)
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden = layer(hidden, cache, position_ids)
-        return CausalLMOutputWithPast(logits=hidden[..., 2:], past_key_values=cache)
+        return CausalLMOutputWithPast(logits=hidden[..., 2:], **{CACHE: cache})

@@ -28,6 +28,7 @@ from torch import Tensor
 from specdec.clock import happens_once
 from specdec.errors import FAULTS, InvalidInput
 from specdec.layouts.check import close
+from specdec.layouts.facts import CACHE
 from specdec.layouts.handover import cached_columns
 from specdec.layouts.slot_cache import SlotCache
 
@@ -204,7 +205,7 @@ def check_compiler(model: Any) -> None:
 
 def _shape(inputs: dict[str, Any], cache: SlotCache) -> tuple[int, ...]:
     """What a graph is made for: rows, tokens, room, and columns that an encoder gave (0 without one)."""
-    return (*cache.shape, cached_columns(getattr(inputs["past_key_values"], "cross_attention_cache", None)))
+    return (*cache.shape, cached_columns(getattr(inputs[CACHE], "cross_attention_cache", None)))
 
 
 def captures(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import GenerationMixin
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -40,8 +41,9 @@ UNCOUNTED_PADDING = {
 # ALiBi: what they add to scores goes by the column of the key
 BY_COLUMN = {"bloom", "mpt"}
 PREPARES = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-CACHE_NAMES = ("past_key_values", "cache_params", "state")
 OLD_CACHES = ("mems", "past_buckets_states")  # xlnet, reformer: grown by rules of their own
+CACHE_NAMES = tuple(name for name in ALL_CACHE_NAMES if name not in OLD_CACHES)
+CACHE = CACHE_NAMES[0]  # what most models call it: past_key_values, and all since transformers 5.24: cache
 # model_type -> the dimension that the rows are in, of hidden states whose shapes only one-token steps have
 ODD_STATES = {"gemma3n_text": 1, "rwkv": 0, "xlnet": 0}
 

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from specdec.layouts import grouped, masks
 from specdec.layouts.columns import Columns
 from specdec.layouts.compiled import CompiledSteps
-from specdec.layouts.facts import prepares_as_usual
+from specdec.layouts.facts import CACHE, prepares_as_usual
 from specdec.layouts.forget import own_cache
 from specdec.layouts.handover import cached_columns, give_back, is_callers
 from specdec.layouts.picking import rows_from_the_end
@@ -209,7 +209,7 @@ class Slots:
         if prepared is not None:
             return {**prepared, self._ids_key: ids, self._position_key: positions}
         kwargs = self._plain.described(width)
-        kwargs["past_key_values"] = self._handed
+        kwargs[CACHE] = self._handed
         kwargs[self._mask_key] = self._mask
         kwargs[self._position_key] = positions
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
