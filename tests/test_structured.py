@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AddedToken, LogitsProcessor
+from transformers import AddedToken, LogitsProcessor, PrefixConstrainedLogitsProcessor
 
 from specdec import DraftModel, EarlyExit, InvalidInput, InvalidScores, Proposal, SpeculativeGenerator, prune_head
 from specdec.length.adaptive import Adaptive
@@ -578,6 +578,30 @@ def test_prefix_allowed_tokens_fn_is_asked_only_what_plain_might_ask():
             for token in text:
                 assert (token - last * 5 - row * 3 - 1) % 64 < 8
                 last = token
+
+
+def test_which_prompt_prefix_allowed_tokens_fn_is_told():
+    """The row's number, or the prompt's: transformers 5.24 counts the rows of several samples as one prompt."""
+    target, inputs, told = tiny_llama(), ragged_prompt((9, 6)), set()
+
+    def near(prompt, ids):
+        told.add(prompt)
+        return [(int(ids[-1]) * 5 + prompt * 3 + i) % 64 for i in range(1, 9)]
+
+    greedy = {"max_new_tokens": 12, "do_sample": True, "top_k": 1}
+    rows = {name: values.repeat_interleave(2, dim=0) for name, values in inputs.items()}
+    for given, options in (
+        (inputs, {"prefix_allowed_tokens_fn": near, "num_return_sequences": 2}),
+        (rows, {"logits_processor": [PrefixConstrainedLogitsProcessor(near, 2)]}),
+    ):
+        plain = target.generate(**given, **greedy, **options)
+        wanted = set(told)
+        for draft in (target, "ngram", None):
+            told.clear()
+            gen = SpeculativeGenerator(target, draft, num_draft_tokens=4)
+            assert torch.equal(gen.generate(**given, **greedy, **options), plain)
+            assert told == wanted
+        told.clear()
 
 
 def test_what_prefix_allowed_tokens_fn_may_return():

@@ -170,11 +170,11 @@ class Allowed:
     def __init__(self, processor: Any) -> None:
         """Ask what ``processor``, a ``PrefixConstrainedLogitsProcessor``, asks."""
         self._kind = type(processor)
-        self._ask = processor._prefix_allowed_tokens_fn
+        self._ask, self._each = processor._prefix_allowed_tokens_fn, processor._num_beams
 
     def start(self, prompt: Tensor) -> list[_Prefix]:
-        """See ``Stepwise.start``."""
-        return [_Prefix(row, ids.clone(), self._ask) for row, ids in enumerate(prompt)]
+        """See ``Stepwise.start``; since transformers 5.24 the rows of one prompt have one number."""
+        return [_Prefix(row // self._each, ids.clone(), self._ask) for row, ids in enumerate(prompt)]
 
     def advance(self, state: _Prefix, token: int) -> _Prefix | None:
         """See ``Stepwise.advance``."""
