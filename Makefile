@@ -1,10 +1,12 @@
 # Every target sets up what it needs in .venv by itself. `make` alone lists the targets.
 
 VENV   := .venv
+PINNED := constraints.txt
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.specdec-ready
 PIP    := $(PYTHON) -m pip --disable-pip-version-check
-TORCH  := $(shell grep '^torch==' constraints.txt)
+FAST   := -m pytest -q -n 2 --dist worksteal -m "not slow"
+TORCH  := $(shell grep '^torch==' $(PINNED))
 
 # The interpreter that makes .venv; `make test SYSTEM_PYTHON=/path/to/python3.12` chooses one.
 SYSTEM_PYTHON ?=
@@ -12,7 +14,7 @@ SYSTEM_PYTHON ?=
 # Targets share one environment; two at once would set it up twice.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow architectures lint format types setup clean
+.PHONY: help demo test newest slow architectures lint format types setup clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+: .*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' \
@@ -22,7 +24,12 @@ demo: $(READY) ## generate with a real model: plain, assisted by transformers, a
 	@$(PYTHON) -m specdec.demo
 
 test: lint types ## lint, types and tests (what CI runs)
-	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow"
+	$(PYTHON) $(FAST)
+
+newest: ## the tests in .venv-newest, with transformers and the rest as new as pyproject.toml allows
+	rm -rf .venv-newest
+	$(MAKE) setup VENV=.venv-newest PINNED=constraints-newest.txt
+	.venv-newest/bin/python $(FAST)
 
 slow: $(READY) ## the tests that `make test` leaves out
 	$(PYTHON) -m pytest -q -m slow
@@ -44,7 +51,7 @@ types: $(READY) ## mypy --strict on src
 setup: $(READY) ## only set up .venv
 
 clean: ## remove .venv and every cache in this folder
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up -----------------------------------------------------------------------------------------
@@ -72,7 +79,7 @@ endef
 
 # torch on its own first: pip then takes a build that is at hand (CPU only, say) before it weighs the rest.
 define install
-$(PIP) install -c constraints.txt $(TORCH) && $(PIP) install -q -c constraints.txt -e '.[test,demo,bench,dev]'
+$(PIP) install -c $(PINNED) $(TORCH) && $(PIP) install -q -c $(PINNED) -e '.[test,demo,bench,dev]'
 endef
 
 define whole
@@ -82,7 +89,7 @@ endef
 
 # The stamp is written last, so that a set-up that was cut short is taken up again. What pip left half
 # done it mostly repairs itself; where it cannot, the environment is made anew, once.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(PINNED)
 	@rm -f $@
 	@$(usable) || { $(create); }
 	@echo "Installing into $(VENV) (some minutes the first time) ..."

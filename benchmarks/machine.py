@@ -32,7 +32,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "commit": git("rev-parse", "--short", "HEAD"),
         "changed_since": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        # torch says itself which build it is
+        "versions": {name: version(name) for name in packages} | {"torch": torch.__version__},
         # with scikit-learn installed assisted decoding moves its confidence threshold during a call
         "scikit_learn": importlib.util.find_spec("sklearn") is not None,
         "threads": torch.get_num_threads(),

@@ -24,7 +24,6 @@ from specdec import DraftModel, SpeculativeGenerator
 
 
 @contextmanager
-@torch.no_grad()
 def changed(model: Any, size: float, rank: int, seed: int = 0) -> Iterator[None]:
     """``model`` with a random change of ``rank`` and relative ``size`` in all linear layers but the head."""
     generator = torch.Generator().manual_seed(seed)
@@ -38,11 +37,13 @@ def changed(model: Any, size: float, rank: int, seed: int = 0) -> Iterator[None]
             into = torch.randn(rank, weight.shape[1], generator=generator)
             change = out @ into
             change *= size * weight.float().norm().cpu() / change.norm()
-            weight.add_(change.to(weight.device, weight.dtype))
+            with torch.no_grad():
+                weight.add_(change.to(weight.device, weight.dtype))
         yield
     finally:
         for layer, weight in zip(layers, before, strict=True):
-            layer.weight.copy_(weight)
+            with torch.no_grad():
+                layer.weight.copy_(weight)
 
 
 def main() -> None:

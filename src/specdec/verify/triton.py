@@ -181,7 +181,9 @@ def _residual(
     score = tl.load(target_start + column, mask=real, other=float("-inf")).to(WORK)
     prob = tl.exp(score - target_peak) / target_total
     if HAS_DRAFT:
-        score = tl.load(draft_start + column, mask=real & refused, other=float("-inf"))
+        # a number chosen by the scalar, as Triton 3.9's interpreter makes no mask of a scalar truth
+        shown = column < tl.where(refused, vocabulary, 0)
+        score = tl.load(draft_start + column, mask=shown, other=float("-inf"))
         theirs = tl.exp(score.to(WORK) - draft_peak) / draft_total
         weight = tl.where(refused, tl.maximum(scale * prob - theirs, 0.0), prob)
     else:
