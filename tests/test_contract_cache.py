@@ -28,7 +28,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from specdec import EarlyExit, InvalidInput, SpeculativeGenerator
 from specdec.layouts.facts import CACHE
 from specdec.layouts.forget import own_cache
-from specdec.testing import lively, noisy_copy, tiny_llama
+from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import (
     NEW,
@@ -477,6 +477,19 @@ def test_a_window_that_ends_at_the_last_key_of_a_static_cache():
         with pytest.warns(UserWarning, match="last key") if kind == "static" else nullcontext():
             assert gen.generate(**prompts(1), **options).tolist() == wanted.tolist()
         assert gen.stats.layout == layout
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_static_cache_keeps_a_window_that_the_text_comes_to_pass(batch):
+    """It has then overwritten what a step back would need; a check behind a shorter prompt cannot see that."""
+    inputs = {name: value[:batch] for name, value in ragged_prompt((4, 3, 2)).items()}
+    options = {**inputs, "cache_implementation": "static", "max_new_tokens": 30, "do_sample": False}
+    for draft in ("noisy", "ngram"):
+        with pytest.raises(InvalidInput, match="would not be exact"):
+            speculative(mistral(), draft, layout="columns").generate(**options)
+        for layout in ("auto", "slots", "snapshot"):
+            gen = speculative(mistral(), draft, layout=layout)
+            assert gen.generate(**options).tolist() == mistral().generate(**options).tolist()
 
 
 def test_the_size_of_a_static_cache():

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 
@@ -26,8 +27,11 @@ def can_drop(cache: Any) -> bool:
     own = own_cache(cache)
     if own is not None and type(own).__module__ != Cache.__module__:
         return False
+    kinds = list(map(type, layers_of(cache)))
+    # behind its window it has overwritten what a crop should bring back, and a short check sees nothing of that
+    if any(issubclass(kind, StaticSlidingWindowLayer) for kind in kinds):
+        return False
     # DeepSeek-V4 keeps sums of every few columns too, and inherits a ``crop`` that knows nothing of them
-    kinds = map(type, layers_of(cache))
     return all("crop" in vars(kind) or _is_known(kind) for kind in kinds)
 
 
