@@ -30,6 +30,7 @@ from specdec.layouts.facts import CACHE
 from specdec.layouts.forget import own_cache
 from specdec.testing import lively, noisy_copy, ragged_prompt, tiny_llama
 
+from .architectures.build import Case, build
 from .contract import (
     NEW,
     Counted,
@@ -128,6 +129,23 @@ def test_returned_cache_of_other_kinds(make, batch):
         got = speculative(make(), draft).generate(**prompts(batch), **DICT)
         assert got.sequences.tolist() == wanted.sequences.tolist()
         assert_same_cache(got[CACHE], wanted[CACHE])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["xlnet", "reformer"])
+def test_returned_cache_of_a_form_of_its_own(name, batch):
+    model = build(Case("causal", name))
+    inputs = {key: value[:batch] for key, value in ragged_prompt((9, 6, 3), 96).items()}
+    wanted = model.generate(**inputs, **DICT)
+    for draft in ("ngram", None):
+        with pytest.warns(UserWarning, match="form of its own") if draft else nullcontext():
+            got = SpeculativeGenerator(model, draft).generate(**inputs, **DICT)
+        assert got.sequences.tolist() == wanted.sequences.tolist()
+        assert type(got[CACHE]) is type(wanted[CACHE])
+        mine, theirs = (getattr(out[CACHE], "states_cache", out[CACHE]) for out in (got, wanted))
+        assert len(mine) == len(theirs) > 0
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_no_cache_no_return():

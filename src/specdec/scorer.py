@@ -212,7 +212,7 @@ class Scorer:
 
     def finish(self, tokens: Tensor, columns: int) -> Any:
         """The cache of transformers with the first ``columns`` of every row, as plain ``generate()`` leaves it."""
-        if self._columns.cache is None:
+        if self._columns.cache is None and not self._columns.is_foreign:
             return None
         everyone = np.ones(len(self.kept), dtype=bool)
         self.kept = np.minimum(self.kept, columns)
