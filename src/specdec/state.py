@@ -9,6 +9,8 @@ one memory. Knows no model and no rule of verification. Read next: ``clock.py``.
 
 from __future__ import annotations
 
+from itertools import compress
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -110,7 +112,7 @@ class State:
     @property
     def foundation(self) -> int:
         """Columns that nothing takes back in any row that has not ended: nobody needs to look there again."""
-        return int(self.settled[self.live].min(initial=self.tokens.shape[1]))
+        return min(compress(self.settled.tolist(), self.live.tolist()), default=self.tokens.shape[1])
 
     def follow(self, other: State, since: int) -> None:
         """Hold the text of ``other``, which is known to be the same below column ``since``, as the settled one."""
