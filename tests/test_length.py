@@ -11,10 +11,20 @@ import pytest
 import torch
 
 from specdec.length import Opening
-from specdec.length.acceptance import PRIOR, TEXTS, Acceptance
+from specdec.length.acceptance import (
+    BIN_WEIGHT,
+    DOUBT,
+    FADE,
+    PRIOR,
+    PRIOR_WEIGHT,
+    TEXT_PRIOR,
+    TEXT_WEIGHT,
+    TEXTS,
+    Acceptance,
+)
 from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
 from specdec.length.cost import OUTDATED, REMEMBERED, Assumed, Timings, best_length, rising, speed, tokens_per_round
-from specdec.length.rows import Rows
+from specdec.length.rows import Rows, together
 from specdec.records import Proposal, Round
 
 # --- formulas -------------------------------------------------------------------------------------
@@ -97,6 +107,27 @@ def test_what_one_thread_reads_no_other_writes_into():
     timings.add(9, 2.0)
     assert read == before
     assert timings._seen.keys() == {0, 1, 9}, "what does not come again is let go"
+
+
+def test_a_width_that_does_not_come_again_loses_its_oldest_timing_now_and_then():
+    timings = Timings()
+    for width, seconds in ((0, 1.0), (1, 2.0), (3, 4.0), (3, 9.0)):
+        timings.add(width, seconds)
+    said = []
+    for _ in range(2 * OUTDATED):
+        timings.add(1, 2.0)
+        said.append(float(timings.table(3)[3]))
+    assert said == [*[4.0] * (OUTDATED - 1), *[9.0] * OUTDATED, 1 + 3 * (2.0 - 1.0)], "one at a time, then none"
+
+
+def test_beyond_what_was_timed_guesses_cost_what_was_said_a_quarter_of_the_line_or_so_much_of_a_plain_round():
+    timings = Timings()
+    for width, seconds in ((0, 10.0), (2, 18.0)):  # 4 seconds a guess
+        timings.add(width, seconds)
+    assert timings.table(3)[3] == 22.0
+    assert timings.table(3, wider=2.5)[3] == 20.5
+    assert timings.table(3, wider=0.1)[3] == 19.0
+    assert timings.table(3, least=0.5)[3] == 23.0
 
 
 def test_what_rounds_take_now_counts_and_not_what_they_took():
@@ -567,6 +598,130 @@ def test_rows_that_are_alike_are_one_row_many_times():
     alone, weights = Rows().pace(survival)
     assert alone == pytest.approx(tokens_per_round(survival))
     assert weights == pytest.approx(np.ones((5, 1)))
+
+
+# --- what is counted --------------------------------------------------------------------------------
+
+
+def counted(rounds, *, asked, lengths, kept, chances=(), of=None, most=4):
+    """Evidence of so many equal rounds, behind that of others."""
+    acceptance = Acceptance(most) if of is None else of
+    for _ in range(rounds):
+        acceptance.add(asked, np.array(lengths), np.array(kept), [np.array(one) for one in chances])
+    return acceptance
+
+
+def test_a_round_of_many_rows_counts_as_one_of_a_few():
+    few, many = (
+        counted(1, asked=2, lengths=[2, 2] * n, kept=[2, 0] * n, chances=[[0.9, 0.9] * n]) for n in (2, 16)
+    )
+    assert many.survival() == pytest.approx(few.survival())
+    assert many.overall == pytest.approx(few.overall)
+    assert many.of_chance(np.array([0.9])) == pytest.approx(few.of_chance(np.array([0.9])))
+    # four guesses that were to be kept with 0.9, of which two were, beside what the draft itself says
+    assert few.of_chance(np.array([0.9])) == pytest.approx((2 + BIN_WEIGHT * 0.9) / (4 + BIN_WEIGHT))
+
+
+def test_a_round_in_which_no_row_was_live_says_nothing():
+    acceptance, rows, survival = counted(3, asked=2, lengths=[2], kept=[1]), Rows(), 0.8 ** np.arange(1, 3)
+    before = acceptance.survival()
+    counted(1, asked=2, lengths=[], kept=[], of=acceptance)
+    assert acceptance.survival().tolist() == before.tolist()
+    rows.see(2, np.array([True, True]), np.array([2, 0]))
+    rows.see(2, np.array([False, False]), np.array([0, 0]))
+    tokens, weights = rows.pace(survival)
+    assert (tokens.tolist(), weights.tolist()) == (tokens_per_round(survival).tolist(), [[1]] * 3)
+
+
+def test_only_what_was_submitted_behind_kept_guesses_is_judged():
+    short = counted(20, asked=3, lengths=[1], kept=[1])  # nothing was there to follow, which is no fault of a guess
+    assert short.overall > 0.95
+    assert short.survival()[1] < 0.2
+    mixed = counted(20, asked=3, lengths=[3, 3], kept=[3, 0])
+    assert mixed.overall == pytest.approx(0.75, abs=0.01)
+
+
+def test_chances_of_guesses_that_were_not_submitted_are_not_looked_at():
+    acceptance = counted(20, asked=2, lengths=[1], kept=[1], chances=[[0.9], [0.9]])
+    assert acceptance.of_chance(np.array([0.9]))[0] > 0.95
+
+
+def test_a_draft_may_be_certain():
+    wrong = counted(20, asked=1, lengths=[1], kept=[0], chances=[[1.0]])
+    assert wrong.of_chance(np.array([1.0]))[0] < 0.3
+
+
+def test_what_was_submitted_lately_says_how_wide_a_round_becomes():
+    acceptance = counted(20, asked=2, lengths=[2, 0], kept=[0, 0])
+    assert acceptance.widths()[:2].min() > 0.9, "a round is as wide as its widest row"
+    assert counted(60, asked=2, lengths=[0, 0], kept=[0, 0], of=acceptance).widths()[:2].max() < 0.1
+
+
+def test_what_is_believed_fades():
+    acceptance = counted(40, asked=1, lengths=[1], kept=[1], chances=[[0.6]])
+    counted(40, asked=1, lengths=[1], kept=[0], chances=[[0.6]], of=acceptance)
+    assert acceptance.survival()[0] < 0.2
+    assert acceptance.overall < 0.2
+    assert acceptance.of_chance(np.array([0.6]))[0] < 0.2
+
+
+def test_doubt_leaves_the_worth_of_two_rounds_and_adds_nothing_to_one():
+    acceptance = counted(40, asked=1, lengths=[1], kept=[0], chances=[[0.9]])
+    acceptance.doubt()
+    assert acceptance.overall == pytest.approx(PRIOR_WEIGHT * PRIOR / (DOUBT + PRIOR_WEIGHT))
+    assert acceptance.survival()[0] == pytest.approx(PRIOR * (PRIOR_WEIGHT / (DOUBT + PRIOR_WEIGHT)) ** 2)
+    assert acceptance.of_chance(np.array([0.9])) == pytest.approx(BIN_WEIGHT * 0.9 / (DOUBT + BIN_WEIGHT))
+    little = counted(1, asked=1, lengths=[1], kept=[0])
+    before = little.overall
+    little.doubt()
+    assert little.overall == before
+
+
+def test_a_text_begins_with_what_others_had_tried_and_submitted_and_with_some_trust_in_chances():
+    acceptance = Acceptance(4)
+    for _ in range(TEXTS):
+        counted(40, asked=2, lengths=[1], kept=[1], chances=[[0.3]], of=acceptance)
+        acceptance = acceptance.another_text()
+    # of two guesses that were asked for one came, and was kept
+    assert acceptance.survival()[0] == pytest.approx((1.5 + TEXT_PRIOR * PRIOR) / (TEXT_WEIGHT + TEXT_PRIOR))
+    assert acceptance.overall == pytest.approx((3 + TEXT_PRIOR * PRIOR) / (TEXT_WEIGHT + TEXT_PRIOR))
+    trust = (DOUBT + BIN_WEIGHT * 0.3) / (DOUBT + BIN_WEIGHT)
+    assert acceptance.of_chance(np.array([0.3])) == pytest.approx(trust, rel=0.01)
+
+
+def test_the_last_texts_count_and_no_longer_the_first():
+    for kept, wanted in (([1] * 2 + [0] * TEXTS, False), ([0] * TEXTS + [1] * 2, True)):
+        acceptance = Acceptance(4)
+        for one in kept:
+            acceptance = counted(20, asked=1, lengths=[1], kept=[one], of=acceptance).another_text()
+        assert (acceptance.survival()[0] > 0.8) == wanted
+        assert (acceptance.survival()[0] < 0.3) != wanted
+
+
+def test_a_text_in_which_nothing_was_tried_lets_others_fade_and_does_not_push_them_out():
+    acceptance, said = counted(20, asked=1, lengths=[1], kept=[1]), []
+    for _ in range(TEXTS + 1):
+        acceptance = acceptance.another_text()
+        said.append(float(acceptance.survival()[0]))
+    assert said == sorted(set(said), reverse=True)
+    assert said[-1] > PRIOR + 0.05
+
+
+def test_rows_are_told_apart_by_what_each_of_them_kept_while_it_was_live():
+    rows, survival = Rows(), 0.9 ** np.arange(1, 5)
+    rows.see(4, np.array([True, True, True]), np.array([4, 1, 0]))
+    rows.see(0, np.array([True, True, True]), np.array([2, 0, 2]))  # foreseen, and so nothing that was asked for
+    rows.see(4, np.array([True, True, False]), np.array([4, 0, 0]))
+    tried, kept = FADE * np.array([4, 2, 1]) + [4, 1, 0], FADE * np.array([4, 1, 0]) + [4, 0, 0]
+    usual = kept.sum() / tried.sum()
+    chances = np.minimum(0.9 * (kept + usual) / (tried + 1) / usual, 1)
+    assert chances[0] == 1, "nobody keeps more than all"
+    each = np.stack([tokens_per_round(chance ** np.arange(1, 5)) for chance in chances[:2]], axis=1)
+    tokens, weights = rows.pace(survival)
+    assert tokens == pytest.approx(together(each))
+    for row in range(2):  # of two rows, by so much more of one
+        more = each + 1e-6 * np.eye(2)[row]
+        assert weights[:, row] == pytest.approx(2e6 * (together(more) - together(each)), rel=1e-3)
 
 
 # --- what was timed badly, and what another text says -------------------------------------------------
