@@ -253,6 +253,36 @@ def test_a_draft_that_is_fed_what_it_missed_at_a_price_is_seldom_asked():
     assert seconds < 1.05 * 400
 
 
+@pytest.mark.parametrize("prompt", [0.0, 8.0])
+@pytest.mark.parametrize(("catching_up", "often"), [(0.015, True), (0.05, False)])
+def test_what_a_useless_draft_missed_decides_how_often_it_is_asked_and_its_first_prompt_does_not(
+    prompt, catching_up, often
+):
+    """Seconds of a round that the draft was not in, which its next one takes."""
+    rule, probes, missed = Adaptive(Timings()), 0, 0
+    rule.fed(prompt, 1, 1000)
+    for _ in range(400):
+        spent = 1.0
+        drafted = min(rule.next(400), 1)
+        if drafted:
+            assert rule.begins(None if probes else Opening(0.1, 0.2))
+            spent += 0.2 + (missed * catching_up if probes else 0.1 * prompt)
+            probes += 1
+        missed = 0 if drafted else missed + 1
+        rule.observe(outcome(drafted, np.zeros(1, dtype=np.int64)), spent)
+    assert (probes > 7) == often
+
+
+def test_a_probe_kept_by_chance_does_not_make_the_next_ones_frequent():
+    rule, probes, kept = Adaptive(Timings()), [], [0, 0, 0, 1, 0, 0]
+    for number in range(250):
+        drafted = rule.next(16)
+        accepted = kept[len(probes)] if drafted and len(probes) < len(kept) else 0
+        probes += [number] * drafted
+        rule.observe(outcome(drafted, np.array([accepted])), 1 + 0.5 * drafted)
+    assert np.diff(probes[:6]).tolist() == [1, 25, 49, 1, 49]
+
+
 @pytest.mark.parametrize("cost", [0.05, 0.4])
 @pytest.mark.parametrize("rows", [1, 16])
 def test_a_draft_that_becomes_good_is_found_within_64_tokens(cost, rows):
@@ -335,6 +365,9 @@ def test_never_more_than_there_is_room_for():
     rig.run(rule, 0.95, 60)
     assert rule.next(3) == 3
     assert rule.next(0) == 0
+    fresh = Adaptive(Timings())
+    fresh.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
+    assert fresh.next(0) == 0, "though the first guess is to be timed"
 
 
 def test_a_round_without_guesses_is_no_evidence_of_cost_for_a_draft_that_copies():
@@ -440,6 +473,7 @@ def test_a_draft_is_not_fed_where_passes_that_check_guesses_would_multiply_rathe
     assert opened(Adaptive(Timings()), prompt=20.0, **prompts)[0] == 1
     assert not opened(Adaptive(Timings()), prompt=80.0, rows=4, **prompts)
     assert opened(Adaptive(Timings()), prompt=4.0, rows=4, **prompts)[0] == 1  # all reading
+    assert opened(Adaptive(Timings()), prompt=20.0, rows=4, **prompts)[0] == 1  # a token is a twentieth of a pass
     # bfloat16 without instructions for it: every token costs nearly a pass
     assert not opened(Adaptive(Timings()), prompt=80.0, **prompts)
 
@@ -476,6 +510,14 @@ def test_a_pass_over_two_tokens_says_little_of_one_over_sixteen():
     assert rule.begins()
     rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.5)
     assert rule.next(200) < 4
+    assert not rule.begins(Opening(100.0, 0.3)), "another one has a prompt that earns nothing"
+    assert rule.next(200) < 4
+    # without a prompt that was timed nothing says that wide rounds are cheap
+    rule = Adaptive(Timings())
+    for width, seconds in ((0, 1.0), (1, 1.5)):
+        rule.next(200)
+        rule.observe(outcome(width, np.full(1, width)), seconds)
+    assert rule.next(200) < 4
     # a prompt that is as dear as that promises nothing of the kind
     assert copied(0.98, 40, prompt=330.0) < 1.1
 
@@ -491,6 +533,125 @@ def test_a_draft_that_was_told_not_to_guess_was_not_tried_in_any_row():
     rule = Adaptive(Timings())
     assert not opened(rule, room=8, rounds=8, rows=2)
     assert not rule._differing._tried.any()
+
+
+def refused():
+    """A controller that has just told a draft with a long prompt not to guess."""
+    rule = Adaptive(Timings())
+    rule.fed(100.0, 1, 10)
+    rule.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
+    assert rule.next(4) == 1
+    assert not rule.begins(Opening(1.0, 0.3))
+    return rule
+
+
+def test_that_a_draft_was_told_not_to_guess_holds_for_its_round_and_for_no_other_draft():
+    rule = refused()
+    expected = rule._acceptance.survival()[0]
+    rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.2)
+    assert rule._acceptance.survival()[0] > expected, "another one guessed"
+    rule = refused()
+    for looked_for in (False, True):
+        rule.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
+        assert (rule._acceptance.survival()[0] < expected) == looked_for, "in the second round nothing was found"
+        assert rule.next(4) == 1
+
+
+def test_guesses_that_were_only_foreseen_say_nothing_of_drafts():
+    rule = Adaptive(Timings())
+    for width, seconds in ((0, 1.0), (2, 3.0), (2, 3.0)):
+        rule.next(16)
+        rule._asked = width
+        rule.observe(outcome(width, np.array([width])), seconds)
+        others = rule._others
+    rule.next(0)
+    rule.observe(outcome(2, np.array([2])), 1.1)
+    assert rule._timings.table(2)[2] == 3.0
+    fresh = Adaptive(Timings())
+    assert fresh.next(16) == 0
+    fresh.observe(outcome(2, np.array([2])), 1.1)
+    assert (others, fresh._others) == (True, False)
+
+
+def test_foreseen_guesses_are_judged_up_to_the_first_wrong_one():
+    """Three of six are kept: the fourth is wrong, and of the others nobody knows."""
+    rule = Adaptive(Timings())
+    for width in (0, 6) * 30:
+        rule.next(0)
+        rule.observe(outcome(width, np.array([width // 2])), 1 + 0.6 * width)
+    assert rule.free(np.array([1])) == 1
+    assert rule.free(np.array([0])) == rule.free(np.array([], dtype=np.int64)) == 0
+    assert Adaptive(Assumed(0.0)).free(np.array([40])) == rule.most
+
+
+def test_a_row_that_has_ended_has_no_guess_to_judge():
+    rule = Adaptive(Timings())
+    for width in (0, 1):
+        rule.next(16)
+        if width:
+            rule.goes_on(np.array([0.9, 0.0]))
+        live = replace(outcome(width, np.array([width, 0])), counts=np.array([1 + width, 0]))
+        rule.observe(live, 1 + 0.2 * width)
+    assert rule._learnt.told[1].of_chance(np.array([0.9]))[0] > 0.9
+
+
+def test_a_probe_is_the_models_where_another_draft_guesses_as_well():
+    rule, begun = Adaptive(Assumed(0.9)), []
+    for _ in range(60):
+        asked = rule.next(16)
+        if asked:
+            begun.append(rule.begins())
+        rule.observe(outcome(asked, np.zeros(1, dtype=np.int64)), 1.0)  # guessed without a chance told
+    assert begun == [True] * 2
+
+
+@pytest.mark.parametrize("model", ["was timed", "is unknown"])
+def test_what_copies_gained_is_no_promise_of_a_model_with_a_prompt_to_feed(model):
+    """Nor is what they lost held against it."""
+    rule = Adaptive(Timings())
+    for number in range(60):
+        rule.next(64)
+        width = 4 if number else 0
+        if model == "was timed" and 0 < number < 20:
+            rule._asked = width
+            rule.goes_on(np.array([0.5]))
+            rule.observe(outcome(width, np.zeros(1, dtype=np.int64)), 1 + 0.8 * width)
+        else:
+            rule._asked = width
+            kept = width if model == "was timed" else 0
+            rule.observe(outcome(width, np.array([kept])), 1 + 0.01 * width)
+    rule.fed(8.0, 1, 1000)
+    rule.next(64)
+    assert rule.begins(Opening(0.3, 0.25)) == (model == "is unknown")
+
+
+def test_a_probe_may_cost_its_share_of_the_rounds_before_it_and_must_be_fed_what_every_row_has_got_since():
+    """Four rows, a plain round for every token of their prompts, and a draft of a thousandth of the work."""
+    rule = Adaptive(Timings())
+    rule.fed(3.0 + 4 * 25, 4, 26)
+    for number in range(200):
+        rule.next(1000)
+        # a guess is too dear to promise a gain: 0.001 × (103 + 4 n) of (LAG + 1 + n) / 100
+        if number and rule.begins(Opening(0.001, 5.0)):
+            break
+        rule.observe(outcome(0, np.zeros(4, dtype=np.int64)), 1.0)
+    assert number == 9
+
+
+def test_a_rule_within_another_knows_nothing_of_its_clock():
+    rule = Adaptive(Timings())
+    Rig(0.05).run(rule, 0.9, 60)
+    assert rule.next(16) > 0
+    assert rule.within().next(16) == 0
+    assert Adaptive(Assumed(0.05)).within().next(16) > 0
+
+
+def test_a_plain_round_is_timed_again_the_sooner_the_less_it_is_known():
+    rule, rig = Adaptive(Timings()), Rig(0.02)
+    for _ in range(260):
+        rig.round(rule, 1.0)
+    plain = [number for number, (guesses, _) in enumerate(rig.rounds) if not guesses]
+    assert np.diff(plain).tolist() == [41, 78, 117]
 
 
 def test_a_draft_known_to_be_useless_is_not_fed_again_for_a_probe():
@@ -644,6 +805,8 @@ def test_only_what_was_submitted_behind_kept_guesses_is_judged():
 def test_chances_of_guesses_that_were_not_submitted_are_not_looked_at():
     acceptance = counted(20, asked=2, lengths=[1], kept=[1], chances=[[0.9], [0.9]])
     assert acceptance.of_chance(np.array([0.9]))[0] > 0.95
+    behind = counted(20, asked=2, lengths=[2], kept=[0], chances=[[0.2], [0.9]])
+    assert behind.of_chance(np.array([0.9]))[0] == 0.9, "nor at those behind a wrong one"
 
 
 def test_a_draft_may_be_certain():

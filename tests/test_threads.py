@@ -142,7 +142,8 @@ def test_tokens_are_healed_with_the_tokenizer_of_the_thread(target):
     with healing_with(target, "ours"), ThreadPoolExecutor(1) as pool:
         target.heal_tokens(1)
         pool.submit(target.heal_tokens, 1, "theirs").result(WAIT)
-    assert used == ["ours", "theirs"]
+        pool.submit(target.heal_tokens, 1).result(WAIT)
+    assert used == ["ours", "theirs", None]
 
 
 def test_attached_blocks_that_overlap(target):
