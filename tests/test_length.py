@@ -365,9 +365,11 @@ def test_never_more_than_there_is_room_for():
     rig.run(rule, 0.95, 60)
     assert rule.next(3) == 3
     assert rule.next(0) == 0
-    fresh = Adaptive(Timings())
-    fresh.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
-    assert fresh.next(0) == 0, "though the first guess is to be timed"
+    probing = Adaptive(Assumed(0.9))
+    while not probing.next(16):
+        probing.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
+    assert probing._probing
+    assert probing.next(0) == 0
 
 
 def test_a_round_without_guesses_is_no_evidence_of_cost_for_a_draft_that_copies():
@@ -455,9 +457,12 @@ def opened(
 
 def test_a_draft_is_not_fed_a_prompt_that_the_rest_of_the_text_cannot_earn():
     assert not opened(Adaptive(Timings()), room=8, rounds=8)  # 2.4 rounds for the prompt, 8 to go
+    assert not opened(Adaptive(Timings()), room=12, rounds=12)  # nor is what they may just earn worth the risk
+    assert opened(Adaptive(Timings()), room=18, rounds=12)[0] == 1
     assert opened(Adaptive(Timings()), room=64)[0] == 1
     assert opened(Adaptive(Timings()), room=8, rounds=8, prompt=1.0)[0] == 1  # a short prompt
-    assert not opened(Adaptive(Timings()), room=10**6, rounds=40, prompt=10_000.0)  # no text is taken to be endless
+    endless = {"room": 10**6, "rounds": 40, "prompt": 10_000.0, "columns": 10**6}
+    assert not opened(Adaptive(Timings()), **endless)  # no text is taken to be
     # prompts of one token and of a few, as decoders behind an encoder have them, say little of what a token costs
     assert opened(Adaptive(Timings()), room=64, prompt=1.0, columns=1)[0] == 1
     assert opened(Adaptive(Timings()), room=64, prompt=1.2, columns=4)[0] == 1
@@ -506,15 +511,21 @@ def test_a_pass_over_two_tokens_says_little_of_one_over_sixteen():
     rule = Adaptive(Timings())
     rule.fed(21.0, 1, 330)
     rule.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
-    rule.next(200)
-    assert rule.begins()
-    rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.5)
+    for _ in range(2):
+        rule.next(200)
+        assert rule.begins()
+        rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.5)
     assert rule.next(200) < 4
     assert not rule.begins(Opening(100.0, 0.3)), "another one has a prompt that earns nothing"
     assert rule.next(200) < 4
+    tells = Adaptive(Timings())
+    tells.fed(21.0, 1, 330)
+    assert tells._wider() < 1
+    tells.goes_on(np.array([0.9]))
+    assert tells._wider() == np.inf
     # without a prompt that was timed nothing says that wide rounds are cheap
     rule = Adaptive(Timings())
-    for width, seconds in ((0, 1.0), (1, 1.5)):
+    for width, seconds in ((0, 1.0), (1, 1.5), (1, 1.5)):
         rule.next(200)
         rule.observe(outcome(width, np.full(1, width)), seconds)
     assert rule.next(200) < 4
@@ -605,24 +616,58 @@ def test_a_probe_is_the_models_where_another_draft_guesses_as_well():
     assert begun == [True] * 2
 
 
-@pytest.mark.parametrize("model", ["was timed", "is unknown"])
+# (rounds, guesses kept of four, plain rounds a guess, whether chances were told), one after the other
+OF_BOTH = {
+    "bad": [(20, 0, 0.8, True), (40, 4, 0.01, False)],
+    "good": [(20, 4, 0.2, True), (40, 0, 0.8, False)],
+    "unknown": [(60, 0, 0.01, False)],
+}
+
+
+@pytest.mark.parametrize("model", OF_BOTH)
 def test_what_copies_gained_is_no_promise_of_a_model_with_a_prompt_to_feed(model):
-    """Nor is what they lost held against it."""
+    """Nor is what they lost held against it, or the seconds of its prompt against its first guess."""
     rule = Adaptive(Timings())
-    for number in range(60):
-        rule.next(64)
-        width = 4 if number else 0
-        if model == "was timed" and 0 < number < 20:
-            rule._asked = width
-            rule.goes_on(np.array([0.5]))
-            rule.observe(outcome(width, np.zeros(1, dtype=np.int64)), 1 + 0.8 * width)
-        else:
-            rule._asked = width
-            kept = width if model == "was timed" else 0
-            rule.observe(outcome(width, np.array([kept])), 1 + 0.01 * width)
+    for rounds, kept, cost, tells in [(1, 0, 0.0, False), *OF_BOTH[model], (60, 0, 0.0, False)]:
+        for _ in range(rounds):
+            rule.next(64)
+            rule._asked = width = 4 if cost else 0
+            if tells:
+                rule.goes_on(np.array([0.5]))
+            rule.observe(outcome(width, np.array([kept])), 1 + cost * width)
     rule.fed(8.0, 1, 1000)
-    rule.next(64)
-    assert rule.begins(Opening(0.3, 0.25)) == (model == "is unknown")
+    assert rule.next(64) > 0
+    # the good one reads as much as the target, but is known to take a fifth of its time
+    assert rule.begins(Opening(0.3, 0.25 if model == "unknown" else 1.0)) == (model != "bad")
+    if model == "good":
+        assert rule._probing
+        rule.goes_on(np.array([0.5]))
+        rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.2 + 0.3 * 8.0)
+        assert rule._missed < 0.01
+
+
+def test_a_sure_guess_of_a_row_that_is_ahead_does_not_pay_for_the_others():
+    """Both end with the slower one, whose guesses are lost."""
+    rule, made = Adaptive(Timings()), []
+    for _ in range(60):
+        made.append(0)
+        if rule.next(16):
+            made[-1] = 1
+            while rule.goes_on(np.array([0.97, 0.01])):
+                made[-1] += 1
+        rule.observe(outcome(made[-1], np.array([made[-1], 0])), 1 + 0.05 * made[-1])
+    assert np.mean(made[30:]) < 1.5
+    assert any(made[30:])
+
+
+def test_a_draft_that_seldom_finds_a_copy_is_asked_as_long_as_it_costs_little_more_to_look():
+    """A guess that is not made takes no time."""
+    rule, asked = Adaptive(Timings()), []
+    for number in range(200):
+        asked.append(rule.next(16))
+        drafted = asked[-1] if number % 8 == 0 else 0
+        rule.observe(outcome(drafted, np.array([drafted])), 1 + 0.15 * drafted)
+    assert np.mean(np.array(asked[100:]) > 0) > 0.8
 
 
 def test_a_probe_may_cost_its_share_of_the_rounds_before_it_and_must_be_fed_what_every_row_has_got_since():
