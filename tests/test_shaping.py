@@ -324,6 +324,13 @@ def test_half_a_character_at_the_end_comes_out(tokenizer):  # noqa: F811
     assert "".join(content.text for content in contents) == "A\ufffd"
 
 
+def test_half_a_character_waits_for_the_other_half_that_is_late(tokenizer):  # noqa: F811
+    release = ShapedRelease(1, 1.0, 32)
+    half, rest = Tokens(0, (195,), (False,), None, False), Tokens(0, (164,), (False,), None, True)
+    _, (contents,) = traces([(0.0, half), (2.5, rest)], 1, release, tokenizer)
+    assert [content.text for content in contents] == ["", "", "ä"]
+
+
 def test_a_character_is_not_divided_where_its_end_came_long_ago(tokenizer):  # noqa: F811
     """The whole text is there with the first chunk; what is due ends within a character."""
     release = ShapedRelease(1, 0.5, 32)
