@@ -169,6 +169,15 @@ def test_late_tokens_catch_up_where_there_is_room():
     assert [content.ids for content in contents] == [(1,), (), (), (2, 3, 4, 5, 6, 7, 8)]
 
 
+@pytest.mark.parametrize("spare", [0, 3])
+def test_what_does_not_fit_whole_waits_and_chunks_keep_their_size(spare):
+    release = ShapedRelease(8, 1.0, HEADER + 4 * 2 + spare)
+    record = Tokens(0, (1, 2, 3, 4, 5), (False,) * 5, None, True)
+    (seen,), (contents,) = traces([(0.0, record)], 1, release)
+    assert [content.ids for content in contents] == [(1, 2), (3, 4), (5,)]
+    assert {size for _, size in seen} == {release.pad_to}
+
+
 @pytest.mark.parametrize(("first_after", "first"), [(None, 4.3), (0, 1.0), (1.5, 2.5)])
 def test_when_the_clock_starts(first_after, first):
     """When the prompt has been read, or so long after the request, however long the start takes."""
