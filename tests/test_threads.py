@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from specdec import EarlyExit, LayerSkip, SpeculativeGenerator
-from specdec.attaching import having, healing_with, own_settings
+from specdec.attaching import attached, having, healing_with, own_settings
 from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import assert_untouched, fingerprint
@@ -160,6 +160,18 @@ def test_attached_blocks_that_overlap(target):
     stacks[1].close()
     assert "generate" not in vars(target)
     assert_untouched(target, before)
+
+
+def test_a_loan_that_ends_takes_no_other_with_it(target):
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(attached(target, lambda: "first"))
+    with having(target, GenerationConfig()):
+        pass
+    second.enter_context(attached(target, lambda: "second"))
+    first.close()
+    assert target.generate() == "second"
+    second.close()
+    assert "generate" not in vars(target)
 
 
 def test_a_draft_is_prepared_without_being_touched(target, monkeypatch):
