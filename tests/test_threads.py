@@ -162,6 +162,14 @@ def test_attached_blocks_that_overlap(target):
     assert_untouched(target, before)
 
 
+def test_what_is_lent_to_a_compiled_model_is_lent_to_the_model_inside(target):
+    given = torch.compile(target, backend="eager")
+    own = target.generate = lambda: "own"
+    with attached(given, lambda: "lent"):
+        assert given.generate() == target.generate() == "lent"
+    assert target.generate is own
+
+
 def test_a_loan_that_ends_takes_no_other_with_it(target):
     first, second = ExitStack(), ExitStack()
     first.enter_context(attached(target, lambda: "first"))
