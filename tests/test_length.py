@@ -511,24 +511,18 @@ def test_a_pass_over_two_tokens_says_little_of_one_over_sixteen():
     rule = Adaptive(Timings())
     rule.fed(21.0, 1, 330)
     rule.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
-    for _ in range(2):
-        rule.next(200)
-        assert rule.begins()
-        rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.5)
+    rule.next(200)
+    assert rule.begins()
+    rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.5)
     assert rule.next(200) < 4
     assert not rule.begins(Opening(100.0, 0.3)), "another one has a prompt that earns nothing"
-    assert rule.next(200) < 4
+    assert rule._wider() == np.inf
     tells = Adaptive(Timings())
+    assert tells._wider() == np.inf, "nor does a prompt that was not timed say anything"
     tells.fed(21.0, 1, 330)
     assert tells._wider() < 1
     tells.goes_on(np.array([0.9]))
     assert tells._wider() == np.inf
-    # without a prompt that was timed nothing says that wide rounds are cheap
-    rule = Adaptive(Timings())
-    for width, seconds in ((0, 1.0), (1, 1.5), (1, 1.5)):
-        rule.next(200)
-        rule.observe(outcome(width, np.full(1, width)), seconds)
-    assert rule.next(200) < 4
     # a prompt that is as dear as that promises nothing of the kind
     assert copied(0.98, 40, prompt=330.0) < 1.1
 
@@ -658,6 +652,15 @@ def test_a_sure_guess_of_a_row_that_is_ahead_does_not_pay_for_the_others():
         rule.observe(outcome(made[-1], np.array([made[-1], 0])), 1 + 0.05 * made[-1])
     assert np.mean(made[30:]) < 1.5
     assert any(made[30:])
+
+
+@pytest.mark.parametrize("tells", [False, True])
+def test_a_draft_that_tells_its_chances_is_asked_for_as_many_as_there_may_be(tells):
+    """It is stopped in time."""
+    rule = Adaptive(Timings())
+    Rig(0.2, tells=tells).run(rule, 0.7, 100)
+    assert (rule.next(16) == 16) == tells
+    assert 0 < rule.next(2) <= 2
 
 
 def test_a_draft_that_seldom_finds_a_copy_is_asked_as_long_as_it_costs_little_more_to_look():
