@@ -211,6 +211,7 @@ def test_encoders_with_inputs_of_many_lengths(traced):
     with pytest.warns(UserWarning, match="eagerly.*many lengths"):
         ours = gen.generate(**prompt, **GREEDY)
     assert torch.equal(ours, model.generate(**prompt, **GREEDY))
+    assert gen._steps.graphs == 0
 
 
 def broken(graph, inputs):
@@ -512,6 +513,8 @@ def test_a_model_with_many_positions_may_have_room_for_them():
     with pytest.warns(UserWarning, match="131072"):
         assert not steps.fits(wide, (1 << 17) + 1)
     assert not steps.fits(narrow, (1 << 15) + 1)
+    silent = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(max_position_embeddings=None))
+    assert steps.fits(SimpleNamespace(config=silent), 1 << 15), "nothing is said of an end"
 
 
 def test_widths_and_rooms_are_few():

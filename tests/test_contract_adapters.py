@@ -268,7 +268,7 @@ def test_settings_that_a_wrapper_has_of_its_own(adapted):
     text = adapted.generate(**prompts(1), **GREEDY)[0]
     own = adapted.generation_config = GenerationConfig(pad_token_id=0, stop_strings=[text_of(text[12:13])])
     with having(adapted, GenerationConfig()):
-        assert own_settings(adapted) is own
+        assert own_settings(adapted) is own_settings(torch.compile(adapted, backend="eager")) is own
     options = {**prompts(1), **GREEDY, "tokenizer": letters()}
     wanted = adapted.generate(**options)
     assert wanted.shape[1] < len(text)

@@ -97,6 +97,8 @@ def test_a_copy_of_an_attached_target_is_its_own_and_plain():
         for one in copies:
             one.register_forward_pre_hook(lambda *_: calls.append(1))
             assert one.generate(**prompts(3), **GREEDY).tolist() == wanted
+        # without the target there is nothing else that it could be of
+        assert copy.deepcopy([target.generate]) == [target.generate]
     assert len(calls) == 2 * NEW
 
 

@@ -27,16 +27,22 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.cache_utils import DynamicLayer, QuantoQuantizedLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    QuantoQuantizedLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
-from specdec import SpeculativeGenerator
+from specdec import InvalidInput, SpeculativeGenerator
 from specdec.layouts import NEVER, check, facts, masks, slots, verdicts
 from specdec.layouts.choices import _may_change
 from specdec.layouts.facts import CACHE, one_token_reason, slots_reason
 from specdec.layouts.forget import drop, trim
-from specdec.layouts.handover import cached_columns, static_columns
+from specdec.layouts.handover import cached_columns, give_back, static_columns
 from specdec.layouts.slot_cache import SlotLayer
 from specdec.layouts.snapshot import Snapshots
 from specdec.proposers.draft_model import DraftModel
@@ -215,6 +221,40 @@ def test_the_room_of_a_cache_is_that_of_its_smallest_layer_which_keeps_all():
     assert static_columns(Cache(layers=layers)) == 8
     for cache in (Cache(layers=layers[2:]), DynamicCache(), None):
         assert static_columns(cache) == NEVER
+
+
+OF_TRANSFORMERS = {
+    "all": DynamicLayer,
+    "a window": lambda: DynamicSlidingWindowLayer(sliding_window=5),
+    "all in place": lambda: StaticLayer(12),
+    "a window in place": lambda: StaticSlidingWindowLayer(max_cache_len=5, sliding_window=5),
+}
+
+
+@pytest.mark.parametrize("kind", OF_TRANSFORMERS)
+@pytest.mark.parametrize("columns", [3, 5, 6, 12])
+def test_a_layer_is_given_back_as_plain_would_have_left_it(kind, columns):
+    keys = torch.arange(1.0, 16.0).reshape(1, 1, 15, 1)
+    values, later = -keys, torch.full((1, 1, 1, 1), 99.0)
+    ours, theirs = OF_TRANSFORMERS[kind](), OF_TRANSFORMERS[kind]()
+    ours.update(keys[:, :, :2], values[:, :, :2])
+    theirs.update(keys[:, :, :columns], values[:, :, :columns])
+    give_back(ours, keys, values, columns)
+    for buffer in (keys, values):
+        buffer.zero_()  # it is lent to another call
+    assert ours.get_seq_length() == theirs.get_seq_length() == columns
+    assert (ours.keys.tolist(), ours.values.tolist()) == (theirs.keys.tolist(), theirs.values.tolist())
+    if kind != "all in place" or columns < 12:
+        assert [one.tolist() for one in ours.update(later, later)] == [
+            one.tolist() for one in theirs.update(later, later)
+        ]
+
+
+def test_a_static_layer_is_not_given_more_than_it_has_room_for():
+    keys, layer = torch.zeros(1, 1, 15, 1), StaticLayer(12)
+    layer.update(keys[:, :, :2], keys[:, :, :2])
+    with pytest.raises(InvalidInput, match="12 columns and the text came to fill 13"):
+        give_back(layer, keys, keys, 13)
 
 
 def test_what_transformers_layers_hold_may_change_where_they_quantise():

@@ -11,10 +11,20 @@ import pytest
 import torch
 
 from specdec.length import Opening
-from specdec.length.acceptance import PRIOR, TEXTS, Acceptance
+from specdec.length.acceptance import (
+    BIN_WEIGHT,
+    DOUBT,
+    FADE,
+    PRIOR,
+    PRIOR_WEIGHT,
+    TEXT_PRIOR,
+    TEXT_WEIGHT,
+    TEXTS,
+    Acceptance,
+)
 from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
 from specdec.length.cost import OUTDATED, REMEMBERED, Assumed, Timings, best_length, rising, speed, tokens_per_round
-from specdec.length.rows import Rows
+from specdec.length.rows import Rows, together
 from specdec.records import Proposal, Round
 
 # --- formulas -------------------------------------------------------------------------------------
@@ -97,6 +107,27 @@ def test_what_one_thread_reads_no_other_writes_into():
     timings.add(9, 2.0)
     assert read == before
     assert timings._seen.keys() == {0, 1, 9}, "what does not come again is let go"
+
+
+def test_a_width_that_does_not_come_again_loses_its_oldest_timing_now_and_then():
+    timings = Timings()
+    for width, seconds in ((0, 1.0), (1, 2.0), (3, 4.0), (3, 9.0)):
+        timings.add(width, seconds)
+    said = []
+    for _ in range(2 * OUTDATED):
+        timings.add(1, 2.0)
+        said.append(float(timings.table(3)[3]))
+    assert said == [*[4.0] * (OUTDATED - 1), *[9.0] * OUTDATED, 1 + 3 * (2.0 - 1.0)], "one at a time, then none"
+
+
+def test_beyond_what_was_timed_guesses_cost_what_was_said_a_quarter_of_the_line_or_so_much_of_a_plain_round():
+    timings = Timings()
+    for width, seconds in ((0, 10.0), (2, 18.0)):  # 4 seconds a guess
+        timings.add(width, seconds)
+    assert timings.table(3)[3] == 22.0
+    assert timings.table(3, wider=2.5)[3] == 20.5
+    assert timings.table(3, wider=0.1)[3] == 19.0
+    assert timings.table(3, least=0.5)[3] == 23.0
 
 
 def test_what_rounds_take_now_counts_and_not_what_they_took():
@@ -222,6 +253,36 @@ def test_a_draft_that_is_fed_what_it_missed_at_a_price_is_seldom_asked():
     assert seconds < 1.05 * 400
 
 
+@pytest.mark.parametrize("prompt", [0.0, 8.0])
+@pytest.mark.parametrize(("catching_up", "often"), [(0.015, True), (0.05, False)])
+def test_what_a_useless_draft_missed_decides_how_often_it_is_asked_and_its_first_prompt_does_not(
+    prompt, catching_up, often
+):
+    """Seconds of a round that the draft was not in, which its next one takes."""
+    rule, probes, missed = Adaptive(Timings()), 0, 0
+    rule.fed(prompt, 1, 1000)
+    for _ in range(400):
+        spent = 1.0
+        drafted = min(rule.next(400), 1)
+        if drafted:
+            assert rule.begins(None if probes else Opening(0.1, 0.2))
+            spent += 0.2 + (missed * catching_up if probes else 0.1 * prompt)
+            probes += 1
+        missed = 0 if drafted else missed + 1
+        rule.observe(outcome(drafted, np.zeros(1, dtype=np.int64)), spent)
+    assert (probes > 7) == often
+
+
+def test_a_probe_kept_by_chance_does_not_make_the_next_ones_frequent():
+    rule, probes, kept = Adaptive(Timings()), [], [0, 0, 0, 1, 0, 0]
+    for number in range(250):
+        drafted = rule.next(16)
+        accepted = kept[len(probes)] if drafted and len(probes) < len(kept) else 0
+        probes += [number] * drafted
+        rule.observe(outcome(drafted, np.array([accepted])), 1 + 0.5 * drafted)
+    assert np.diff(probes[:6]).tolist() == [1, 25, 49, 1, 49]
+
+
 @pytest.mark.parametrize("cost", [0.05, 0.4])
 @pytest.mark.parametrize("rows", [1, 16])
 def test_a_draft_that_becomes_good_is_found_within_64_tokens(cost, rows):
@@ -304,6 +365,11 @@ def test_never_more_than_there_is_room_for():
     rig.run(rule, 0.95, 60)
     assert rule.next(3) == 3
     assert rule.next(0) == 0
+    probing = Adaptive(Assumed(0.9))
+    while not probing.next(16):
+        probing.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
+    assert probing._probing
+    assert probing.next(0) == 0
 
 
 def test_a_round_without_guesses_is_no_evidence_of_cost_for_a_draft_that_copies():
@@ -391,9 +457,12 @@ def opened(
 
 def test_a_draft_is_not_fed_a_prompt_that_the_rest_of_the_text_cannot_earn():
     assert not opened(Adaptive(Timings()), room=8, rounds=8)  # 2.4 rounds for the prompt, 8 to go
+    assert not opened(Adaptive(Timings()), room=12, rounds=12)  # nor is what they may just earn worth the risk
+    assert opened(Adaptive(Timings()), room=18, rounds=12)[0] == 1
     assert opened(Adaptive(Timings()), room=64)[0] == 1
     assert opened(Adaptive(Timings()), room=8, rounds=8, prompt=1.0)[0] == 1  # a short prompt
-    assert not opened(Adaptive(Timings()), room=10**6, rounds=40, prompt=10_000.0)  # no text is taken to be endless
+    endless = {"room": 10**6, "rounds": 40, "prompt": 10_000.0, "columns": 10**6}
+    assert not opened(Adaptive(Timings()), **endless)  # no text is taken to be
     # prompts of one token and of a few, as decoders behind an encoder have them, say little of what a token costs
     assert opened(Adaptive(Timings()), room=64, prompt=1.0, columns=1)[0] == 1
     assert opened(Adaptive(Timings()), room=64, prompt=1.2, columns=4)[0] == 1
@@ -409,6 +478,7 @@ def test_a_draft_is_not_fed_where_passes_that_check_guesses_would_multiply_rathe
     assert opened(Adaptive(Timings()), prompt=20.0, **prompts)[0] == 1
     assert not opened(Adaptive(Timings()), prompt=80.0, rows=4, **prompts)
     assert opened(Adaptive(Timings()), prompt=4.0, rows=4, **prompts)[0] == 1  # all reading
+    assert opened(Adaptive(Timings()), prompt=20.0, rows=4, **prompts)[0] == 1  # a token is a twentieth of a pass
     # bfloat16 without instructions for it: every token costs nearly a pass
     assert not opened(Adaptive(Timings()), prompt=80.0, **prompts)
 
@@ -445,6 +515,14 @@ def test_a_pass_over_two_tokens_says_little_of_one_over_sixteen():
     assert rule.begins()
     rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.5)
     assert rule.next(200) < 4
+    assert not rule.begins(Opening(100.0, 0.3)), "another one has a prompt that earns nothing"
+    assert rule._wider() == np.inf
+    tells = Adaptive(Timings())
+    assert tells._wider() == np.inf, "nor does a prompt that was not timed say anything"
+    tells.fed(21.0, 1, 330)
+    assert tells._wider() < 1
+    tells.goes_on(np.array([0.9]))
+    assert tells._wider() == np.inf
     # a prompt that is as dear as that promises nothing of the kind
     assert copied(0.98, 40, prompt=330.0) < 1.1
 
@@ -460,6 +538,168 @@ def test_a_draft_that_was_told_not_to_guess_was_not_tried_in_any_row():
     rule = Adaptive(Timings())
     assert not opened(rule, room=8, rounds=8, rows=2)
     assert not rule._differing._tried.any()
+
+
+def refused():
+    """A controller that has just told a draft with a long prompt not to guess."""
+    rule = Adaptive(Timings())
+    rule.fed(100.0, 1, 10)
+    rule.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
+    assert rule.next(4) == 1
+    assert not rule.begins(Opening(1.0, 0.3))
+    return rule
+
+
+def test_that_a_draft_was_told_not_to_guess_holds_for_its_round_and_for_no_other_draft():
+    rule = refused()
+    expected = rule._acceptance.survival()[0]
+    rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.2)
+    assert rule._acceptance.survival()[0] > expected, "another one guessed"
+    rule = refused()
+    for looked_for in (False, True):
+        rule.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
+        assert (rule._acceptance.survival()[0] < expected) == looked_for, "in the second round nothing was found"
+        assert rule.next(4) == 1
+
+
+def test_guesses_that_were_only_foreseen_say_nothing_of_drafts():
+    rule = Adaptive(Timings())
+    for width, seconds in ((0, 1.0), (2, 3.0), (2, 3.0)):
+        rule.next(16)
+        rule._asked = width
+        rule.observe(outcome(width, np.array([width])), seconds)
+        others = rule._others
+    rule.next(0)
+    rule.observe(outcome(2, np.array([2])), 1.1)
+    assert rule._timings.table(2)[2] == 3.0
+    fresh = Adaptive(Timings())
+    assert fresh.next(16) == 0
+    fresh.observe(outcome(2, np.array([2])), 1.1)
+    assert (others, fresh._others) == (True, False)
+
+
+def test_foreseen_guesses_are_judged_up_to_the_first_wrong_one():
+    """Three of six are kept: the fourth is wrong, and of the others nobody knows."""
+    rule = Adaptive(Timings())
+    for width in (0, 6) * 30:
+        rule.next(0)
+        rule.observe(outcome(width, np.array([width // 2])), 1 + 0.6 * width)
+    assert rule.free(np.array([1])) == 1
+    assert rule.free(np.array([0])) == rule.free(np.array([], dtype=np.int64)) == 0
+    assert Adaptive(Assumed(0.0)).free(np.array([40])) == rule.most
+
+
+def test_a_row_that_has_ended_has_no_guess_to_judge():
+    rule = Adaptive(Timings())
+    for width in (0, 1):
+        rule.next(16)
+        if width:
+            rule.goes_on(np.array([0.9, 0.0]))
+        live = replace(outcome(width, np.array([width, 0])), counts=np.array([1 + width, 0]))
+        rule.observe(live, 1 + 0.2 * width)
+    assert rule._learnt.told[1].of_chance(np.array([0.9]))[0] > 0.9
+
+
+def test_a_probe_is_the_models_where_another_draft_guesses_as_well():
+    rule, begun = Adaptive(Assumed(0.9)), []
+    for _ in range(60):
+        asked = rule.next(16)
+        if asked:
+            begun.append(rule.begins())
+        rule.observe(outcome(asked, np.zeros(1, dtype=np.int64)), 1.0)  # guessed without a chance told
+    assert begun == [True] * 2
+
+
+# (rounds, guesses kept of four, plain rounds a guess, whether chances were told), one after the other
+OF_BOTH = {
+    "bad": [(20, 0, 0.8, True), (40, 4, 0.01, False)],
+    "good": [(20, 4, 0.2, True), (40, 0, 0.8, False)],
+    "unknown": [(60, 0, 0.01, False)],
+}
+
+
+@pytest.mark.parametrize("model", OF_BOTH)
+def test_what_copies_gained_is_no_promise_of_a_model_with_a_prompt_to_feed(model):
+    """Nor is what they lost held against it, or the seconds of its prompt against its first guess."""
+    rule = Adaptive(Timings())
+    for rounds, kept, cost, tells in [(1, 0, 0.0, False), *OF_BOTH[model], (60, 0, 0.0, False)]:
+        for _ in range(rounds):
+            rule.next(64)
+            rule._asked = width = 4 if cost else 0
+            if tells:
+                rule.goes_on(np.array([0.5]))
+            rule.observe(outcome(width, np.array([kept])), 1 + cost * width)
+    rule.fed(8.0, 1, 1000)
+    assert rule.next(64) > 0
+    # the good one reads as much as the target, but is known to take a fifth of its time
+    assert rule.begins(Opening(0.3, 0.25 if model == "unknown" else 1.0)) == (model != "bad")
+    if model == "good":
+        assert rule._probing
+        rule.goes_on(np.array([0.5]))
+        rule.observe(outcome(1, np.ones(1, dtype=np.int64)), 1.2 + 0.3 * 8.0)
+        assert rule._missed < 0.01
+
+
+def test_a_sure_guess_of_a_row_that_is_ahead_does_not_pay_for_the_others():
+    """Both end with the slower one, whose guesses are lost."""
+    rule, made = Adaptive(Timings()), []
+    for _ in range(60):
+        made.append(0)
+        if rule.next(16):
+            made[-1] = 1
+            while rule.goes_on(np.array([0.97, 0.01])):
+                made[-1] += 1
+        rule.observe(outcome(made[-1], np.array([made[-1], 0])), 1 + 0.05 * made[-1])
+    assert np.mean(made[30:]) < 1.5
+    assert any(made[30:])
+
+
+@pytest.mark.parametrize("tells", [False, True])
+def test_a_draft_that_tells_its_chances_is_asked_for_as_many_as_there_may_be(tells):
+    """It is stopped in time."""
+    rule = Adaptive(Timings())
+    Rig(0.2, tells=tells).run(rule, 0.7, 100)
+    assert (rule.next(16) == 16) == tells
+    assert 0 < rule.next(2) <= 2
+
+
+def test_a_draft_that_seldom_finds_a_copy_is_asked_as_long_as_it_costs_little_more_to_look():
+    """A guess that is not made takes no time."""
+    rule, asked = Adaptive(Timings()), []
+    for number in range(200):
+        asked.append(rule.next(16))
+        drafted = asked[-1] if number % 8 == 0 else 0
+        rule.observe(outcome(drafted, np.array([drafted])), 1 + 0.15 * drafted)
+    assert np.mean(np.array(asked[100:]) > 0) > 0.8
+
+
+def test_a_probe_may_cost_its_share_of_the_rounds_before_it_and_must_be_fed_what_every_row_has_got_since():
+    """Four rows, a plain round for every token of their prompts, and a draft of a thousandth of the work."""
+    rule = Adaptive(Timings())
+    rule.fed(3.0 + 4 * 25, 4, 26)
+    for number in range(200):
+        rule.next(1000)
+        # a guess is too dear to promise a gain: 0.001 × (103 + 4 n) of (LAG + 1 + n) / 100
+        if number and rule.begins(Opening(0.001, 5.0)):
+            break
+        rule.observe(outcome(0, np.zeros(4, dtype=np.int64)), 1.0)
+    assert number == 9
+
+
+def test_a_rule_within_another_knows_nothing_of_its_clock():
+    rule = Adaptive(Timings())
+    Rig(0.05).run(rule, 0.9, 60)
+    assert rule.next(16) > 0
+    assert rule.within().next(16) == 0
+    assert Adaptive(Assumed(0.05)).within().next(16) > 0
+
+
+def test_a_plain_round_is_timed_again_the_sooner_the_less_it_is_known():
+    rule, rig = Adaptive(Timings()), Rig(0.02)
+    for _ in range(260):
+        rig.round(rule, 1.0)
+    plain = [number for number, (guesses, _) in enumerate(rig.rounds) if not guesses]
+    assert np.diff(plain).tolist() == [41, 78, 117]
 
 
 def test_a_draft_known_to_be_useless_is_not_fed_again_for_a_probe():
@@ -567,6 +807,132 @@ def test_rows_that_are_alike_are_one_row_many_times():
     alone, weights = Rows().pace(survival)
     assert alone == pytest.approx(tokens_per_round(survival))
     assert weights == pytest.approx(np.ones((5, 1)))
+
+
+# --- what is counted --------------------------------------------------------------------------------
+
+
+def counted(rounds, *, asked, lengths, kept, chances=(), of=None, most=4):
+    """Evidence of so many equal rounds, behind that of others."""
+    acceptance = Acceptance(most) if of is None else of
+    for _ in range(rounds):
+        acceptance.add(asked, np.array(lengths), np.array(kept), [np.array(one) for one in chances])
+    return acceptance
+
+
+def test_a_round_of_many_rows_counts_as_one_of_a_few():
+    few, many = (
+        counted(1, asked=2, lengths=[2, 2] * n, kept=[2, 0] * n, chances=[[0.9, 0.9] * n]) for n in (2, 16)
+    )
+    assert many.survival() == pytest.approx(few.survival())
+    assert many.overall == pytest.approx(few.overall)
+    assert many.of_chance(np.array([0.9])) == pytest.approx(few.of_chance(np.array([0.9])))
+    # four guesses that were to be kept with 0.9, of which two were, beside what the draft itself says
+    assert few.of_chance(np.array([0.9])) == pytest.approx((2 + BIN_WEIGHT * 0.9) / (4 + BIN_WEIGHT))
+
+
+def test_a_round_in_which_no_row_was_live_says_nothing():
+    acceptance, rows, survival = counted(3, asked=2, lengths=[2], kept=[1]), Rows(), 0.8 ** np.arange(1, 3)
+    before = acceptance.survival()
+    counted(1, asked=2, lengths=[], kept=[], of=acceptance)
+    assert acceptance.survival().tolist() == before.tolist()
+    rows.see(2, np.array([True, True]), np.array([2, 0]))
+    rows.see(2, np.array([False, False]), np.array([0, 0]))
+    tokens, weights = rows.pace(survival)
+    assert (tokens.tolist(), weights.tolist()) == (tokens_per_round(survival).tolist(), [[1]] * 3)
+
+
+def test_only_what_was_submitted_behind_kept_guesses_is_judged():
+    short = counted(20, asked=3, lengths=[1], kept=[1])  # nothing was there to follow, which is no fault of a guess
+    assert short.overall > 0.95
+    assert short.survival()[1] < 0.2
+    mixed = counted(20, asked=3, lengths=[3, 3], kept=[3, 0])
+    assert mixed.overall == pytest.approx(0.75, abs=0.01)
+
+
+def test_chances_of_guesses_that_were_not_submitted_are_not_looked_at():
+    acceptance = counted(20, asked=2, lengths=[1], kept=[1], chances=[[0.9], [0.9]])
+    assert acceptance.of_chance(np.array([0.9]))[0] > 0.95
+    behind = counted(20, asked=2, lengths=[2], kept=[0], chances=[[0.2], [0.9]])
+    assert behind.of_chance(np.array([0.9]))[0] == 0.9, "nor at those behind a wrong one"
+
+
+def test_a_draft_may_be_certain():
+    wrong = counted(20, asked=1, lengths=[1], kept=[0], chances=[[1.0]])
+    assert wrong.of_chance(np.array([1.0]))[0] < 0.3
+
+
+def test_what_was_submitted_lately_says_how_wide_a_round_becomes():
+    acceptance = counted(20, asked=2, lengths=[2, 0], kept=[0, 0])
+    assert acceptance.widths()[:2].min() > 0.9, "a round is as wide as its widest row"
+    assert counted(60, asked=2, lengths=[0, 0], kept=[0, 0], of=acceptance).widths()[:2].max() < 0.1
+
+
+def test_what_is_believed_fades():
+    acceptance = counted(40, asked=1, lengths=[1], kept=[1], chances=[[0.6]])
+    counted(40, asked=1, lengths=[1], kept=[0], chances=[[0.6]], of=acceptance)
+    assert acceptance.survival()[0] < 0.2
+    assert acceptance.overall < 0.2
+    assert acceptance.of_chance(np.array([0.6]))[0] < 0.2
+
+
+def test_doubt_leaves_the_worth_of_two_rounds_and_adds_nothing_to_one():
+    acceptance = counted(40, asked=1, lengths=[1], kept=[0], chances=[[0.9]])
+    acceptance.doubt()
+    assert acceptance.overall == pytest.approx(PRIOR_WEIGHT * PRIOR / (DOUBT + PRIOR_WEIGHT))
+    assert acceptance.survival()[0] == pytest.approx(PRIOR * (PRIOR_WEIGHT / (DOUBT + PRIOR_WEIGHT)) ** 2)
+    assert acceptance.of_chance(np.array([0.9])) == pytest.approx(BIN_WEIGHT * 0.9 / (DOUBT + BIN_WEIGHT))
+    little = counted(1, asked=1, lengths=[1], kept=[0])
+    before = little.overall
+    little.doubt()
+    assert little.overall == before
+
+
+def test_a_text_begins_with_what_others_had_tried_and_submitted_and_with_some_trust_in_chances():
+    acceptance = Acceptance(4)
+    for _ in range(TEXTS):
+        counted(40, asked=2, lengths=[1], kept=[1], chances=[[0.3]], of=acceptance)
+        acceptance = acceptance.another_text()
+    # of two guesses that were asked for one came, and was kept
+    assert acceptance.survival()[0] == pytest.approx((1.5 + TEXT_PRIOR * PRIOR) / (TEXT_WEIGHT + TEXT_PRIOR))
+    assert acceptance.overall == pytest.approx((3 + TEXT_PRIOR * PRIOR) / (TEXT_WEIGHT + TEXT_PRIOR))
+    trust = (DOUBT + BIN_WEIGHT * 0.3) / (DOUBT + BIN_WEIGHT)
+    assert acceptance.of_chance(np.array([0.3])) == pytest.approx(trust, rel=0.01)
+
+
+def test_the_last_texts_count_and_no_longer_the_first():
+    for kept, wanted in (([1] * 2 + [0] * TEXTS, False), ([0] * TEXTS + [1] * 2, True)):
+        acceptance = Acceptance(4)
+        for one in kept:
+            acceptance = counted(20, asked=1, lengths=[1], kept=[one], of=acceptance).another_text()
+        assert (acceptance.survival()[0] > 0.8) == wanted
+        assert (acceptance.survival()[0] < 0.3) != wanted
+
+
+def test_a_text_in_which_nothing_was_tried_lets_others_fade_and_does_not_push_them_out():
+    acceptance, said = counted(20, asked=1, lengths=[1], kept=[1]), []
+    for _ in range(TEXTS + 1):
+        acceptance = acceptance.another_text()
+        said.append(float(acceptance.survival()[0]))
+    assert said == sorted(set(said), reverse=True)
+    assert said[-1] > PRIOR + 0.05
+
+
+def test_rows_are_told_apart_by_what_each_of_them_kept_while_it_was_live():
+    rows, survival = Rows(), 0.9 ** np.arange(1, 5)
+    rows.see(4, np.array([True, True, True]), np.array([4, 1, 0]))
+    rows.see(0, np.array([True, True, True]), np.array([2, 0, 2]))  # foreseen, and so nothing that was asked for
+    rows.see(4, np.array([True, True, False]), np.array([4, 0, 0]))
+    tried, kept = FADE * np.array([4, 2, 1]) + [4, 1, 0], FADE * np.array([4, 1, 0]) + [4, 0, 0]
+    usual = kept.sum() / tried.sum()
+    chances = np.minimum(0.9 * (kept + usual) / (tried + 1) / usual, 1)
+    assert chances[0] == 1, "nobody keeps more than all"
+    each = np.stack([tokens_per_round(chance ** np.arange(1, 5)) for chance in chances[:2]], axis=1)
+    tokens, weights = rows.pace(survival)
+    assert tokens == pytest.approx(together(each))
+    for row in range(2):  # of two rows, by so much more of one
+        more = each + 1e-6 * np.eye(2)[row]
+        assert weights[:, row] == pytest.approx(2e6 * (together(more) - together(each)), rel=1e-3)
 
 
 # --- what was timed badly, and what another text says -------------------------------------------------

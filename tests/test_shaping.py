@@ -169,6 +169,15 @@ def test_late_tokens_catch_up_where_there_is_room():
     assert [content.ids for content in contents] == [(1,), (), (), (2, 3, 4, 5, 6, 7, 8)]
 
 
+@pytest.mark.parametrize("spare", [0, 3])
+def test_what_does_not_fit_whole_waits_and_chunks_keep_their_size(spare):
+    release = ShapedRelease(8, 1.0, HEADER + 4 * 2 + spare)
+    record = Tokens(0, (1, 2, 3, 4, 5), (False,) * 5, None, True)
+    (seen,), (contents,) = traces([(0.0, record)], 1, release)
+    assert [content.ids for content in contents] == [(1, 2), (3, 4), (5,)]
+    assert {size for _, size in seen} == {release.pad_to}
+
+
 @pytest.mark.parametrize(("first_after", "first"), [(None, 4.3), (0, 1.0), (1.5, 2.5)])
 def test_when_the_clock_starts(first_after, first):
     """When the prompt has been read, or so long after the request, however long the start takes."""
@@ -183,6 +192,17 @@ def test_when_the_clock_starts(first_after, first):
     chunks = on_a_clock(Slow(clock, [(3.3, Tokens(0, (1,), (False,), None, True))]), 1, None, release)
     next(chunks)
     assert clock() == pytest.approx(100 + first)
+
+
+def test_a_reader_who_was_away_gets_at_once_what_was_due_meanwhile():
+    clock = Clock()
+    release = ShapedRelease(1, 1.0, 16, clock=clock, sleep=clock.sleep)
+    record = Tokens(0, (1, 2, 3), (False,) * 3, None, True)
+    chunks = on_a_clock(Script(clock, [(0.0, record)]), 1, None, release)
+    next(chunks)
+    clock.now += 10
+    assert [unpad(chunk.payload).ids for chunk in chunks] == [(2,), (3,)]
+    assert clock() == 100 + 1 + 10
 
 
 def test_what_was_guessed_is_not_told():
@@ -311,6 +331,13 @@ def test_half_a_character_at_the_end_comes_out(tokenizer):  # noqa: F811
     record = Tokens(0, (65, 195), (False, False), None, True)
     _, (contents,) = traces([(0.0, record)], 1, release, tokenizer)
     assert "".join(content.text for content in contents) == "A\ufffd"
+
+
+def test_half_a_character_waits_for_the_other_half_that_is_late(tokenizer):  # noqa: F811
+    release = ShapedRelease(1, 1.0, 32)
+    half, rest = Tokens(0, (195,), (False,), None, False), Tokens(0, (164,), (False,), None, True)
+    _, (contents,) = traces([(0.0, half), (2.5, rest)], 1, release, tokenizer)
+    assert [content.text for content in contents] == ["", "", "ä"]
 
 
 def test_a_character_is_not_divided_where_its_end_came_long_ago(tokenizer):  # noqa: F811
@@ -446,18 +473,50 @@ def test_cancelled_calls_leave_nothing(how):
     assert gen.generate(**prompts(3), **GREEDY).tolist() == plain(llama(), prompts(3)).tolist()
 
 
-def test_what_came_is_taken_before_what_ended_it_is_raised():
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+def test_what_came_is_taken_before_what_ended_it_is_raised(error):
     def items():
         yield from (1, 2)
-        raise Broken
+        raise error
 
     ahead = Ahead(items())
     ahead.start()
-    with pytest.raises(Broken):
+    with pytest.raises(error):
         ahead.result()
     assert ahead.taken() == [1, 2]
-    with pytest.raises(Broken):
+    with pytest.raises(error):
         ahead.taken()
+
+
+def test_the_first_item_is_waited_for_or_the_end_and_a_program_waits_for_neither():
+    asked, go_on = threading.Event(), threading.Event()
+
+    class Watched(threading.Event):
+        def wait(self, timeout=None):
+            asked.set()
+            return super().wait(60)
+
+    def items():
+        asked.wait(60)
+        yield 1
+        go_on.wait(60)
+
+    ahead = Ahead(items())
+    ahead._news = Watched()
+    ahead.start()
+    try:
+        ahead.wait()
+        assert ahead.taken() == [1]
+        assert not ahead._over
+        assert all(thread.daemon for thread in runners())
+    finally:
+        asked.set()
+        go_on.set()
+        ahead.close()
+    empty = Ahead(item for item in ())
+    empty.start()
+    empty.result()
+    assert empty._news.is_set()
 
 
 def test_what_comes_while_it_is_asked_for_is_not_lost():
@@ -657,7 +716,7 @@ def test_another_thread_casts_to_what_this_one_casts_to():
         ({"interval": None}, "interval=None"),
         ({"interval": True}, "interval=True"),
         ({"pad_to": 6}, "pad_to=6"),
-        ({"pad_to": 70000}, "pad_to=70000"),
+        ({"pad_to": HEADER + 0x10000}, "pad_to=65539"),
         ({"bucket": 0}, "bucket=0"),
         ({"first_after": -1.0}, "first_after"),
     ],

@@ -7,12 +7,14 @@ here. Tokens that a grammar leaves no choice about are guessed without a draft.
 import copy
 import json
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, LogitsProcessor, PrefixConstrainedLogitsProcessor
 
 from specdec import DraftModel, EarlyExit, InvalidInput, InvalidScores, Proposal, SpeculativeGenerator, prune_head
@@ -127,6 +129,7 @@ def test_what_a_library_refuses_is_refused_in_our_words(library):
     tokenizer = json_tokenizer()
     for make in (
         lambda: json_schema({"type": "nope"}, tokenizer, backend=library),
+        lambda: json_schema({"type": "number", "maximum": float("inf")}, tokenizer, backend=library),
         lambda: regex("(", tokenizer, backend=library),
         lambda: ebnf("root ::= (", tokenizer, backend=library),
         lambda: lark("start: (", tokenizer, backend=library),
@@ -221,6 +224,12 @@ def test_white_space_is_that_of_json_dumps_unless_any_is_allowed(library, whites
     assert found[3] == [True, whitespace]
     if not whitespace:
         assert [number for number, spaces in enumerate(found) if any(spaces)] == [3]
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    place = json_schema(schema, tokenizer, whitespace=whitespace, backend=library).grammars[0].start()
+    for token in tokenizer('{"a":', add_special_tokens=False)["input_ids"]:
+        place = place.after(token)
+    space, one = (tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in " 1")
+    assert (allows(place.mask(), space), allows(place.mask(), one)) == (True, whitespace)
 
 
 # --- tokens that are guessed without a draft ------------------------------------------------------
@@ -881,8 +890,9 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
 
 
 def test_a_tokenizer_without_an_end():
-    with pytest.raises(InvalidInput, match="eos_token_id"):
-        regex("a", SimpleNamespace(eos_token_id=None))
+    for given, ends in ((SimpleNamespace(eos_token_id=None), None), (json_tokenizer(), [])):
+        with pytest.raises(InvalidInput, match="eos_token_id"):
+            regex("a", given, eos_token_id=ends)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -892,6 +902,38 @@ def test_an_end_may_be_the_first_id(library):
     tokenizer.eos_token = tokenizer.decode([0])
     assert tokenizer.eos_token_id == 0
     assert regex("a", tokenizer, backend=library).grammars[0].ends == (0,)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_is_foreseen_is_in_the_tokenizers_pieces_and_does_not_begin_as_a_text_does(library):
+    tokenizer = copy.deepcopy(byte_tokenizer("name"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.eos_token} $A", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
+    )
+    first, *pieces = tokenizer("name!")["input_ids"]
+    assert (first, len(pieces)) == (tokenizer.eos_token_id, 2)
+    only = regex("name!+", tokenizer, backend=library)
+    start = only.grammars[0].start()
+    assert start.forward()[:1] == only.forward(start, 9)[:1] == pieces[:1]
+    if library == "xgrammar":
+        assert single(start.mask()) is None, "n, na and the like may stand there as well"
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_vocabulary_is_read_once_for_a_tokenizer_and_its_ends(library):
+    module, tokenizer = import_module(f"specdec.structured.{library}"), byte_tokenizer()
+    read = module._compiler if library == "xgrammar" else module._tokenizer
+    assert read(tokenizer, (1,)) is read(tokenizer, (1,)) is not read(tokenizer, (7,))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_mask_is_as_wide_as_the_vocabulary(library):
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    for number in range(-len(tokenizer) % 32):
+        tokenizer.add_tokens([f"q{number}q"])
+    for words in (len(tokenizer) // 32, len(tokenizer) // 32 + 1):
+        assert regex("a", tokenizer, backend=library).grammars[0].start().mask().shape == (words,)
+        tokenizer.add_tokens(["zzzz"])
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from specdec import EarlyExit, LayerSkip, SpeculativeGenerator
-from specdec.attaching import having, healing_with, own_settings
+from specdec.attaching import attached, having, healing_with, own_settings
 from specdec.testing import byte_tokenizer, noisy_copy, ragged_prompt, tiny_llama
 
 from .contract import assert_untouched, fingerprint
@@ -142,7 +142,8 @@ def test_tokens_are_healed_with_the_tokenizer_of_the_thread(target):
     with healing_with(target, "ours"), ThreadPoolExecutor(1) as pool:
         target.heal_tokens(1)
         pool.submit(target.heal_tokens, 1, "theirs").result(WAIT)
-    assert used == ["ours", "theirs"]
+        pool.submit(target.heal_tokens, 1).result(WAIT)
+    assert used == ["ours", "theirs", None]
 
 
 def test_attached_blocks_that_overlap(target):
@@ -159,6 +160,26 @@ def test_attached_blocks_that_overlap(target):
     stacks[1].close()
     assert "generate" not in vars(target)
     assert_untouched(target, before)
+
+
+def test_what_is_lent_to_a_compiled_model_is_lent_to_the_model_inside(target):
+    given = torch.compile(target, backend="eager")
+    own = target.generate = lambda: "own"
+    with attached(given, lambda: "lent"):
+        assert given.generate() == target.generate() == "lent"
+    assert target.generate is own
+
+
+def test_a_loan_that_ends_takes_no_other_with_it(target):
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(attached(target, lambda: "first"))
+    with having(target, GenerationConfig()):
+        pass
+    second.enter_context(attached(target, lambda: "second"))
+    first.close()
+    assert target.generate() == "second"
+    second.close()
+    assert "generate" not in vars(target)
 
 
 def test_a_draft_is_prepared_without_being_touched(target, monkeypatch):

@@ -159,21 +159,20 @@ class _Row:
         self._ids: list[int] = []  # all that came
         self._due = 0  # so many of them have been due
         self._waiting: deque[bytes] = deque()  # what was due and has not left: ids or characters, never divided
-        self._ended = self._flushed = False
+        self._ended = False
 
     def arrive(self, record: Tokens) -> None:
         """Take note of ``record``; which of its tokens were guessed stays here."""
         self._ids += record.ids
-        self._ended = self._ended or record.ended
+        self._ended = record.ended
 
     def chunk(self, tick: int) -> Chunk:
         """What leaves at ``tick`` (from 1): as much of what is due as fits."""
         while self._due < min(tick * self._release.tokens_per_chunk, len(self._ids)):
             self._waiting += self._written(self._ids[self._due])
             self._due += 1
-        if self._text is not None and self._ended and self._due == len(self._ids) and not self._flushed:
-            self._waiting += _characters(self._text.add([], True))
-            self._flushed = True
+        if self._text is not None and self._ended and self._due == len(self._ids):
+            self._waiting += _characters(self._text.add([], True))  # of which there is nothing left the next time
         room = self._release.pad_to - HEADER.size
         body = b""
         while self._waiting and len(body) + len(self._waiting[0]) <= room:

@@ -176,7 +176,7 @@ class Adaptive:
         if hopeless or self._missed > CATCHING_UP:
             return self._since >= 8 * LONGEST_WAIT
         affordable = ceil((float(self._table[1] / self._table[0]) - 1) / PROBES)
-        return self._since >= min(affordable, FIRST_WAIT << min(self._failed, 8), LONGEST_WAIT)
+        return self._since >= min(affordable, FIRST_WAIT << self._failed, LONGEST_WAIT)
 
     def free(self, runs: np.ndarray) -> int:
         """See ``DraftLength.free``: the width that brings most tokens a second."""

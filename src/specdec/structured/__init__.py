@@ -99,6 +99,7 @@ def _compiled(
 
 def _ends(tokenizer: Any, eos_token_id: Ends) -> tuple[int, ...]:
     found = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-    if found is None:
-        raise InvalidInput("the tokenizer names no end-of-sequence token; pass eos_token_id=...")
-    return (found,) if isinstance(found, int) else tuple(int(one) for one in found)
+    ends = (found,) if isinstance(found, int) else tuple(int(one) for one in found or ())
+    if not ends:
+        raise InvalidInput("no end-of-sequence token is named; pass eos_token_id=...")
+    return ends
