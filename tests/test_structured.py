@@ -5,7 +5,9 @@ here. Tokens that a grammar leaves no choice about are guessed without a draft.
 """
 
 import copy
+import gc
 import json
+import weakref
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -684,6 +686,43 @@ def test_prefix_allowed_tokens_fn_is_asked_once_and_what_it_raised_is_raised():
         with pytest.raises(LookupError, match="never heard"):
             gen.generate(ids, max_new_tokens=9, do_sample=False, prefix_allowed_tokens_fn=allows)
         assert len(asked) == len(set(asked))
+
+
+def test_what_prefix_allowed_tokens_fn_raises_about_a_guess_keeps_no_cache_alive():
+    """An error remembers the frames that it came through; where it was raised is told all the same."""
+    target, draft = tiny_llama(), noisy_copy(tiny_llama(), 0.2)
+    inputs, caches, raised = ragged_prompt((9,)), [], []
+    text = target.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist()
+
+    def seen(model, args, kwargs):
+        caches.extend(
+            weakref.ref(kwargs[name]) for name in ("cache", "past_key_values") if kwargs.get(name) is not None
+        )
+
+    def allows(row, ids):
+        if ids.tolist() != text[: len(ids)]:
+            raised.append(ids)
+            raise KeyError("never heard of it")
+        return range(64)
+
+    target.register_forward_pre_hook(seen, with_kwargs=True)
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4)
+    options = {**inputs, "max_new_tokens": 12, "do_sample": False}
+    gen.generate(**options, prefix_allowed_tokens_fn=allows)
+    gc.collect()
+    caches.clear()
+    gc.disable()
+    try:
+        out = gen.generate(**options, prefix_allowed_tokens_fn=allows)
+        assert out[0].tolist() == text
+        assert caches
+        assert raised
+        assert not any(cache() is not None for cache in caches)
+    finally:
+        gc.enable()
+    with pytest.raises(KeyError) as error:
+        gen.generate(**options, prefix_allowed_tokens_fn=lambda row, ids: {}[len(ids)])
+    assert "in <lambda>" in error.value.__notes__[0]
 
 
 def test_a_prefix_behind_which_nothing_is_allowed_is_named():

@@ -3,6 +3,8 @@
 import copy
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -207,6 +209,9 @@ def test_packed_weights_refuse_to_be_written_and_read_as_plain():
             lambda: model[0].weight.copy_(weight),
             lambda: setattr(model[0].weight, "data", weight),
             lambda: model[0].weight.add_(1),
+            lambda: model[0].weight.__setitem__(0, 1.0),
+            lambda: torch.add(weight, 1, out=model[0].weight),
+            lambda: torch._foreach_add_([model[0].weight], 1.0),
         ):
             with torch.no_grad(), pytest.raises((UnsupportedModel, RuntimeError), match=r"packed|dimensions"):
                 write()
@@ -217,6 +222,34 @@ def test_packed_weights_refuse_to_be_written_and_read_as_plain():
             assert type(copied[0].weight) is torch.nn.Parameter
             assert same(plain(copied), before)
     assert same(plain(model), before)
+
+
+def test_copies_of_a_packed_model_are_tied_as_it_is():
+    model = tiny_llama(tie_word_embeddings=True)
+    before = plain(model)
+    with pack_weights(model):
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for one in copies:
+        assert one.lm_head.weight is one.model.embed_tokens.weight is not model.lm_head.weight
+        assert same(plain(one), before)
+
+
+def test_memory_that_a_packed_weight_has_not_is_not_reached_for():
+    """A process of its own: torch would end it."""
+    code = """
+import torch
+from specdec import UnsupportedModel, pack_weights
+model = torch.nn.Sequential(torch.nn.Linear(32, 16))
+weight = model[0].weight.detach().clone()
+with pack_weights(model):
+    assert torch.equal(torch.from_dlpack(model[0].weight), weight)
+    try:
+        model.share_memory()
+    except UnsupportedModel:
+        print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "refused", done.stderr
 
 
 def test_what_the_kernel_cannot_compute_goes_through_the_plain_matrix():

@@ -10,6 +10,7 @@ Knows no model, cache, rule or grammar. Read next: ``warpers.py``.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -212,13 +213,17 @@ class _Prefix:
         """What the function returned, and what it raised; it is asked once."""
         try:
             listed = self._ask(self.row, self.ids)
-            if len(listed) == 0:
-                raise InvalidInput(
-                    f"prefix_allowed_tokens_fn allows nothing behind the {len(self.ids)} tokens of row {self.row}; "
-                    "return at least one id there, such as that of the end of the text"
-                )
+            is_empty = len(listed) == 0
         except FAULTS as error:
+            # in words, because the frames that it came through would keep all of the call alive
+            error.add_note("".join(traceback.format_exception(error)))
+            error.__traceback__ = error.__context__ = error.__cause__ = None
             return (), error
+        if is_empty:
+            return (), InvalidInput(
+                f"prefix_allowed_tokens_fn allows nothing behind the {len(self.ids)} tokens of row {self.row}; "
+                "return at least one id there, such as that of the end of the text"
+            )
         return listed, None
 
     @property

@@ -9,12 +9,14 @@ the packed form in ``linear`` and is the plain matrix to everything else. CPU on
 
 from __future__ import annotations
 
+import copy
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import TensorWeakRef
 
 from specdec.errors import UnsupportedModel
@@ -218,16 +220,36 @@ class PackedWeight(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        for wanted, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, cls) and wanted.alias_info is not None and wanted.alias_info.is_write:
-                raise _written(value)
-        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        for place, wanted in enumerate(func._schema.arguments):
+            if wanted.alias_info is not None and wanted.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs.get(wanted.name)
+                for value in tree_leaves(given):  # one tensor, or several
+                    if isinstance(value, cls):
+                        raise _written(value)
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs))
         return func(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
-        return torch.nn.Parameter(self.dense().clone(), requires_grad=self.learns)
+    def __setitem__(self, *_: Any) -> None:
+        """Refused: it would write to the plain matrix of the moment."""
+        raise _written(self)
+
+    def share_memory_(self) -> Tensor:
+        """Refused: torch would move memory that is not there, and crash."""
+        raise _written(self)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """The plain matrix for another library; torch would hand out memory that is not there."""
+        return self.dense().__dlpack__(**options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        kept = self.origin()  # held by an embedding, whose copy is tied to this one
+        return self.restore() if kept is None else copy.deepcopy(kept, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        kept = self.origin()
+        if kept is not None:  # the very object, so that it is tied again when read
+            return operator.getitem, ([kept], 0)
         return torch.nn.Parameter, (self.dense(), self.learns)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
