@@ -21,6 +21,7 @@ from transformers import (
     DeepseekV4Config,
     DeepseekV4ForCausalLM,
     DynamicCache,
+    EncoderDecoderCache,
     MistralConfig,
     MistralForCausalLM,
     StaticCache,
@@ -42,7 +43,7 @@ from specdec.layouts import NEVER, check, facts, masks, slots, verdicts
 from specdec.layouts.choices import _may_change
 from specdec.layouts.facts import CACHE, one_token_reason, slots_reason
 from specdec.layouts.forget import drop, trim
-from specdec.layouts.handover import cached_columns, give_back, static_columns
+from specdec.layouts.handover import cached_columns, give_back, newest, static_columns
 from specdec.layouts.slot_cache import SlotLayer
 from specdec.layouts.snapshot import Snapshots
 from specdec.proposers.draft_model import DraftModel
@@ -248,6 +249,13 @@ def test_a_layer_is_given_back_as_plain_would_have_left_it(kind, columns):
         assert [one.tolist() for one in ours.update(later, later)] == [
             one.tolist() for one in theirs.update(later, later)
         ]
+
+
+@pytest.mark.parametrize(("columns", "kept"), [(3, [1, 2, 3]), (8, [4, 5, 6, 7, 8])])
+def test_what_a_window_in_place_has_of_a_text_is_no_empty_room(columns, kept):
+    keys, layer = torch.arange(1.0, 9.0).reshape(1, 1, 8, 1), OF_TRANSFORMERS["a window in place"]()
+    layer.update(keys[:, :, :columns], -keys[:, :, :columns])
+    assert [states.flatten().tolist() for states in newest(layer, columns)] == [kept, [-one for one in kept]]
 
 
 def test_a_static_layer_is_not_given_more_than_it_has_room_for():
@@ -493,10 +501,10 @@ def test_what_changes_a_pass_is_tried_anew(change, monkeypatch):
 
 def test_what_was_done_to_a_model_is_told_apart():
     """Not only that something was, and not by the object where the same is done for every call anew."""
-    model, prompt = tiny_llama(), torch.zeros(1, 3)
+    model, prompt = copy.deepcopy(tiny_llama()), torch.zeros(1, 3)
 
-    def key(*names):
-        plain = SimpleNamespace(model=model, described=lambda width: {}, cache=None)
+    def key(*names, prompt=prompt, cache=None):
+        plain = SimpleNamespace(model=model, described=lambda width: {}, cache=cache)
         return verdicts.kept_for(plain, prompt, names)
 
     def hooked(made):
@@ -509,6 +517,10 @@ def test_what_was_done_to_a_model_is_told_apart():
     first, again, other = (hooked(made) for made in (*(lambda *_: None for _ in range(2)), lambda *_: 7))
     assert first == again != other != key()
     assert key("slots", "plain") != key("plain")
+    assert key(prompt=torch.zeros(2, 3)) == key(prompt=torch.zeros(5, 3)) != key(), "several rows, however many"
+    assert key(prompt=SimpleNamespace(device=torch.device("cuda"), shape=prompt.shape)) != key()
+    dynamic, static = DynamicCache(), StaticCache(config=model.config, max_cache_len=8)
+    assert len({key(cache=EncoderDecoderCache(one, DynamicCache())) for one in (dynamic, static)}) == 2
     casts = []
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
@@ -518,6 +530,20 @@ def test_what_was_done_to_a_model_is_told_apart():
         before = key()
         setattr(model, name, getattr(model, name))
         assert key() != before
+    before = key()
+    model.lm_head.__class__ = type("Other", (torch.nn.Linear,), {})  # whose weights may be no plain ones
+    assert key() != before
+
+
+def test_hooks_may_come_while_they_are_looked_at():
+    """In a call of another thread."""
+    model = torch.nn.Linear(1, 1)
+    for _ in range(2):
+        model.register_forward_hook(lambda *_: None)
+    looked_at = verdicts.changes(model)
+    next(looked_at)
+    model.register_forward_hook(lambda *_: None)
+    assert len(list(looked_at)) == 1 + 3, "the other hook, kinds, their methods and weights"
 
 
 def test_a_key_is_of_one_object_and_does_not_keep_it(monkeypatch):

@@ -47,7 +47,6 @@ def end_recording(cache: Any) -> None:
 def newest(layer: Any, columns: int) -> tuple[Tensor, Tensor]:
     """Keys and values (B, heads, n, size) that ``layer`` still has of the first ``columns``."""
     if isinstance(layer, StaticLayer):
-        columns = min(columns, layer.max_cache_len)
         return layer.keys[:, :, :columns], layer.values[:, :, :columns]
     return layer.keys, layer.values
 
@@ -77,7 +76,7 @@ def give_back(layer: Any, keys: Tensor, values: Tensor, columns: int) -> None:
 
 def write_into(given: Any, cache: Any) -> Any:
     """The caller's own object with the content of ``cache``, which may be a copy of it."""
-    if cache is given or not is_callers(given):
+    if not is_callers(given):
         return cache
     vars(given).update(vars(cache))
     return given
