@@ -43,7 +43,7 @@ from specdec.layouts import NEVER, check, facts, masks, slots, verdicts
 from specdec.layouts.choices import _may_change
 from specdec.layouts.facts import CACHE, one_token_reason, slots_reason
 from specdec.layouts.forget import drop, trim
-from specdec.layouts.handover import cached_columns, give_back, newest, static_columns
+from specdec.layouts.handover import cached_columns, give_back, newest, static_columns, write_into
 from specdec.layouts.slot_cache import SlotLayer
 from specdec.layouts.snapshot import Snapshots
 from specdec.proposers.draft_model import DraftModel
@@ -263,6 +263,18 @@ def test_a_static_layer_is_not_given_more_than_it_has_room_for():
     layer.update(keys[:, :, :2], keys[:, :, :2])
     with pytest.raises(InvalidInput, match="12 columns and the text came to fill 13"):
         give_back(layer, keys, keys, 13)
+
+
+def test_a_cache_of_the_callers_is_written_into_where_a_copy_of_it_was_gone_on_with():
+    given = DynamicCache()
+    gone_on = copy.deepcopy(given)
+    gone_on.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+    assert write_into(given, gone_on) is write_into(None, gone_on) is gone_on, "nobody looks at what was given"
+    assert not given.layers
+    given._is_user_defined = gone_on._is_user_defined = True
+    assert write_into(given, gone_on) is given
+    assert write_into(given, given) is given
+    assert given.layers == gone_on.layers
 
 
 def test_what_transformers_layers_hold_may_change_where_they_quantise():
