@@ -9,12 +9,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import EosTokenCriteria, SuppressTokensLogitsProcessor, WatermarkLogitsProcessor
+from transformers import DynamicCache, EosTokenCriteria, SuppressTokensLogitsProcessor, WatermarkLogitsProcessor
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
-from specdec.abroad import taken_abroad
+from specdec.abroad import brought_home, home_of, taken_abroad
+from specdec.layouts.facts import CACHE
 from specdec.processing import is_function
 from specdec.testing import tiny_llama
 
@@ -82,6 +86,38 @@ def test_a_processor_with_a_generator_of_random_numbers_stays_at_home():
     assert type(moved) is type(plain), "generate() must recognise it"
     assert type(stays) is type(called)
     assert type(options["stopping_criteria"][0]) is EosTokenCriteria
+
+
+@pytest.mark.parametrize("name", [None, "input_ids", "inputs_embeds", "input_features"])
+def test_a_call_is_at_home_where_its_inputs_are_whatever_they_are_called(name):
+    target = SimpleNamespace(device=torch.device("cpu"), main_input_name="input_features")
+    for device, home in (("cpu", None), ("meta", torch.device("meta"))):
+        given = torch.zeros(1, 3, device=device)
+        inputs, options = (given, {}) if name is None else (None, {name: given})
+        assert home_of(target, inputs, {"attention_mask": torch.zeros(1, 3), **options}) == home
+    assert home_of(target, None, {}) is None
+
+
+def test_all_tensors_of_a_call_are_taken_along():
+    class Traveller(torch.Tensor):
+        def to(self, device):
+            taken.append((self.label, device))
+            return self
+
+    def named(name):
+        made = torch.zeros(1, 3).as_subclass(Traveller)
+        made.label = name
+        return made
+
+    taken, target, cache = [], SimpleNamespace(device=torch.device("cpu")), DynamicCache()
+    options = {"inputs_embeds": named("embeds"), "encoder_outputs": BaseModelOutput(named("states")), CACHE: cache}
+    _, moved = taken_abroad(target, torch.device("meta"), named("ids"), options)
+    assert sorted(taken) == [(name, target.device) for name in ("embeds", "ids", "states")]
+    assert moved[CACHE] is cache
+    taken.clear()
+    out = ModelOutput(sequences=named("ids"), scores=(named("scores"),), logits=(named("logits"),), attentions=None)
+    brought_home(out, torch.device("meta"))
+    assert sorted(taken) == [(name, torch.device("meta")) for name in ("ids", "logits", "scores")]
 
 
 def as_it_should_be(name, result):
