@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from specdec.abroad import brought_home, home_of, taken_abroad
 from specdec.layouts.facts import CACHE
 from specdec.processing import is_function
+from specdec.structured import Constraint
 from specdec.testing import tiny_llama
 
 from .cases_elsewhere import CASES, synthid
@@ -98,26 +99,52 @@ def test_a_call_is_at_home_where_its_inputs_are_whatever_they_are_called(name):
     assert home_of(target, None, {}) is None
 
 
-def test_all_tensors_of_a_call_are_taken_along():
-    class Traveller(torch.Tensor):
-        def to(self, device):
-            taken.append((self.label, device))
-            return self
+class Traveller(torch.Tensor):
+    """Says where it was sent, and arrives as another."""
 
-    def named(name):
+    def to(self, device):
+        self.taken.append((self.label, device))
+        return torch.zeros(1)
+
+
+def travellers():
+    """(where tensors were sent, maker of a tensor with a name)."""
+    taken = []
+
+    def named(label):
         made = torch.zeros(1, 3).as_subclass(Traveller)
-        made.label = name
+        made.label, made.taken = label, taken
         return made
 
-    taken, target, cache = [], SimpleNamespace(device=torch.device("cpu")), DynamicCache()
-    options = {"inputs_embeds": named("embeds"), "encoder_outputs": BaseModelOutput(named("states")), CACHE: cache}
-    _, moved = taken_abroad(target, torch.device("meta"), named("ids"), options)
-    assert sorted(taken) == [(name, target.device) for name in ("embeds", "ids", "states")]
+    return taken, named
+
+
+HERE, THERE = torch.device("cpu"), torch.device("meta")
+
+
+def test_all_tensors_of_a_call_are_taken_along_and_nothing_of_the_callers_is_changed():
+    taken, named = travellers()
+    suppresses, grammars, cache = SuppressTokensLogitsProcessor([4]), Constraint(None), DynamicCache()
+    suppresses.suppress_tokens = named("tokens")
+    options = {
+        "inputs_embeds": named("embeds"), "encoder_outputs": BaseModelOutput(named("states")), CACHE: cache,
+        "logits_processor": [suppresses, grammars],
+    }  # fmt: skip
+    before = dict(options)
+    _, moved = taken_abroad(SimpleNamespace(device=HERE), THERE, named("ids"), options)
+    assert sorted(taken) == [(name, HERE) for name in ("embeds", "ids", "states", "tokens")]
     assert moved[CACHE] is cache
-    taken.clear()
-    out = ModelOutput(sequences=named("ids"), scores=(named("scores"),), logits=(named("logits"),), attentions=None)
-    brought_home(out, torch.device("meta"))
-    assert sorted(taken) == [(name, torch.device("meta")) for name in ("ids", "logits", "scores")]
+    assert moved["logits_processor"][1] is grammars, "whose state is no tensor"
+    assert options == before
+    assert type(suppresses.suppress_tokens) is Traveller
+
+
+def test_ids_and_scores_are_brought_home_and_nothing_is_added():
+    taken, named = travellers()
+    out = ModelOutput(sequences=named("ids"), scores=(named("scores"),), logits=(named("logits"),))
+    brought_home(out, THERE)
+    assert sorted(taken) == [(name, THERE) for name in ("ids", "logits", "scores")]
+    assert list(brought_home(ModelOutput(sequences=named("ids")), THERE)) == ["sequences"]
 
 
 def as_it_should_be(name, result):
