@@ -139,6 +139,15 @@ def test_all_tensors_of_a_call_are_taken_along_and_nothing_of_the_callers_is_cha
     assert type(suppresses.suppress_tokens) is Traveller
 
 
+def test_a_condition_of_the_callers_is_asked_at_home():
+    taken, named = travellers()
+    given = {"stopping_criteria": [lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]}
+    _, options = taken_abroad(SimpleNamespace(device=HERE), THERE, None, given)
+    (called,) = options["stopping_criteria"]
+    assert called(named("ids"), (named("scores"),)).device == HERE
+    assert taken == [("ids", THERE), ("scores", THERE)]
+
+
 def test_ids_and_scores_are_brought_home_and_nothing_is_added():
     taken, named = travellers()
     out = ModelOutput(sequences=named("ids"), scores=(named("scores"),), logits=(named("logits"),))
