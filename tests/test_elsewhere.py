@@ -9,13 +9,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import EosTokenCriteria, SuppressTokensLogitsProcessor, WatermarkLogitsProcessor
+from transformers import DynamicCache, EosTokenCriteria, SuppressTokensLogitsProcessor, WatermarkLogitsProcessor
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
-from specdec.abroad import taken_abroad
+from specdec.abroad import brought_home, home_of, taken_abroad
+from specdec.layouts.facts import CACHE
 from specdec.processing import is_function
+from specdec.structured import Constraint
 from specdec.testing import tiny_llama
 
 from .cases_elsewhere import CASES, synthid
@@ -82,6 +87,73 @@ def test_a_processor_with_a_generator_of_random_numbers_stays_at_home():
     assert type(moved) is type(plain), "generate() must recognise it"
     assert type(stays) is type(called)
     assert type(options["stopping_criteria"][0]) is EosTokenCriteria
+
+
+@pytest.mark.parametrize("name", [None, "input_ids", "inputs_embeds", "input_features"])
+def test_a_call_is_at_home_where_its_inputs_are_whatever_they_are_called(name):
+    target = SimpleNamespace(device=torch.device("cpu"), main_input_name="input_features")
+    for device, home in (("cpu", None), ("meta", torch.device("meta"))):
+        given = torch.zeros(1, 3, device=device)
+        inputs, options = (given, {}) if name is None else (None, {name: given})
+        assert home_of(target, inputs, {"attention_mask": torch.zeros(1, 3), **options}) == home
+    assert home_of(target, None, {}) is None
+
+
+class Traveller(torch.Tensor):
+    """Says where it was sent, and arrives as another."""
+
+    def to(self, device):
+        self.taken.append((self.label, device))
+        return torch.zeros(1)
+
+
+def travellers():
+    """(where tensors were sent, maker of a tensor with a name)."""
+    taken = []
+
+    def named(label):
+        made = torch.zeros(1, 3).as_subclass(Traveller)
+        made.label, made.taken = label, taken
+        return made
+
+    return taken, named
+
+
+HERE, THERE = torch.device("cpu"), torch.device("meta")
+
+
+def test_all_tensors_of_a_call_are_taken_along_and_nothing_of_the_callers_is_changed():
+    taken, named = travellers()
+    suppresses, grammars, cache = SuppressTokensLogitsProcessor([4]), Constraint(None), DynamicCache()
+    suppresses.suppress_tokens = named("tokens")
+    options = {
+        "inputs_embeds": named("embeds"), "encoder_outputs": BaseModelOutput(named("states")), CACHE: cache,
+        "logits_processor": [suppresses, grammars],
+    }  # fmt: skip
+    before = dict(options)
+    _, moved = taken_abroad(SimpleNamespace(device=HERE), THERE, named("ids"), options)
+    assert sorted(taken) == [(name, HERE) for name in ("embeds", "ids", "states", "tokens")]
+    assert moved[CACHE] is cache
+    assert moved["logits_processor"][1] is grammars, "whose state is no tensor"
+    assert options == before
+    assert type(suppresses.suppress_tokens) is Traveller
+
+
+def test_a_condition_of_the_callers_is_asked_at_home():
+    taken, named = travellers()
+    given = {"stopping_criteria": [lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]}
+    _, options = taken_abroad(SimpleNamespace(device=HERE), THERE, None, given)
+    (called,) = options["stopping_criteria"]
+    assert called(named("ids"), (named("scores"),)).device == HERE
+    assert taken == [("ids", THERE), ("scores", THERE)]
+
+
+def test_ids_and_scores_are_brought_home_and_nothing_is_added():
+    taken, named = travellers()
+    out = ModelOutput(sequences=named("ids"), scores=(named("scores"),), logits=(named("logits"),))
+    brought_home(out, THERE)
+    assert sorted(taken) == [(name, THERE) for name in ("ids", "logits", "scores")]
+    assert list(brought_home(ModelOutput(sequences=named("ids")), THERE)) == ["sequences"]
 
 
 def as_it_should_be(name, result):

@@ -803,6 +803,15 @@ def test_who_takes_one_token_at_a_time(config, batch, longest, plain):
         assert bool(one_token_reason(SimpleNamespace(config=whole), 10, longest, batch)) == plain
 
 
+def test_what_holds_for_several_rows_only_is_asked_with_their_number(monkeypatch):
+    monkeypatch.setitem(facts.ONE_TOKEN_IN_BATCHES, "llama", "two are a crowd")
+    gen = SpeculativeGenerator(tiny_llama(5), "ngram", num_draft_tokens=3)
+    gen.generate(**ragged_prompt((9,)), max_new_tokens=8, do_sample=False)
+    assert gen.stats.layout == "slots"
+    with pytest.warns(UserWarning, match="plainly.*two are a crowd"):
+        gen.generate(**ragged_prompt((9, 6)), max_new_tokens=8, do_sample=False)
+
+
 def test_who_cannot_be_in_slots():
     """Llama4 from some column on, and who has padding that is a word and no position."""
     model = tiny_llama()
@@ -864,6 +873,11 @@ def test_embeddings_are_columns_before_the_boundary_as_well():
     with pytest.warns(UserWarning, match="longrope"):
         assert torch.equal(gen.generate(**inputs, max_new_tokens=25, do_sample=False), wanted)
     assert gen.stats.layout == "plain"
+    # the boundary lies within the prompt, and none of the text behind it
+    ids, mask = ragged_prompt((36,)).values()
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+    gen.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert gen.stats.layout != "plain"
 
 
 def translator(seed):
