@@ -932,6 +932,11 @@ def test_a_tokenizer_without_an_end():
     for given, ends in ((SimpleNamespace(eos_token_id=None), None), (json_tokenizer(), [])):
         with pytest.raises(InvalidInput, match="eos_token_id"):
             regex("a", given, eos_token_id=ends)
+    several = [
+        regex("a", json_tokenizer(), eos_token_id=ends).grammars[0].start().mask()
+        for ends in ([1, 7], torch.tensor([1, 7]), np.array([1, 7]))
+    ]
+    assert all(np.array_equal(mask, several[0]) for mask in several), "however they are listed"
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

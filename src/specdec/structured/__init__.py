@@ -99,7 +99,8 @@ def _compiled(
 
 def _ends(tokenizer: Any, eos_token_id: Ends) -> tuple[int, ...]:
     found = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-    ends = (found,) if isinstance(found, int) else tuple(int(one) for one in found or ())
+    listed = () if found is None else [found] if isinstance(found, int) else found
+    ends = tuple(int(one) for one in listed)
     if not ends:
         raise InvalidInput("no end-of-sequence token is named; pass eos_token_id=...")
     return ends
