@@ -2,6 +2,7 @@
 fake."""
 
 import math
+from importlib import import_module
 from itertools import product
 
 import pytest
@@ -57,6 +58,25 @@ def test_the_lean_form_decides_as_the_reference(rule, guesses, shown, dtype):
         wanted = verify_reference(*rows, rule, uniforms)
         for mine, theirs in zip(judged(parts, rule), wanted, strict=True):
             assert (mine == theirs).float().mean() > (0.98 if dtype == torch.bfloat16 else 0.999)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("batch", [0, 1, 7])
+def test_sequences_that_share_memory_are_judged_as_all_at_once(rule, shown, batch, monkeypatch):
+    """Long rows are taken a few sequences at a time, here three, three and one."""
+    parts = case(15, batch=batch, shown=shown)
+    together = judged(parts, rule)
+    lean = import_module("specdec.verify.lean")
+    monkeypatch.setattr(lean, "AT_ONCE", 3 * 5 * 6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    made = []
+    memory = lean._memory
+    monkeypatch.setattr(lean, "_memory", lambda *given: made.append(memory(*given)) or made[-1])
+    for one, other in zip(judged(parts, rule), together, strict=True):
+        assert torch.equal(one, other)
+        assert one.shape == (batch,)
+    assert [len(rows) for rows in made] == [min(batch, 3)] * (1 + shown)
 
 
 def twin(parts: Case, rule: str) -> tuple[list[int], list[int]]:

@@ -81,12 +81,12 @@ def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     return draw(probabilities(logits), uniforms)
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Softmax of rows (..., V), in float32 at least."""
-    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+def probabilities(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """Softmax of rows (..., V), in float32 at least; in the memory of ``out`` if there is any."""
+    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32), out=out)
 
 
-def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+def draw(weights: Tensor, uniforms: Tensor, sums: Tensor | None = None) -> Tensor:
     """One draw per row, in proportion to weights: the token whose share of [0, total) holds the noise.
 
     Token v is drawn for noise in [W(v - 1), W(v)) / W(V - 1), with W the running sums, so that nothing needs to be
@@ -96,12 +96,13 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     Args:
         weights: (..., V), none negative.
         uniforms: (...) noise in [0, 1), in float64 where small shares shall be met.
+        sums: (..., V) memory for the running sums, in `widest`.
 
     Returns:
         (...) int64, -1 for a row that has a NaN or an infinity, or nothing but zeros.
     """
     wide = widest(weights.device)
-    sums = weights.cumsum(dim=-1, dtype=wide)
+    sums = torch.cumsum(weights, dim=-1, dtype=wide, out=sums)
     total = sums[..., -1:] + 0  # entries side by side, which searchsorted wants
     token = torch.searchsorted(sums, uniforms.to(wide)[..., None] * total, right=True)
     # noise just below 1 may round to the total: then it is the last token that has a share

@@ -1,9 +1,10 @@
 """`verify` for a CPU, where time is memory: the reference's decisions in fewer passes over the rows.
 
 Rows of probabilities are made once, by softmax (which on a CPU takes half of logsumexp's time), and
-are then worked on in place; the block rule computes only rows that decide something. Values are
-looked at, which costs nothing on a CPU. It can part from the reference where noise is tied to
-rounding.
+are then worked on in place; the block rule computes only rows that decide something. A few sequences are
+judged at a time, in memory that all of them share: the rows of a whole batch are tens of megabytes, which the
+system would hand out page by page, and take back. Values are looked at, which costs nothing on a CPU. It can
+part from the reference where noise is tied to rounding.
 
 The scales of a block are those of `block.py`; what else there is of the rules is written here once more, for
 rows worked on in place, and the laws are proved of both. Read next: `triton.py`.
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from specdec.verify.block import block_scales
-from specdec.verify.draw import draw, probabilities
+from specdec.verify.draw import draw, probabilities, widest
 from specdec.verify.residual import usable
 from specdec.verify.token import leading_successes, token_acceptance
+
+AT_ONCE = 1 << 20  # numbers of the target's rows for each thread
 
 
 def verify_lean(
@@ -27,8 +30,41 @@ def verify_lean(
     uniforms: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Judge the guesses and draw one more token; arguments and results as for `op.verify`."""
-    target_probs = probabilities(target_logits)
-    draft_probs = None if draft_logits is None else probabilities(draft_logits)
+    batch, positions, vocabulary = target_logits.shape
+    most = max(AT_ONCE * torch.get_num_threads() // max(positions * vocabulary, 1), 1)
+    ours, theirs = _memory(target_logits, most), None if draft_logits is None else _memory(draft_logits, most)
+    sums = ours.new_empty(len(ours), vocabulary, dtype=widest(ours.device))
+    judged = []
+    for begin in range(0, max(batch, 1), most):
+        part = slice(begin, min(begin + most, batch))
+        here = slice(0, part.stop - begin)
+        rows = (
+            probabilities(target_logits[part], out=ours[here]),
+            draft_tokens[part],
+            draft_lengths[part],
+            None if draft_logits is None or theirs is None else probabilities(draft_logits[part], out=theirs[here]),
+        )
+        judged.append(_judge(*rows, rule, uniforms[part], sums[here]))
+    accepted, next_token = map(torch.cat, zip(*judged, strict=True))
+    return accepted, next_token
+
+
+def _memory(logits: Tensor, most: int) -> Tensor:
+    """Room for the probabilities of ``most`` sequences of ``logits`` (B, N, V), or of all there are."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(min(most, len(logits)), *logits.shape[1:], dtype=wide)
+
+
+def _judge(
+    target_probs: Tensor,
+    draft_tokens: Tensor,
+    draft_lengths: Tensor,
+    draft_probs: Tensor | None,
+    rule: str,
+    uniforms: Tensor,
+    sums: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `verify_lean` does with a few sequences (B, ...); ``sums`` (B, V) is memory for running sums."""
     rows = target_probs, draft_tokens, draft_lengths, draft_probs
     if rule == "block" and draft_probs is not None:
         scales = block_scales(target_probs, draft_tokens, draft_lengths, draft_probs)
@@ -36,7 +72,7 @@ def verify_lean(
     else:
         accepted = leading_successes(uniforms[:, :-1] < token_acceptance(*rows))
         weights = _residual(*rows, accepted)
-    next_token = draw(weights, uniforms[:, -1])
+    next_token = draw(weights, uniforms[:, -1], sums)
     judged = usable(*rows)
     return torch.where(judged, accepted, 0), torch.where(judged, next_token, -1)
 
