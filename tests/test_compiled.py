@@ -7,6 +7,7 @@ import gc
 import time
 import warnings
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -286,6 +287,25 @@ def test_a_graph_is_of_one_shape_and_whole(traced):
     assert steps.graphs == 0, "what will not be used again is not kept"
 
 
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)])
+def test_every_score_of_a_new_graph_that_means_something_must_be_the_eager_one(monkeypatch, place):
+    def backend(graph, inputs):
+        def run(*args):
+            (scores,) = graph(*args)
+            scores[place] += torch.arange(3)
+            return [scores]
+
+        return run
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    inputs = {"ids": torch.ones(2, 3, dtype=torch.int64), CACHE: None}
+    cache = SimpleNamespace(shape=(2, 3, 256), place_by_data=lambda: None, device=torch.device("cpu"), eager=False)
+    steps, filled_up = CompiledSteps(), place == (1, 2)
+    with nullcontext() if filled_up else pytest.warns(UserWarning, match="did not give the scores"):
+        found = steps.run(Small(), inputs, cache, 2)
+    assert (found is not None) == (steps.graphs == 1) == filled_up
+
+
 def test_what_interrupts_a_compiled_pass_is_the_callers(monkeypatch, traced):
     def late(*_):
         raise TimeoutError("deadline")
@@ -410,7 +430,7 @@ def test_buffers_are_lent_to_their_own_kind(monkeypatch):
     monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda one, guard: marked.append(one.data_ptr()))
     steps = CompiledSteps()
     steps.lend(Cache())  # layers that keep nothing
-    kinds = [torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.float64)]
+    kinds = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.float64)]
     for buffer in kinds:
         cache = Cache(buffer)
         steps.lend(cache)

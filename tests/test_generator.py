@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import Cache, DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
 import specdec.construction as construction
@@ -39,7 +47,7 @@ from specdec.proposers import mixture as mixture_room
 from specdec.state import State
 from specdec.testing import byte_tokenizer, lively, noisy_copy, ragged_prompt, tiny_llama
 
-from .contract import llama, noisy, plain, prompts, speculative
+from .contract import llama, noisy, plain, prompts, speculative, t5
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
@@ -649,6 +657,19 @@ def test_a_cache_whose_layers_may_change_what_they_hold_decodes_plainly(layer, b
     gen = SpeculativeGenerator(target, noisy(target), num_draft_tokens=3)
     with pytest.warns(UserWarning, match=f"plainly.*a {type(layer()).__name__} may come to change"):
         got = gen.generate(**prompts(batch), **options, **{CACHE: cache()})
+    assert got.tolist() == wanted
+
+
+def test_layers_of_ones_own_beside_an_encoder_decode_plainly():
+    target, options = t5(), {"max_new_tokens": 12, "do_sample": False}
+
+    def cache():
+        return EncoderDecoderCache(Cache(layers=[Own()]), DynamicCache())
+
+    wanted = plain(target, prompts(1), **options, **{CACHE: cache()}).tolist()
+    gen = SpeculativeGenerator(target, "ngram", num_draft_tokens=3)
+    with pytest.warns(UserWarning, match="plainly.*a Own may come to change"):
+        got = gen.generate(**prompts(1), **options, **{CACHE: cache()})
     assert got.tolist() == wanted
 
 

@@ -863,9 +863,13 @@ def test_where_positions_end(config, last):
     assert facts.last_position(SimpleNamespace(config=config)) == last
 
 
+def longrope(boundary=32):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": boundary}
+    return tiny_llama(rope_parameters={**rope, "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 20.0]})
+
+
 def test_embeddings_are_columns_before_the_boundary_as_well():
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
-    model = tiny_llama(rope_parameters={**rope, "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 20.0]})
+    model = longrope()
     ids, mask = ragged_prompt((20,)).values()
     inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
     wanted = model.generate(**inputs, max_new_tokens=25, do_sample=False)
@@ -878,6 +882,84 @@ def test_embeddings_are_columns_before_the_boundary_as_well():
     inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
     gen.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert gen.stats.layout != "plain"
+
+
+def scaled_from(column):
+    """A model like Llama4, which scales its attention from ``column`` on; the self-check does not look so far."""
+    model = tiny_llama(7)
+    model.config.attn_temperature_tuning, model.config.floor_scale = True, column
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "layouts", "reason"),
+    [(longrope, ("slots", "columns", "snapshot"), "longrope"), (lambda: scaled_from(21), ("slots",), "one length")],
+)
+def test_a_named_layout_is_refused_for_what_no_check_can_see(make, layouts, reason):
+    model, options = make(), {**ragged_prompt((9,)), "max_new_tokens": 30, "do_sample": False}
+    for layout in layouts:
+        with pytest.raises(InvalidInput, match=f"'{layout}' would not be exact.*{reason}"):
+            SpeculativeGenerator(model, "ngram", layout=layout).generate(**options)
+
+
+@pytest.mark.filterwarnings("ignore:specdec decodes")
+def test_one_token_steps_may_be_asked_for_where_nothing_else_is_exact():
+    model, options = longrope(), {**ragged_prompt((9,)), "max_new_tokens": 30, "do_sample": False}
+    gen = SpeculativeGenerator(model, "ngram", layout="plain")
+    assert torch.equal(gen.generate(**options), model.generate(**options))
+    assert gen.stats.layout == "plain"
+
+
+@pytest.mark.parametrize("layout", ["one by one", "nothing"])
+def test_a_layout_of_a_draft_that_does_not_exist_is_refused(layout):
+    gen = SpeculativeGenerator(tiny_llama(), DraftModel(tiny_llama(3), layout=layout), num_draft_tokens=3)
+    with pytest.raises(InvalidInput, match=f"'{layout}' does not exist.*snapshot"):
+        gen.generate(**ragged_prompt((9,)), max_new_tokens=8, do_sample=False)
+
+
+def test_a_draft_that_may_take_one_token_at_a_time_only_does_so_and_is_rolled_back():
+    target, draft, widths = tiny_llama(), longrope(20), []
+    prompt = ragged_prompt((9, 6, 3))
+    gen = SpeculativeGenerator(target, draft, num_draft_tokens=4)
+    hook = draft.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        got = gen.generate(**prompt, max_new_tokens=24, do_sample=False)
+    finally:
+        hook.remove()
+    assert torch.equal(got, target.generate(**prompt, max_new_tokens=24, do_sample=False))
+    assert 0 < gen.stats.acceptance_rate < 1
+    assert gen.stats.draft_layout == "columns+snapshot"
+    assert widths[0] == 9
+    assert set(widths[1:]) == {1}
+
+
+@pytest.mark.parametrize(("column", "layout"), [(28, "columns"), (29, "slots")])
+def test_embeddings_are_columns_that_slots_must_do_for(column, layout):
+    model = scaled_from(column)
+    ids, mask = ragged_prompt((20,)).values()
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3)
+    gen.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert gen.stats.layout == layout
+
+
+def test_embeddings_are_columns_that_are_made_once(monkeypatch):
+    monkeypatch.setattr(slots, "BLOCK", 4)
+    made, right = [], SlotLayer.grow
+
+    def grow(self, room, reserve):
+        right(self, room, reserve)
+        made.append(self._reserved[0].shape[2])
+
+    monkeypatch.setattr(SlotLayer, "grow", grow)
+    model = tiny_llama()
+    ids, mask = ragged_prompt((20,)).values()
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+    gen = SpeculativeGenerator(model, "ngram", num_draft_tokens=3, layout="slots")
+    gen.generate(**inputs, max_new_tokens=30, do_sample=False)
+    assert max(made) <= 20 + 30 + 4
 
 
 def translator(seed):

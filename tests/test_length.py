@@ -22,7 +22,7 @@ from specdec.length.acceptance import (
     TEXTS,
     Acceptance,
 )
-from specdec.length.adaptive import LONGEST_WAIT, Adaptive, Memory
+from specdec.length.adaptive import LONGEST_WAIT, STALE, Adaptive, Memory
 from specdec.length.cost import OUTDATED, REMEMBERED, Assumed, Timings, best_length, rising, speed, tokens_per_round
 from specdec.length.rows import Rows, together
 from specdec.records import Proposal, Round
@@ -578,6 +578,18 @@ def test_guesses_that_were_only_foreseen_say_nothing_of_drafts():
     assert (others, fresh._others) == (True, False)
 
 
+def test_a_round_in_which_a_draft_found_nothing_is_no_other_drafts():
+    """What its rounds have brought in other texts goes on to promise that its prompt will be earned."""
+    memory = Memory()
+    Rig(0.1).run(memory.recall(1, False), 0.98, 200)
+    rule = memory.recall(1, False)
+    rule.fed(3.0, 1, 1000)
+    assert rule.next(30) > 0
+    rule.observe(outcome(0, np.zeros(1, dtype=np.int64)), 1.0)
+    assert rule.next(30) > 0
+    assert rule.begins(Opening(1.0, 0.9))
+
+
 def test_foreseen_guesses_are_judged_up_to_the_first_wrong_one():
     """Three of six are kept: the fourth is wrong, and of the others nobody knows."""
     rule = Adaptive(Timings())
@@ -700,6 +712,20 @@ def test_a_plain_round_is_timed_again_the_sooner_the_less_it_is_known():
         rig.round(rule, 1.0)
     plain = [number for number, (guesses, _) in enumerate(rig.rounds) if not guesses]
     assert np.diff(plain).tolist() == [41, 78, 117]
+
+
+def test_a_probe_does_not_wait_for_a_plain_round_that_was_long_ago():
+    """A grammar foresees tokens in every round of a text, so there is none that is plain."""
+    memory, rig, asked = Memory(), Rig(0.6), []
+    for acceptance, tokens in (*[(0.0, 60)] * TEXTS, (1.0, 600)):
+        rig.run(memory.recall(1, False), acceptance, tokens)
+    rule = memory.recall(1, False)
+    assert rule._timings.age > STALE
+    for _ in range(LONGEST_WAIT):
+        asked.append(rule.next(16))
+        rule.observe(outcome(2, np.array([0 if asked[-1] else 2])), 1.1)
+    assert asked[0] == 0
+    assert any(asked)
 
 
 def test_a_draft_known_to_be_useless_is_not_fed_again_for_a_probe():

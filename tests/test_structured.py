@@ -8,6 +8,7 @@ import copy
 import gc
 import json
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -978,6 +979,18 @@ def test_a_mask_is_as_wide_as_the_vocabulary(library):
     for words in (len(tokenizer) // 32, len(tokenizer) // 32 + 1):
         assert regex("a", tokenizer, backend=library).grammars[0].start().mask().shape == (words,)
         tokenizer.add_tokens(["zzzz"])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_calls_in_several_threads_may_begin_with_one_grammar(library):
+    (grammar,) = made("schema", library).grammars
+
+    def begin(_):
+        start = grammar.start()
+        return start.mask().tobytes(), tuple(start.forward())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(begin, range(2000)))) == 1
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
