@@ -20,6 +20,7 @@ from specdec.weights.thin import ThinProducts, product
 from .contract import bart, gemma, llama, mamba2, noisy, plain, prompts, qwen3_next, speculative, t5
 
 BATCHES = (1, 3)
+WINS = thin.wins
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
@@ -82,6 +83,38 @@ def test_a_size_is_timed_once_a_process(monkeypatch):
     for shape, rows in (((32, 16), 4), ((16, 32), 4), ((32, 16), 60), ((32, 16), 1), ((32, 16), 1)):
         thin.wins(torch.zeros(shape), rows)
     assert len(raced) == (3 if torch.backends.mkldnn.is_available() else 0)
+
+
+def test_two_and_three_rows_are_timed_where_four_are_faster(monkeypatch):
+    """torch's kernel may be the faster one up to three rows, as on an Intel processor with its own library."""
+    raced, fast = [], {(32, 16): {1, 4}, (16, 32): {2, 3, 4}, (8, 8): {2, 3}}
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(thin, "_wins", {})
+    monkeypatch.setattr(thin, "_race", lambda at, rows: raced.append(rows) or rows in fast[tuple(at.shape)])
+    for shape, wins in fast.items():
+        weight = torch.zeros(shape)
+        got = {rows for rows in range(1, 9) if thin.wins(weight, rows)}
+        assert got == (set() if 4 not in wins else wins | {5, 6, 7, 8})
+    assert raced == [1, 4, 2, 3, 1, 4, 2, 3, 1, 4]
+
+
+def test_nothing_is_timed_in_a_pass(counted, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(thin, "wins", WINS)
+    monkeypatch.setattr(thin, "_wins", {})
+    raced = []
+    monkeypatch.setattr(thin, "_race", lambda weight, rows: raced.append(rows) or rows == 4)
+    layer = torch.nn.Linear(8, 8)
+    target, draft = ThinProducts(layer), ThinProducts(layer, is_draft=True)
+    assert sorted(raced) == [1, 2, 3, 4]
+    with torch.no_grad():
+        for products in (target, draft):
+            for rows in range(1, 8):
+                with products.over(rows):
+                    assert bool(patched(torch.nn.Sequential(layer))) == (rows >= 4)
+                    layer(torch.ones(rows, 8))
+    assert counted == [4, 5, 6, 7] * 2
+    assert len(raced) == 4
 
 
 # --- in a call ---

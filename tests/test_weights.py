@@ -25,6 +25,7 @@ from specdec import (
     quantize_draft,
     unpack_weights,
 )
+from specdec.demo.contestants import Contest
 from specdec.proposers.past import opening
 from specdec.testing import TableModel, assert_lossless, lively, noisy_copy, ragged_prompt, tiny_llama
 from specdec.weights import blocks, half, quantized
@@ -288,6 +289,68 @@ def test_nothing_is_left_packed_after_an_exception(monkeypatch):
     assert same(plain(model), before)
 
 
+@pytest.fixture
+def every_matrix_is_large(monkeypatch):
+    monkeypatch.setattr(packed, "LEAST", 1)
+
+
+@pytest.mark.usefixtures("every_matrix_is_large")
+def test_float32_stays_plain_where_packing_would_cost_time(monkeypatch):
+    model = torch.nn.Sequential(Linear(32, 16), Linear(16, 16), Linear(16, 8).bfloat16())
+    mixed = packed.packable(model[2].weight)
+    monkeypatch.setattr(blocks, "pays", lambda dtype, threads: False)
+    with pytest.warns(UserWarning, match="leaves the float32 weights of Sequential as they are"):
+        handle = pack_weights(model)
+    assert handle.layers == mixed
+    assert [isinstance(part.weight, PackedWeight) for part in model] == [False, False, mixed]
+    handle.unpack()
+    with pytest.warns(UserWarning, match="Use it as it is"), pack_weights(model[:2]) as handle:
+        assert handle.layers == handle.packed_bytes == 0
+    monkeypatch.setattr(blocks, "pays", lambda dtype, threads: True)
+    with pack_weights(model) as handle:
+        assert handle.layers == 2 + mixed
+
+
+def test_nobody_asks_whether_packing_pays_for_small_matrices_or_other_dtypes(monkeypatch):
+    monkeypatch.setattr(blocks, "pays", lambda dtype, threads: pytest.fail("timed"))
+    assert pack_weights(torch.nn.Sequential(Linear(32, 16))).layers == 1
+    monkeypatch.setattr(packed, "LEAST", 1)
+    model = torch.nn.Sequential(Linear(32, 16)).bfloat16()
+    if packed.packable(model[0].weight):
+        assert pack_weights(model).layers == 1
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "pays"),
+    [
+        ({1: (8, 8, 4), 5: (8, 8, 4)}, True),
+        ({1: (8, 8, 4), 5: (12, 6, 6)}, True),
+        ({1: (4, 4, 4), 5: (12, 6, 6)}, False),  # nothing gained
+        ({1: (4, 5, 6), 5: (12, 6, 4)}, False),  # a single row is the slower for it
+        ({1: (8, 8, 4), 5: (12, 3, 6)}, False),  # as are five, beside the way that plain ones go
+        ({1: (8, 4, 6), 5: (6, 6, 6)}, True),  # plain's single row is torch's own
+    ],
+)
+def test_packing_pays_where_it_gains_and_nothing_loses(monkeypatch, milliseconds, pays):
+    def seconds(ways):
+        asked = [(way.args[0].shape[0], way.func) for way in ways]
+        rows = asked[0][0]
+        assert asked == [(rows, functional.linear), (rows, blocks.linear), (rows, blocks.linear)]
+        return milliseconds[rows]
+
+    monkeypatch.setattr(blocks, "seconds", seconds)
+    monkeypatch.setattr(blocks, "TRIED", (16, 8))
+    monkeypatch.setattr(blocks, "reorder", lambda weight: weight)
+    assert blocks.pays.__wrapped__(torch.float32, 1) is pays
+
+
+@pytest.mark.usefixtures("every_matrix_is_large")
+def test_the_demo_shows_nothing_packed_where_nothing_is(monkeypatch):
+    monkeypatch.setattr(blocks, "pays", lambda dtype, threads: False)
+    with pytest.raises(UnsupportedModel, match="plain ones are as fast"):
+        Contest(torch.nn.Linear(4, 4), "ngram", None, 4).packed({})
+
+
 # --- half precision --------------------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(
@@ -339,7 +402,7 @@ def test_packed_layers_in_graphs(monkeypatch, backend, form):
         model.bfloat16()
         monkeypatch.setattr(packed, "_blocks", lambda dtype: False)
     states = torch.randn(3, 32, dtype=model[0].weight.dtype)
-    kind = half.HalfMatrix if form == "half" else packed._Blocked
+    kind = half.HalfMatrix if form == "half" else blocks.Blocked
     calls, right = [], kind.linear
     monkeypatch.setattr(kind, "linear", lambda *args: calls.append(1) or right(*args))
     with torch.no_grad(), pack_weights(model) as packing:
@@ -371,7 +434,7 @@ def in_sixes(monkeypatch):
         calls.append(states.numel() // states.shape[-1])
         return right(states, packed, bias)
 
-    monkeypatch.setattr(packed, "LEAST", 1)
+    monkeypatch.setattr(blocks, "LEAST", 1)
     monkeypatch.setattr(blocks, "fastest", lambda dtype, threads: (0, 6, 6, 3, 4, 5, 6, 7, 8))
     monkeypatch.setattr(blocks, "linear", kernel)
     return calls

@@ -7,6 +7,7 @@ keeps its own counts. Prints nothing.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.errors import UnsupportedModel
 from specdec.weights.packed import pack_weights
 
 
@@ -70,11 +72,17 @@ class Contest:
         return Run(sequences, emitted, seconds, acceptance, stats.tokens_per_round)
 
     def packed(self, inputs: Mapping[str, Tensor], **options: Any) -> Run:
-        """Ours with packed weights; packing is not timed, as it is done once for many calls."""
+        """Ours with packed weights; packing is not timed, as it is done once for many calls.
+
+        Raises:
+            UnsupportedModel: nothing can be packed, or would be the faster for it.
+        """
+        models = [model for model in (self.target, self.draft) if isinstance(model, torch.nn.Module)]
         with ExitStack() as packings:
-            for model in (self.target, self.draft):
-                if isinstance(model, torch.nn.Module):
-                    packings.enter_context(pack_weights(model))
+            with warnings.catch_warnings(action="ignore"):
+                made = [packings.enter_context(pack_weights(model)) for model in models]
+            if not any(packing.layers for packing in made):
+                raise UnsupportedModel("plain ones are as fast on this processor")
             return self.speculative(inputs, **options)
 
     def parting(self, run: Run, plain: Run, inputs: Mapping[str, Tensor]) -> tuple[int, int, float] | None:

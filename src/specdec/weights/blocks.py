@@ -7,7 +7,9 @@ timed once a process for each dtype and number of threads.
 Two rows and more had the same bits beside more of them, wherever that was looked at (docs/weights.md). A single row
 is another kernel's, in another order: in 16 bits the very bits of the plain matrix, which are those of plain
 ``generate()``. It is therefore filled up in passes of a draft alone (``passing.py``), which owes nobody its bits.
-Knows no model. Read next: ``thin.py``.
+
+In float32 torch's own kernel for plain matrices is another library's, and on some processors the faster one: there
+packing would cost time, which is timed as well. Knows no model. Read next: ``thin.py``.
 """
 
 from __future__ import annotations
@@ -18,11 +20,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from specdec.weights import graphs
 from specdec.weights.passing import under_way
-from specdec.weights.race import CLEARLY, seconds
+from specdec.weights.race import CLEARLY, LEAST, seconds
 
 MOST = 8  # rows: more are two blocks at least
+FEW = 5  # rows: of a pass over four guesses
 TRIED = (1 << 14, 1 << 11)  # a matrix that caches do not hold
+
+
+class Blocked:
+    """A matrix (N, K) in the order that oneDNN chooses."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed = reorder(weight)
+        self._is_large = weight.numel() >= LEAST
+        if self._is_large:
+            fastest(weight.dtype, torch.get_num_threads())  # now, and not in the first pass
+        self.number = graphs.number(self)
+
+    def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., N) from states (..., K)."""
+        if not self._is_large:
+            return linear(states, self._packed, bias)
+        return in_blocks(states, lambda states: linear(states, self._packed, bias))
+
+    def dense(self) -> Tensor:
+        """The matrix as it was, bit for bit."""
+        plain: Tensor = self._packed.to_dense()
+        return plain
 
 
 def drafting() -> bool:
@@ -54,6 +80,21 @@ def fastest(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
     return 0, *(
         best if rows < best and times[best - 1] < CLEARLY * times[rows - 1] else rows for rows in range(1, 1 + MOST)
     )
+
+
+@functools.cache
+def pays(dtype: torch.dtype, threads: int) -> bool:
+    """Whether one row or a few take a packed matrix clearly less time than a plain one, and neither takes more."""
+    plain = torch.ones(TRIED, dtype=dtype, device="cpu")
+    packed, shares = reorder(plain), []
+    for rows in (1, FEW):
+        states = torch.ones(rows, TRIED[1], dtype=dtype, device="cpu")
+        ways = [functools.partial(torch.nn.functional.linear, states, plain)]
+        ways += [functools.partial(linear, states, matrix) for matrix in (plain, packed)]
+        torchs, thin, blocked = seconds(ways)
+        # a plain target's single row is torch's, to the bit; of a few the faster way is taken (``thin.py``)
+        shares.append(blocked / (torchs if rows == 1 else min(torchs, thin)))
+    return min(shares) < CLEARLY and max(shares) < 1 / CLEARLY
 
 
 def reorder(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def pack_weights(model: Any) -> Packing:
     ``state_dict()`` and everything else that reads a weight gets the plain matrix, made on the spot; writing
     to a packed weight (``load_state_dict``, an optimiser, merging an adapter) is refused. With gradients on,
     or inputs of another dtype, the plain matrix is made at every call: right, and slow. Subclasses of
-    ``Linear`` are left alone.
+    ``Linear`` are left alone, and with a warning all float32 ones of a model on processors that multiply plain ones
+    as fast or faster (timed once a process, a second at most).
 
     Args:
         model: any module on the CPU, in float32, bfloat16 or float16 (the latter two on processors that multiply
@@ -47,27 +49,30 @@ def pack_weights(model: Any) -> Packing:
     """
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedModel(f"pack_weights was given a {type(model).__name__}; wanted is a model")
+    layers = [part for part in model.modules() if type(part) is torch.nn.Linear and packable(part.weight)]
+    left = _left_plain(model, layers)
     packed: list[PackedWeight] = []
     by_number: dict[int, PackedWeight] = {}
     weight = None
     try:
-        for module in model.modules():
-            if type(module) is torch.nn.Linear and packable(module.weight):
-                weight = module.weight
-                known = by_number.get(id(weight))
-                # a plain weight that nobody else holds is gone by now, and its number may be another's
-                if known is None or known.origin() is not weight:
-                    form = _form(weight)
-                    if form is None:
-                        continue
-                    known = by_number[id(weight)] = PackedWeight(weight, form)
-                    packed.append(known)
-                _put(module, known)
+        for module in layers:
+            weight = module.weight
+            if weight.dtype == left:
+                continue
+            known = by_number.get(id(weight))
+            # a plain weight that nobody else holds is gone by now, and its number may be another's
+            if known is None or known.origin() is not weight:
+                form = _form(weight)
+                if form is None:
+                    continue
+                known = by_number[id(weight)] = PackedWeight(weight, form)
+                packed.append(known)
+            _put(module, known)
     except BaseException:
         unpack_weights(model)
         raise
     del weight
-    if not packed:
+    if not packed and left is None:
         if any(isinstance(weight, PackedWeight) for weight in model.parameters()):
             raise UnsupportedModel(f"{type(model).__name__} is packed already; unpack_weights(model) undoes it")
         raise UnsupportedModel(
@@ -129,6 +134,19 @@ def packable(weight: Any) -> bool:
     return _blocks(weight.dtype) or (weight.dtype in (torch.bfloat16, torch.float16) and half.available())
 
 
+def _left_plain(model: torch.nn.Module, layers: list[torch.nn.Linear]) -> torch.dtype | None:
+    """The dtype whose matrices are as fast or faster as they are, if ``layers`` have large ones; says so."""
+    large = any(layer.weight.dtype == torch.float32 and layer.weight.numel() >= LEAST for layer in layers)
+    if not large or blocks.pays(torch.float32, torch.get_num_threads()):
+        return None
+    warnings.warn(
+        f"specdec leaves the float32 weights of {type(model).__name__} as they are: this processor multiplies "
+        "plain ones as fast as packed ones, or faster. Use it as it is",
+        stacklevel=3,
+    )
+    return torch.float32
+
+
 def _blocks(dtype: torch.dtype) -> bool:
     """Whether oneDNN computes in ``dtype`` on this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -138,44 +156,22 @@ def _blocks(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-class _Blocked:
-    """A matrix (N, K) in the order that oneDNN chooses."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._packed = blocks.reorder(weight)
-        self._is_large = weight.numel() >= LEAST
-        if self._is_large:
-            blocks.fastest(weight.dtype, torch.get_num_threads())  # now, and not in the first pass
-        self.number = graphs.number(self)
-
-    def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., N) from states (..., K)."""
-        if not self._is_large:
-            return blocks.linear(states, self._packed, bias)
-        return blocks.in_blocks(states, lambda states: blocks.linear(states, self._packed, bias))
-
-    def dense(self) -> Tensor:
-        """The matrix as it was, bit for bit."""
-        plain: Tensor = self._packed.to_dense()
-        return plain
-
-
-def _form(weight: Tensor) -> _Blocked | half.HalfMatrix | None:
+def _form(weight: Tensor) -> blocks.Blocked | half.HalfMatrix | None:
     """The packed form of a packable weight, or None where its numbers are not fit for it."""
-    return _Blocked(weight) if _blocks(weight.dtype) else half.HalfMatrix.of(weight)
+    return blocks.Blocked(weight) if _blocks(weight.dtype) else half.HalfMatrix.of(weight)
 
 
 class PackedWeight(torch.Tensor):
     """A weight (N, K) that ``linear`` reads in packed form and everything else sees as the plain matrix."""
 
-    form: _Blocked | half.HalfMatrix
+    form: blocks.Blocked | half.HalfMatrix
     origin: TensorWeakRef
     learns: bool
     kind: torch.dtype  # asking a tensor subclass for its dtype or size takes as long as the rest of ``_linear``
     numbers: int
 
     @staticmethod
-    def __new__(cls, weight: Tensor, form: _Blocked | half.HalfMatrix) -> PackedWeight:
+    def __new__(cls, weight: Tensor, form: blocks.Blocked | half.HalfMatrix) -> PackedWeight:
         """A parameter's place taken by its packed form; the parameter is not kept alive."""
         self: PackedWeight = torch.Tensor._make_wrapper_subclass(
             cls, weight.shape, dtype=weight.dtype, device=weight.device, requires_grad=False

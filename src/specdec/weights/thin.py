@@ -1,11 +1,12 @@
 """Thin products: the linear layers of a CPU model while it is fed a few tokens by us.
 
-A pass over k + 1 guesses, or over one token of some rows, multiplies every large matrix with a few rows. In float32
-torch hands that to a BLAS, and some of these take two to four times as long for two to some thirty rows as for one,
-where oneDNN reads the same plain matrix at the speed of memory. Which is the faster one is a fact of the machine:
-it is timed once a process for each size of matrix, about a tenth of a second, and oneDNN's is taken where it
-clearly wins. Nothing is packed and nothing copied; the sums differ in their last bits, as those of passes over
-several tokens do anyway. What only fills up a pass (``filling.py``) is left out here as well.
+A pass over k + 1 guesses, or over one token of some rows, multiplies every large matrix with a few rows. In
+float32 torch hands that to a BLAS, and some of these take two to four times as long for two to some thirty rows as
+for one, where oneDNN reads the same plain matrix at the speed of memory. Which is the faster one is a fact of the
+machine: it is timed once a process for each size of matrix, about a fifth of a second, and oneDNN's is taken from
+the number of rows on where it clearly wins: two on one processor, four on another. Nothing is packed and nothing
+copied; the sums differ in their last bits, as those of passes over several tokens do anyway. What only fills up a
+pass (``filling.py``) is left out here as well.
 
 One token of one row is the target's as plain ``generate()`` computes it, to the bit. A draft owes nobody its bits:
 its single rows go the faster way as well, packed ones in full blocks (``blocks.py``).
@@ -40,27 +41,25 @@ class ThinProducts:
     def __init__(self, model: Any, *, is_draft: bool = False) -> None:
         """Find the layers, and time their sizes if this process has not yet."""
         self._every: list[Layer] = []  # what only fills up a pass can be left out of all, whatever the dtype
-        self._few: list[Layer] = []
-        self._single: list[Layer] = []
+        self._faster: list[list[Layer]] = [[] for _ in range(1 + TRIED_ROWS)]  # by rows; the last: and more
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
         if not any(map(_is_compiled, modules)):  # whose graph would be made anew
             for module in modules:
                 if type(module) is torch.nn.Linear and is_as_made(module) and _is_large(module.weight):
                     self._every.append((vars(module), partial(_forward, module)))
-                    if is_draft and wins(module.weight, 1):
-                        self._single.append(self._every[-1])
-                    if wins(module.weight, TRIED_ROWS):
-                        self._few.append(self._every[-1])
+                    for rows in range(1 if is_draft else 2, 1 + TRIED_ROWS):
+                        if wins(module.weight, rows):
+                            self._faster[rows].append(self._every[-1])
         # only layers that are exchanged above, or whose weights are no plain ones, ask whose pass it is
         weights = [weight for module in modules for weight in module.parameters(recurse=False)]
-        asks = self._single or any(type(weight) is not torch.nn.Parameter for weight in weights)
+        asks = self._faster[1] or any(type(weight) is not torch.nn.Parameter for weight in weights)
         self._of_draft = is_draft and bool(asks)
 
     def over(
         self, tokens: int, real: Real | None = None, *, by_groups: bool = False
     ) -> AbstractContextManager[Any]:
         """What to enter for a pass over so many tokens of all rows; see ``Pass``."""
-        layers = self._few if tokens > 1 else self._single
+        layers = self._faster[min(tokens, TRIED_ROWS)]
         if real is not None:
             layers = self._every
         if tokens > MOST_ROWS:
@@ -79,16 +78,18 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., N) from ``states`` (..., K) and a plain ``weight`` (N, K): ``functional.linear``, or faster."""
     rows = states.numel() // max(states.shape[-1], 1)
     least = 1 if blocks.drafting() else 2
-    if least <= rows <= MOST_ROWS and _is_large(weight) and wins(weight, min(rows, TRIED_ROWS)):
+    if least <= rows <= MOST_ROWS and _is_large(weight) and wins(weight, rows):
         return blocks.linear(states, weight, bias)
     return functional.linear(states, weight, bias)
 
 
 def wins(weight: Tensor, rows: int) -> bool:
-    """Whether oneDNN's kernel is clearly the faster one, on this machine, for one row, or a few, and this size."""
+    """Whether oneDNN's kernel is clearly the faster one, on this machine, for so many rows and this size."""
     if weight.dtype != torch.float32:  # where torch goes to it by itself, or has none
         return False
-    rows = TRIED_ROWS if rows > 1 else 1
+    rows = min(rows, TRIED_ROWS)
+    if 1 < rows < TRIED_ROWS and not wins(weight, TRIED_ROWS):
+        return False  # and two or three need not be timed: torch's kernel gains nothing by further rows
     size = (*weight.shape, rows, torch.get_num_threads())
     if size not in _wins:
         _wins[size] = torch.backends.mkldnn.is_available() and _race(weight, rows)  # type: ignore[no-untyped-call]
