@@ -728,6 +728,20 @@ def test_a_probe_does_not_wait_for_a_plain_round_that_was_long_ago():
     assert any(asked)
 
 
+@pytest.mark.parametrize("cost", [0.02, 0.5])
+def test_a_draft_that_pays_is_asked_although_no_round_is_plain(cost):
+    """A grammar foresees a token in every round, so a plain round that is asked for never comes."""
+    rule, rig = Adaptive(Timings()), Rig(cost)
+    rig.run(rule, 1.0, 60)
+    asked = []
+    for _ in range(1000):
+        asked.append(rule.next(16))
+        width = asked[-1] or 1
+        rule.observe(outcome(width, np.array([width])), 1 + cost * asked[-1])
+    assert all(asked[place : place + 8] != [0] * 8 for place in range(1000))
+    assert 5 <= asked.count(0) <= 30, "what a plain round takes is asked for again, and seldom"
+
+
 def test_a_draft_known_to_be_useless_is_not_fed_again_for_a_probe():
     memory = Memory()
     times = [opened(memory.recall(1, False), room=300, acceptance=0.0, rounds=200) for _ in range(TEXTS + 1)]

@@ -147,6 +147,7 @@ class Adaptive:
         self._probing = best == 0 and self._due()
         if best and self._timings.age >= self._timings.known * (STALE if gain < THIN else 4 * STALE):
             self._asked = 0  # a plain round, to know again what one takes
+            self._timings.age = 0  # what a grammar foresees may make it none, and then it is asked for later again
         elif self._probing:
             self._asked = 1
         else:

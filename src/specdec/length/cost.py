@@ -54,7 +54,7 @@ class Timings:
     def __init__(self) -> None:
         """Nothing is measured yet."""
         self._seen: dict[int, tuple[float, ...]] = {}
-        self.age = 0  # rounds since a plain one was timed
+        self.age = 0  # rounds with guesses of a draft since a plain one was timed, or asked for
         self._rounds = 0  # with guesses
         self._came: dict[int, int] = {}  # the round in which a width came last, or lost a timing
 
