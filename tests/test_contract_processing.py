@@ -14,6 +14,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
@@ -455,3 +456,27 @@ def test_a_draft_never_guesses_an_id_that_it_has_no_score_for(processors):
     filled = processing.draft(rows, tokens, np.array([2]), 5)
     assert filled.tolist() == [[[-9.0, -8.0, -9.0, -torch.inf, -torch.inf]]]
     assert processing.draft(rows, tokens, np.array([2]), 2).tolist() == [[[-9.0, -8.0]]]
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (3, 9, 6), (2, 2, 3), (8, 12, 9)])
+@pytest.mark.parametrize(
+    "one",
+    [MinLengthLogitsProcessor(8, [1, 4]), MinNewTokensLengthLogitsProcessor(3, 5, [1, 4])],
+    ids=["length", "new"],
+)
+def test_a_least_length_is_asked_about_once_a_round(one, lengths, monkeypatch):
+    """In a ragged batch there are as many lengths as positions; each would cost a call over all rows and ids."""
+    right, calls = type(one).__call__, []
+    monkeypatch.setattr(type(one), "__call__", lambda *given: calls.append(len(given[1])) or right(*given))
+    scores, tokens, count = torch.randn(3, 4, 6), torch.zeros(3, 16, dtype=torch.int64), 4
+    before = scores.clone()
+    processing = Processing(LogitsProcessorList([one]))
+    assert not processing.in_lockstep
+    got = processing.target(scores, tokens, np.array(lengths), np.full(3, count - 1), np.full(3, True))
+    short = [[length + i < 8 for i in range(count)] for length in lengths]
+    assert calls == ([sum(map(sum, short))] if any(map(any, short)) else [])
+    for row, length in enumerate(lengths):
+        for i in range(count):
+            assert torch.equal(got[row, i], right(one, tokens[:1, : length + i], before[row, i][None])[0])
+            assert torch.isneginf(got[row, i]).sum() == 2 * short[row][i]
+    assert torch.equal(scores, before)

@@ -55,7 +55,7 @@ KNOWN = {
     },
     "another tokenizer": set(),  # as text, so its guesses are read once more
     # the instrument works
-    "reads a value": {f"processing.py _by_length: {READ}", f"processing.py <listcomp>: {READ}"},
+    "reads a value": {f"positions.py by_length: {READ}", f"positions.py <listcomp>: {READ}"},
     "copies wait": {"transfer.py to_device: a copy to the device"},
 }  # fmt: skip
 

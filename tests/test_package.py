@@ -36,7 +36,7 @@ LEVELS = [
     {"processing", "stopping", "streaming"},
     {"scorer"},
     {"layouts"},
-    {"sampling", "warpers", "stepwise"},
+    {"sampling", "warpers", "stepwise", "positions"},
     {"state", "weights", "structured"},
     {"whole"},
     {"records", "errors", "verify", "noise", "ahead"},

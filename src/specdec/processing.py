@@ -1,12 +1,12 @@
 """Logits processors over several positions of ragged rows: each sees what plain ``generate()`` would show it.
 
 transformers' processors take ``(B, L)`` ids of one length and ``(B, V)`` scores, with all rows, because some
-know row indices and prompts. Five kinds:
+know row indices and prompts. Five kinds (how each is called: ``positions.py``):
 
 * scores only (temperature, top-k, top-p, ...): one call over all rows and positions;
-* which tokens there are already, no matter where (repetition penalty): one call as well, with histories filled up;
-* other pure functions of the history (lengths, bad words, n-grams, ...): one call for each distinct length, with
-  the whole batch; rows of other lengths are not used;
+* which tokens there are already, no matter where (repetition penalty), or only whether there are enough of them
+  (``min_new_tokens``): one call as well;
+* other pure functions of the history (bad words, n-grams, ...): one call for each distinct length;
 * those whose state is a value (grammars, ``prefix_allowed_tokens_fn``): the state of every guess is worked out
   along the guesses before it (``stepwise.py``), for the draft's rows as well;
 * anything else (guidance, SynthID, a user's own): may hold state, so it must see exactly the calls of plain
@@ -14,11 +14,12 @@ know row indices and prompts. Five kinds:
 
 A processor of your own that is a pure function of each row's tokens and scores may say so with a class attribute
 ``specdec_pure = True``; it then belongs to the third kind and touches the draft's rows as well.
-Knows no model, cache or rule. Read next: ``stepwise.py``.
+Knows no model, cache or rule. Read next: ``positions.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from specdec.errors import InvalidInput
-from specdec.state import span
+from specdec import positions
 from specdec.stepwise import Allowed, Seen, Stepwise, Walk
-from specdec.transfer import to_device
 from specdec.warpers import warp
 
 SCORES_ONLY = (
@@ -61,6 +60,13 @@ PURE = (
     hf.SuppressTokensAtBeginLogitsProcessor,
     hf.WatermarkLogitsProcessor,
 )
+# a length from which on they change nothing; below it they know nothing but that they are below it
+FLOORS: dict[type, Callable[[Any], int]] = {
+    hf.MinLengthLogitsProcessor: lambda processor: processor.min_length,
+    hf.MinNewTokensLengthLogitsProcessor: lambda processor: (
+        processor.prompt_length_to_skip + processor.min_new_tokens
+    ),
+}
 BIASES = (hf.SequenceBiasLogitsProcessor, hf.NoBadWordsLogitsProcessor)
 
 
@@ -137,13 +143,13 @@ class Processing:
         lengths = np.full(len(tokens), length)
         seen = self._seen(tokens, lengths, live.astype(np.int64)) if walks else None
         # plain generate() shows whole tensors, of which a processor may take other views, or write into them
-        ids, scores = tokens[:, :length].contiguous(), _copied(scores)
+        ids, scores = tokens[:, :length].contiguous(), positions.copied(scores)
         for processor in self._in_order:
             if isinstance(processor, Walk):
                 assert seen is not None
                 scores = processor.process(scores[:, None], seen, final=True)[:, 0].contiguous()
             else:
-                scores = _whole(processor(ids, scores), processor[0], scores)
+                scores = positions.whole(processor(ids, scores), processor[0], scores)
         return scores
 
     def draft(
@@ -195,71 +201,18 @@ class Processing:
                 flat = scores.reshape(batch * count, vocabulary)
                 ids = tokens[:, :1].repeat_interleave(count, dim=0)
                 scores = warp(processor, ids, flat).view(batch, count, vocabulary)
+            elif type(processor) in FLOORS:
+                scores = positions.by_floor(processor, FLOORS[type(processor)](processor), scores, lengths)
             elif _asks_for_presence(processor):
-                scores = _by_presence(processor, scores, tokens, lengths)
+                scores = positions.by_presence(processor, scores, tokens, lengths)
             else:
-                scores = _by_length(processor, scores, tokens, lengths, wanted)
+                scores = positions.by_length(processor, scores, tokens, lengths, wanted)
         return scores
 
 
 def _single(logits: Tensor) -> Tensor:
     """``logits`` as float32 has them, which plain ``generate()`` compares: narrower numbers stay the same."""
     return logits.float() if logits.dtype == torch.float64 else logits
-
-
-def _by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray, wanted: np.ndarray) -> Tensor:
-    """One call for each distinct history length of the positions ``wanted``, with every row of the batch."""
-    if not wanted.any():
-        return scores
-    count = scores.shape[1]
-    low, high = span(lengths[wanted > 0])
-    if low == high:
-        given = [(tokens[:, : low + i].contiguous(), _copied(scores[:, i])) for i in range(count)]
-        return torch.stack([_whole(processor(ids, rows), processor, rows) for ids, rows in given], dim=1)
-    columns = np.unique((lengths[:, None] + np.arange(count))[np.arange(count) < wanted[:, None]])
-    at = columns[:, None] - lengths
-    # a row without a position of some length is shown another one, whose result goes to a place behind the last
-    read = to_device(at.clip(0, count - 1), scores.device)
-    write = to_device(np.where((at >= 0) & (at < count), at, count), scores.device)
-    row = torch.arange(len(lengths), device=scores.device)
-    out = torch.nn.functional.pad(scores, (0, 0, 0, 1))
-    for length, here, there in zip(columns, read, write, strict=True):
-        rows = scores[row, here]
-        made = _whole(processor(tokens[:, :length].contiguous(), rows), processor, rows)
-        out = out.to(torch.promote_types(out.dtype, made.dtype))
-        out[row, there] = made.to(out.dtype)
-    return out[:, :count]
-
-
-def _copied(scores: Tensor) -> Tensor:
-    """``scores``, of which a view was taken, as a tensor of their own: a processor may write into what it gets."""
-    return scores.clone(memory_format=torch.contiguous_format)
-
-
-def _whole(made: Any, processor: Any, scores: Tensor) -> Tensor:
-    """``made``, which ``processor`` returned for ``scores`` (B, V): a score for every id, or an error by name."""
-    if isinstance(made, Tensor) and made.shape == scores.shape:
-        return made
-    came = f"a tensor of shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
-    raise InvalidInput(
-        f"the logits processor {type(processor).__name__} returned {came}; wanted is a tensor of shape "
-        f"{tuple(scores.shape)}, a score for every id: -inf for one that must not come"
-    )
-
-
-def _by_presence(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray) -> Tensor:
-    """One call for all positions, of a processor that asks which tokens there are and neither where nor how often.
-
-    What a position does not see yet is shown as the first id beyond the vocabulary, which such a processor skips.
-    """
-    batch, count, vocabulary = scores.shape
-    width = int(lengths.max()) + count - 1
-    seen = to_device(lengths[:, None] + np.arange(count), scores.device)
-    unseen = torch.arange(width, device=scores.device) >= seen[..., None]
-    ids = tokens[:, None, :width].expand(-1, count, -1).masked_fill(unseen, vocabulary)
-    flat = processor(ids.reshape(batch * count, width), scores.reshape(batch * count, vocabulary))
-    processed: Tensor = flat.view(batch, count, vocabulary)
-    return processed
 
 
 def is_function(processor: Any) -> bool:

@@ -1,0 +1,95 @@
+"""One processor over several positions of ragged rows, in as few calls as what it asks about the history allows.
+
+``scores`` are (B, n, V): position i of row b comes behind the first ``lengths[b] + i`` of its ``tokens``.
+Processors take (B, L) ids of one length and (B, V) scores. Knows no kinds of them. Read next: ``stepwise.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.errors import InvalidInput
+from specdec.state import span
+from specdec.transfer import to_device
+
+
+def by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray, wanted: np.ndarray) -> Tensor:
+    """One call for each distinct history length of the positions ``wanted``, with every row of the batch."""
+    if not wanted.any():
+        return scores
+    count = scores.shape[1]
+    low, high = span(lengths[wanted > 0])
+    if low == high:
+        given = [(tokens[:, : low + i].contiguous(), copied(scores[:, i])) for i in range(count)]
+        return torch.stack([whole(processor(ids, rows), processor, rows) for ids, rows in given], dim=1)
+    columns = np.unique((lengths[:, None] + np.arange(count))[np.arange(count) < wanted[:, None]])
+    at = columns[:, None] - lengths
+    # a row without a position of some length is shown another one, whose result goes to a place behind the last
+    read = to_device(at.clip(0, count - 1), scores.device)
+    write = to_device(np.where((at >= 0) & (at < count), at, count), scores.device)
+    row = torch.arange(len(lengths), device=scores.device)
+    out = torch.nn.functional.pad(scores, (0, 0, 0, 1))
+    for length, here, there in zip(columns, read, write, strict=True):
+        rows = scores[row, here]
+        made = whole(processor(tokens[:, :length].contiguous(), rows), processor, rows)
+        out = out.to(torch.promote_types(out.dtype, made.dtype))
+        out[row, there] = made.to(out.dtype)
+    return out[:, :count]
+
+
+def copied(scores: Tensor) -> Tensor:
+    """``scores``, of which a view was taken, as a tensor of their own: a processor may write into what it gets."""
+    return scores.clone(memory_format=torch.contiguous_format)
+
+
+def whole(made: Any, processor: Any, scores: Tensor) -> Tensor:
+    """``made``, which ``processor`` returned for ``scores`` (B, V): a score for every id, or an error by name."""
+    if isinstance(made, Tensor) and made.shape == scores.shape:
+        return made
+    came = f"a tensor of shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
+    raise InvalidInput(
+        f"the logits processor {type(processor).__name__} returned {came}; wanted is a tensor of shape "
+        f"{tuple(scores.shape)}, a score for every id: -inf for one that must not come"
+    )
+
+
+def by_floor(processor: Any, floor: int, scores: Tensor, lengths: np.ndarray) -> Tensor:
+    """One call for all positions behind fewer than ``floor`` tokens, of a processor that leaves the others alone.
+
+    It asks nothing else about the history, so that it is shown none.
+    """
+    batch, count, vocabulary = scores.shape
+    short = lengths[:, None] + np.arange(count) < floor
+    if not short.any():
+        return scores
+    flat = scores.reshape(batch * count, vocabulary)
+    if short.all():
+        made: Tensor = processor(_nothing(flat), flat)
+        return made.view(batch, count, vocabulary)
+    at = to_device(np.flatnonzero(short), scores.device)
+    rows = flat[at]
+    return flat.index_copy(0, at, processor(_nothing(rows), rows)).view(batch, count, vocabulary)
+
+
+def _nothing(rows: Tensor) -> Tensor:
+    """Ids (R, 0) before ``rows``."""
+    return torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)
+
+
+def by_presence(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+    """One call for all positions, of a processor that asks which tokens there are and neither where nor how often.
+
+    What a position does not see yet is shown as the first id beyond the vocabulary, which such a processor skips.
+    """
+    batch, count, vocabulary = scores.shape
+    width = int(lengths.max()) + count - 1
+    seen = to_device(lengths[:, None] + np.arange(count), scores.device)
+    unseen = torch.arange(width, device=scores.device) >= seen[..., None]
+    ids = tokens[:, None, :width].expand(-1, count, -1).masked_fill(unseen, vocabulary)
+    flat = processor(ids.reshape(batch * count, width), scores.reshape(batch * count, vocabulary))
+    processed: Tensor = flat.view(batch, count, vocabulary)
+    return processed
