@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    EncoderRepetitionPenaltyLogitsProcessor,
     LogitsProcessor,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
@@ -480,3 +483,41 @@ def test_a_least_length_is_asked_about_once_a_round(one, lengths, monkeypatch):
             assert torch.equal(got[row, i], right(one, tokens[:1, : length + i], before[row, i][None])[0])
             assert torch.isneginf(got[row, i]).sum() == 2 * short[row][i]
     assert torch.equal(scores, before)
+
+
+class Echo(LogitsProcessor):
+    """A user's own, which may know how many rows there are."""
+
+    specdec_pure = True
+
+    def __call__(self, input_ids, scores):
+        return scores + input_ids.float().sum(dim=1, keepdim=True)
+
+
+BY_LENGTH = {
+    "n-grams": (NoRepeatNGramLogitsProcessor(2), True),
+    "words": (NoBadWordsLogitsProcessor([[1, 2], [3]]), True),
+    "the encoder's": (EncoderRepetitionPenaltyLogitsProcessor(3.0, torch.tensor([[1], [2], [3]])), False),
+    "the user's": (Echo(), False),
+}
+
+
+@pytest.mark.parametrize("lengths", [(3, 9, 6), (5, 6, 5), (4, 4, 4)])
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_rows_of_a_length_are_shown_together_and_others_only_to_who_may_number_them(name, lengths, monkeypatch):
+    one, alone = BY_LENGTH[name]
+    right, calls = type(one).__call__, []
+    monkeypatch.setattr(type(one), "__call__", lambda *given: calls.append(given[1].shape) or right(*given))
+    torch.manual_seed(1)
+    scores, tokens = torch.randn(3, 4, 6), torch.randint(1, 4, (3, 16))
+    guesses, live = np.array([3, 0, 2]), np.array([True, False, True])
+    processing = Processing(LogitsProcessorList([one]))
+    got, wanted = processing.target(scores, tokens, np.array(lengths), guesses, live), guesses + live
+    seen = [lengths[row] + i for row in range(3) for i in range(wanted[row])]
+    assert [length for _, length in calls] == sorted(set(seen))
+    if lengths[0] != lengths[2]:
+        assert [rows for rows, _ in calls] == [seen.count(length) if alone else 3 for length in sorted(set(seen))]
+    for row in range(3):
+        for i in range(wanted[row]):
+            ids = tokens[:, : lengths[row] + i]
+            assert torch.equal(got[row, i], right(one, ids, scores[:, i])[row]), (row, i)

@@ -17,8 +17,14 @@ from specdec.state import span
 from specdec.transfer import to_device
 
 
-def by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray, wanted: np.ndarray) -> Tensor:
-    """One call for each distinct history length of the positions ``wanted``, with every row of the batch."""
+def by_length(
+    processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray, wanted: np.ndarray, *, alone: bool
+) -> Tensor:
+    """One call for each distinct history length of the first ``wanted[b]`` positions of every row.
+
+    ``alone``: it looks at each row by itself, so a call is about the rows of that length. Otherwise about all rows;
+    those without a position of that length are shown another one, whose result is not used.
+    """
     if not wanted.any():
         return scores
     count = scores.shape[1]
@@ -26,19 +32,20 @@ def by_length(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarra
     if low == high:
         given = [(tokens[:, : low + i].contiguous(), copied(scores[:, i])) for i in range(count)]
         return torch.stack([whole(processor(ids, rows), processor, rows) for ids, rows in given], dim=1)
-    columns = np.unique((lengths[:, None] + np.arange(count))[np.arange(count) < wanted[:, None]])
-    at = columns[:, None] - lengths
-    # a row without a position of some length is shown another one, whose result goes to a place behind the last
-    read = to_device(at.clip(0, count - 1), scores.device)
-    write = to_device(np.where((at >= 0) & (at < count), at, count), scores.device)
-    row = torch.arange(len(lengths), device=scores.device)
-    out = torch.nn.functional.pad(scores, (0, 0, 0, 1))
-    for length, here, there in zip(columns, read, write, strict=True):
-        rows = scores[row, here]
-        made = whole(processor(tokens[:, :length].contiguous(), rows), processor, rows)
+    row, place = np.nonzero(np.arange(count) < wanted[:, None])
+    order = np.argsort(lengths[row] + place, kind="stable")
+    columns, sizes = np.unique(lengths[row] + place, return_counts=True)
+    found = (torch.split(to_device(part[order], scores.device), sizes.tolist()) for part in (row, place))
+    another = to_device((columns[:, None] - lengths).clip(0, count - 1), scores.device)
+    every = torch.arange(len(lengths), device=scores.device)
+    out = scores.clone()
+    for length, here, there, other in zip(columns, *found, another, strict=True):
+        shown = here if alone else every
+        part = scores[shown, there if alone else other]
+        made = whole(processor(tokens[shown, :length], part), processor, part)
         out = out.to(torch.promote_types(out.dtype, made.dtype))
-        out[row, there] = made.to(out.dtype)
-    return out[:, :count]
+        out[here, there] = (made if alone else made[here]).to(out.dtype)
+    return out
 
 
 def copied(scores: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Logits processors over several positions of ragged rows: each sees what plain ``generate()`` would show it.
 
-transformers' processors take ``(B, L)`` ids of one length and ``(B, V)`` scores, with all rows, because some
-know row indices and prompts. Five kinds (how each is called: ``positions.py``):
+transformers' processors take ``(B, L)`` ids of one length and ``(B, V)`` scores, with all rows where they may know
+row indices and prompts. Five kinds (how each is called: ``positions.py``):
 
 * scores only (temperature, top-k, top-p, ...): one call over all rows and positions;
 * which tokens there are already, no matter where (repetition penalty), or only whether there are enough of them
@@ -52,6 +52,16 @@ PURE = (
     hf.EncoderRepetitionPenaltyLogitsProcessor,
     hf.NoRepeatNGramLogitsProcessor,
     hf.EncoderNoRepeatNGramLogitsProcessor,
+    hf.SequenceBiasLogitsProcessor,
+    hf.NoBadWordsLogitsProcessor,
+    hf.ForcedBOSTokenLogitsProcessor,
+    hf.ForcedEOSTokenLogitsProcessor,
+    hf.ExponentialDecayLengthPenalty,
+    hf.SuppressTokensAtBeginLogitsProcessor,
+    hf.WatermarkLogitsProcessor,
+)
+ALONE = (  # look at each row by itself; the other pure ones may know rows by their number
+    hf.NoRepeatNGramLogitsProcessor,
     hf.SequenceBiasLogitsProcessor,
     hf.NoBadWordsLogitsProcessor,
     hf.ForcedBOSTokenLogitsProcessor,
@@ -206,7 +216,8 @@ class Processing:
             elif _asks_for_presence(processor):
                 scores = positions.by_presence(processor, scores, tokens, lengths)
             else:
-                scores = positions.by_length(processor, scores, tokens, lengths, wanted)
+                alone = type(processor) in ALONE
+                scores = positions.by_length(processor, scores, tokens, lengths, wanted, alone=alone)
         return scores
 
 
