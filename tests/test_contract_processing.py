@@ -18,6 +18,7 @@ from transformers import (
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
@@ -521,3 +522,23 @@ def test_rows_of_a_length_are_shown_together_and_others_only_to_who_may_number_t
         for i in range(wanted[row]):
             ids = tokens[:, : lengths[row] + i]
             assert torch.equal(got[row, i], right(one, ids, scores[:, i])[row]), (row, i)
+
+
+@pytest.mark.parametrize("ignored", [None, 4, torch.tensor([0, 3, 5])], ids=["nothing", "a prompt", "padding"])
+def test_a_repetition_penalty_is_asked_once_a_round(ignored, monkeypatch):
+    """``generate()`` gives it the padding of each row, which it leaves out."""
+    one = RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=ignored)
+    right, calls = type(one).__call__, []
+    monkeypatch.setattr(type(one), "__call__", lambda *given: calls.append(given[2].shape) or right(*given))
+    torch.manual_seed(2)
+    scores, tokens, lengths = torch.randn(3, 4, 6), torch.randint(6, (3, 16)), np.array([6, 11, 8])
+    processing = Processing(LogitsProcessorList([one]))
+    got = processing.target(scores, tokens, lengths, np.full(3, 3), np.full(3, True))
+    assert calls == [(12, 6)]
+    for row in range(3):
+        for i in range(4):
+            ids = tokens[:, : lengths[row] + i]
+            assert torch.equal(got[row, i], right(one, ids, scores[:, i])[row]), (row, i)
+    if isinstance(ignored, torch.Tensor):
+        with pytest.raises(ValueError, match="batch size"):
+            processing.target(scores[:2], tokens[:2], lengths[:2], np.full(2, 3), np.full(2, True))

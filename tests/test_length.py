@@ -742,6 +742,34 @@ def test_a_draft_that_pays_is_asked_although_no_round_is_plain(cost):
     assert 5 <= asked.count(0) <= 30, "what a plain round takes is asked for again, and seldom"
 
 
+def switched_off(cost, rounds=60):
+    """A rule for eight rows that has seen nothing kept."""
+    rule, rig = Adaptive(Timings()), Rig(cost, rows=8)
+    for _ in range(rounds):
+        rig.round(rule, 0.0)
+    return rule
+
+
+@pytest.mark.parametrize(("missed", "confirmed"), [(0, True), (1, True), (4, False), (8, False)])
+def test_a_probe_that_most_rows_keep_is_confirmed(missed, confirmed):
+    """A row that misses once is no slow one: of eight rows some miss in most rounds that pay."""
+    rule = switched_off(0.45)
+    while not rule.next(16):
+        rule.observe(outcome(0, np.zeros(8, dtype=np.int64)), 1.0)
+    rule.observe(outcome(1, np.array([0] * missed + [1] * (8 - missed))), 1.45)
+    assert (rule.next(16) > 0) is confirmed
+
+
+def test_rows_that_keep_nothing_are_known_after_a_few_probes():
+    rule, rounds = switched_off(0.45), 600
+    kept, asked = np.array([0, 0, 1, 1, 1, 1, 1, 1]), 0
+    for _ in range(rounds):
+        width = min(rule.next(16), 1)
+        asked += width
+        rule.observe(outcome(width, kept * width), 1 + 0.45 * width)
+    assert 0 < asked < 0.04 * rounds
+
+
 def test_a_draft_known_to_be_useless_is_not_fed_again_for_a_probe():
     memory = Memory()
     times = [opened(memory.recall(1, False), room=300, acceptance=0.0, rounds=200) for _ in range(TEXTS + 1)]

@@ -87,15 +87,20 @@ def _nothing(rows: Tensor) -> Tensor:
     return torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)
 
 
-def by_presence(processor: Any, scores: Tensor, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+def by_presence(
+    processor: Any, ignored: int | Tensor, scores: Tensor, tokens: Tensor, lengths: np.ndarray
+) -> Tensor:
     """One call for all positions, of a processor that asks which tokens there are and neither where nor how often.
 
-    What a position does not see yet is shown as the first id beyond the vocabulary, which such a processor skips.
+    What a position does not see yet, and the first ``ignored`` tokens of every row, or (B,) of each, are shown as
+    the first id beyond the vocabulary, which such a processor skips.
     """
     batch, count, vocabulary = scores.shape
     width = int(lengths.max()) + count - 1
     seen = to_device(lengths[:, None] + np.arange(count), scores.device)
-    unseen = torch.arange(width, device=scores.device) >= seen[..., None]
+    column = torch.arange(width, device=scores.device)
+    first = ignored[:, None, None].to(scores.device) if isinstance(ignored, Tensor) else ignored
+    unseen = (column >= seen[..., None]) | (column < first)
     ids = tokens[:, None, :width].expand(-1, count, -1).masked_fill(unseen, vocabulary)
     flat = processor(ids.reshape(batch * count, width), scores.reshape(batch * count, vocabulary))
     processed: Tensor = flat.view(batch, count, vocabulary)

@@ -213,8 +213,10 @@ class Processing:
                 scores = warp(processor, ids, flat).view(batch, count, vocabulary)
             elif type(processor) in FLOORS:
                 scores = positions.by_floor(processor, FLOORS[type(processor)](processor), scores, lengths)
-            elif _asks_for_presence(processor):
-                scores = positions.by_presence(processor, scores, tokens, lengths)
+            elif _asks_for_presence(processor, batch):
+                bare = hf.RepetitionPenaltyLogitsProcessor(processor.penalty)
+                ignored = processor.prompt_ignore_length
+                scores = positions.by_presence(bare, 0 if ignored is None else ignored, scores, tokens, lengths)
             else:
                 alone = type(processor) in ALONE
                 scores = positions.by_length(processor, scores, tokens, lengths, wanted, alone=alone)
@@ -238,8 +240,12 @@ def _reads_scores_only(processor: Any) -> bool:
     return type(processor) in SCORES_ONLY
 
 
-def _asks_for_presence(processor: Any) -> bool:
-    return type(processor) is hf.RepetitionPenaltyLogitsProcessor and processor.prompt_ignore_length is None
+def _asks_for_presence(processor: Any, batch: int) -> bool:
+    """Apart from what it ignores, the padding of each row as ``generate()`` has it."""
+    if type(processor) is not hf.RepetitionPenaltyLogitsProcessor:
+        return False
+    ignored = processor.prompt_ignore_length
+    return not isinstance(ignored, Tensor) or len(ignored) == batch  # otherwise it says itself what is wrong
 
 
 def _stepwise(processor: Any, later: Any) -> Stepwise | None:

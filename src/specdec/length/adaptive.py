@@ -23,7 +23,7 @@ import numpy as np
 from specdec.length import Opening
 from specdec.length.acceptance import FADE, PRIOR, PRIOR_WEIGHT, Acceptance
 from specdec.length.cost import Assumed, Timings, best_length, speed, tokens_per_round
-from specdec.length.rows import Rows, together
+from specdec.length.rows import Rows
 from specdec.records import Round
 
 ASSUMED_COST = 0.2  # of a guess, in plain rounds, where no clock may be asked (``Assumed``)
@@ -288,7 +288,9 @@ class Adaptive:
             heard = self._timings.heard(seconds)
             more = (heard - self._opened - float(self._table[1])) / float(self._table[0])
             self._missed = max(more, 0.0) / self._since
-        self._promising = bool(self._probing and live.any() and together(1.0 + accepted) > price)
+        # by what is known of each row by now: one that missed once is no slow one yet
+        pace = self._differing.pace(np.array([accepted.mean() if live.any() else 0.0]))[0]
+        self._promising = bool(self._probing and pace[1] > price)
         if self._probing and not self._promising:
             self._learnt.doubt()
             self._failed += 1
