@@ -35,16 +35,18 @@ def by_length(
     row, place = np.nonzero(np.arange(count) < wanted[:, None])
     order = np.argsort(lengths[row] + place, kind="stable")
     columns, sizes = np.unique(lengths[row] + place, return_counts=True)
-    found = (torch.split(to_device(part[order], scores.device), sizes.tolist()) for part in (row, place))
-    another = to_device((columns[:, None] - lengths).clip(0, count - 1), scores.device)
-    every = torch.arange(len(lengths), device=scores.device)
+    here, there = (torch.split(to_device(part[order], scores.device), sizes.tolist()) for part in (row, place))
+    rows, places = here, there
+    if not alone:
+        rows = (torch.arange(len(lengths), device=scores.device),) * len(columns)
+        places = tuple(to_device((columns[:, None] - lengths).clip(0, count - 1), scores.device))
     out = scores.clone()
-    for length, here, there, other in zip(columns, *found, another, strict=True):
-        shown = here if alone else every
-        part = scores[shown, there if alone else other]
+    for number, length in enumerate(columns):
+        shown, at = rows[number], here[number]
+        part = scores[shown, places[number]]
         made = whole(processor(tokens[shown, :length], part), processor, part)
         out = out.to(torch.promote_types(out.dtype, made.dtype))
-        out[here, there] = (made if alone else made[here]).to(out.dtype)
+        out[at, there[number]] = (made if alone else made[at]).to(out.dtype)
     return out
 
 

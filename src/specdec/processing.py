@@ -45,22 +45,7 @@ SCORES_ONLY = (
     hf.LogitNormalization,
     hf.SuppressTokensLogitsProcessor,
 )
-PURE = (
-    hf.MinLengthLogitsProcessor,
-    hf.MinNewTokensLengthLogitsProcessor,
-    hf.RepetitionPenaltyLogitsProcessor,
-    hf.EncoderRepetitionPenaltyLogitsProcessor,
-    hf.NoRepeatNGramLogitsProcessor,
-    hf.EncoderNoRepeatNGramLogitsProcessor,
-    hf.SequenceBiasLogitsProcessor,
-    hf.NoBadWordsLogitsProcessor,
-    hf.ForcedBOSTokenLogitsProcessor,
-    hf.ForcedEOSTokenLogitsProcessor,
-    hf.ExponentialDecayLengthPenalty,
-    hf.SuppressTokensAtBeginLogitsProcessor,
-    hf.WatermarkLogitsProcessor,
-)
-ALONE = (  # look at each row by itself; the other pure ones may know rows by their number
+ALONE = (  # look at each row by itself; other pure ones may know rows by their number
     hf.NoRepeatNGramLogitsProcessor,
     hf.SequenceBiasLogitsProcessor,
     hf.NoBadWordsLogitsProcessor,
@@ -77,6 +62,13 @@ FLOORS: dict[type, Callable[[Any], int]] = {
         processor.prompt_length_to_skip + processor.min_new_tokens
     ),
 }
+PURE = (
+    *ALONE,
+    *FLOORS,
+    hf.RepetitionPenaltyLogitsProcessor,
+    hf.EncoderRepetitionPenaltyLogitsProcessor,
+    hf.EncoderNoRepeatNGramLogitsProcessor,
+)
 BIASES = (hf.SequenceBiasLogitsProcessor, hf.NoBadWordsLogitsProcessor)
 
 

@@ -288,9 +288,9 @@ class Adaptive:
             heard = self._timings.heard(seconds)
             more = (heard - self._opened - float(self._table[1])) / float(self._table[0])
             self._missed = max(more, 0.0) / self._since
-        # by what is known of each row by now: one that missed once is no slow one yet
-        pace = self._differing.pace(np.array([accepted.mean() if live.any() else 0.0]))[0]
-        self._promising = bool(self._probing and pace[1] > price)
+        self._promising = False
+        if self._probing and live.any():  # by what is known of each row by now: who missed once is no slow one yet
+            self._promising = bool(self._differing.pace(np.array([accepted.mean()]))[0][1] > price)
         if self._probing and not self._promising:
             self._learnt.doubt()
             self._failed += 1
