@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from specdec import pack_weights, prune_head, quantize_draft, unpack_weights
+from specdec import pack_weights, prune_head, quantize_draft
 
 GROUP = 32  # weights that share a scale in the 4-bit files that the noise imitates
 
@@ -86,18 +86,23 @@ def steps(weight: Tensor) -> Tensor:
 
 
 class Dress:
-    """Models whose weights are packed for some contestants and plain for others; changed outside the timing."""
+    """Models whose weights are packed for some contestants and plain for others; changed outside the timing.
+
+    Both forms are kept, in twice the memory: graphs know the very matrices that they were made with.
+    """
 
     def __init__(self, models: list[Any]) -> None:
-        self._models = models
-        self._packed = False
+        """Pack all models; what cannot be packed is said now."""
+        layers = [part for model in models for part in model.modules() if type(part) is torch.nn.Linear]
+        plain = [layer.weight for layer in layers]
+        for model in models:
+            pack_weights(model)
+        self._forms = [(layer, weight, layer.weight) for layer, weight in zip(layers, plain, strict=True)]
 
     def wear(self, packed: bool) -> None:
-        """Pack all models, or unpack them, if they are not so already."""
-        if packed != self._packed:
-            for model in self._models:
-                (pack_weights if packed else unpack_weights)(model)
-            self._packed = packed
+        """Give all layers the one form or the other."""
+        for layer, *forms in self._forms:
+            layer.weight = forms[packed]
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,8 +78,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the JSON into a file, too")
     add("--plot", type=Path, metavar="FOLDER", help="draw speed and cost curve")
     chosen = parser.parse_args(arguments)
-    if chosen.compile and (chosen.pack or chosen.pack_draft):
-        parser.error("--compile with --pack: contestants that take turns would undo one another's graphs; give one")
     if chosen.drafts is None:
         chosen.drafts = [*(["model"] if chosen.draft else []), "ngram"]
     return chosen
@@ -105,7 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         weights |= {c.draft: weights_of(c.draft) for c in contestants if c.draft not in {None, *weights}}
         wanted = ((pair.target, options.pack), (pair.draft, options.pack_draft))
         dress = Dress([model for model, packs in wanted if packs and model])
-        dress.wear(True)  # what cannot be packed is said now
     except (SpecdecError, ValueError, OSError) as error:
         print(f"The benchmark cannot start: {error}", file=sys.stderr)
         return 2

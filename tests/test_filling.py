@@ -10,7 +10,7 @@ import torch
 from specdec import Cascade, DraftModel, LayerSkip, Proposal, SpeculativeGenerator, pack_weights, quantize_draft
 from specdec.layouts.facts import CACHE
 from specdec.testing import ragged_prompt, tiny_llama
-from specdec.weights import filling
+from specdec.weights import blocks, filling
 from specdec.weights.passing import Pass, under_way
 
 from .contract import assert_agrees, bart, ends, noisy, plain
@@ -32,9 +32,13 @@ def multiplied(monkeypatch):
     def spied(states, size, multiply):
         return on_real(states, size, lambda given: shapes.append(tuple(given.shape)) or multiply(given))
 
-    on_real = filling.on_real
-    for file in ("packed", "quantized"):
-        monkeypatch.setattr(f"specdec.weights.{file}.on_real", spied)
+    def kernel(form, states, bias):
+        shapes.append(tuple(states.shape))
+        return as_given(form, states, bias)
+
+    on_real, as_given = filling.on_real, blocks.Blocked.as_given
+    monkeypatch.setattr("specdec.weights.quantized.on_real", spied)
+    monkeypatch.setattr(blocks.Blocked, "as_given", kernel)
     return shapes
 
 
@@ -195,3 +199,30 @@ def test_small_matrices_and_short_passes_are_computed_whole(monkeypatch):
     monkeypatch.setattr(filling, "READING", 16)
     with Pass(real=filling.real_tokens(np.array([8, 1]), 8, live)):
         assert filling.on_real(states, 143, torch.Tensor.size) == (2, 8, 4)
+
+
+@pytest.mark.parametrize(("dtype", "moved"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_tiles_have_further_rows_for_nearly_nothing(monkeypatch, dtype, moved):
+    monkeypatch.setattr(filling, "MOVING", 100)
+    monkeypatch.setattr(filling, "has_tiles", lambda: True)
+    states, seen = torch.ones(2, 8, 4, dtype=dtype), []
+
+    def multiply(rows):
+        seen.append(rows[..., 0].numel())
+        return rows
+
+    with Pass(real=filling.real_tokens(np.array([8, 1]), 8, np.array([True, True]))):
+        for size in (100, 100 * filling.TILES):
+            filling.on_real(states, size, multiply)
+    assert seen == [9 if moved else 16, 9]
+
+
+def test_whether_there_are_tiles_is_asked_of_torch(monkeypatch):
+    for told in ({}, {"amx_bf16": False}, {"amx_bf16": True}):
+        filling.has_tiles.cache_clear()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", told.copy, raising=False)
+        assert filling.has_tiles() is told.get("amx_bf16", False)
+    filling.has_tiles.cache_clear()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert filling.has_tiles() is False
+    filling.has_tiles.cache_clear()

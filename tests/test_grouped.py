@@ -1,6 +1,7 @@
 """Attention by groups: the sums of transformers' "sdpa", no copies of keys and values, and only in our passes."""
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec import SpeculativeGenerator
-from specdec.layouts import grouped
+from specdec.layouts import compiled, grouped
 from specdec.testing import noisy_copy, ragged_prompt, tiny_llama
 from specdec.weights.passing import Pass, under_way
 
@@ -130,3 +131,50 @@ def test_a_call_makes_no_copies(copies):
     layers = target.config.num_hidden_layers
     assert len(copies) == 2 * 2 * layers  # keys and values, target and draft, one pass each: the prompt's
     assert out.equal(target.generate(**prompt, max_new_tokens=20, do_sample=False))
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_graphs_of_ours_attend_by_groups_and_others_do_not(copies, boolean, queries):
+    grouped.install()
+    torch._dynamo.reset()
+    given = arguments(torch.float32, boolean, queries=queries)
+    expected, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](*given)
+    copies.clear()
+    graph = torch.compile(lambda *args: ALL_ATTENTION_FUNCTIONS["sdpa"](*args), fullgraph=True, backend="eager")
+    assert torch.allclose(graph(*given)[0], expected, atol=2e-6)
+    assert copies == [3, 3], "somebody's graph is traced as it always was"
+    with grouped.in_graphs():
+        assert torch.allclose(graph(*given)[0], expected, atol=2e-6)
+    assert copies == [3, 3]
+    assert torch.allclose(graph(*given)[0], expected, atol=2e-6)
+
+
+def test_graphs_of_several_threads_end_one_after_another():
+    assert grouped._threads == 0
+    with ThreadPoolExecutor(1) as pool:
+        with grouped.in_graphs():
+            other = grouped.in_graphs()
+            pool.submit(other.__enter__).result()
+        assert grouped._threads == torch.get_num_threads(), "the other thread's still runs"
+        pool.submit(other.__exit__, None, None, None).result()
+    assert grouped._threads == 0
+    with pytest.raises(KeyError), grouped.in_graphs():
+        raise KeyError
+    assert grouped._threads == grouped._running == 0
+
+
+def test_a_compiled_call_makes_no_copies(copies, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    target = tiny_llama()
+    generator = SpeculativeGenerator(target, noisy_copy(target), num_draft_tokens=3, compile=True)
+    prompt = ragged_prompt((9, 6, 3))
+    out = generator.generate(**prompt, max_new_tokens=20, do_sample=False)
+    assert generator.stats.layout == "slots+compiled"
+    copies.clear()
+    again = generator.generate(**prompt, max_new_tokens=20, do_sample=False)
+    layers = target.config.num_hidden_layers
+    assert len(copies) == 2 * 2 * layers  # the prompts'
+    expected = target.generate(**prompt, max_new_tokens=20, do_sample=False)
+    assert out.equal(expected)
+    assert again.equal(expected)

@@ -483,6 +483,13 @@ def test_a_draft_is_not_fed_where_passes_that_check_guesses_would_multiply_rathe
     assert not opened(Adaptive(Timings()), prompt=80.0, **prompts)
 
 
+def test_what_a_draft_stopped_short_of_does_not_count_against_its_prompt():
+    """A draft that tells its chances is asked for many guesses and stopped in time: those behind were not missed."""
+    memory = Memory()
+    Rig(0.5, rows=8, tells=True).run(memory.recall(8, False), 0.9, 60)
+    assert opened(memory.recall(8, False), room=64, rows=8, acceptance=0.9, cost=0.5, rounds=10)[:1] == [0]
+
+
 # milliseconds of a 1.5B model in float32 on two cores with AVX2, by tokens in a pass
 STEEP_THEN_FLAT = [
     396, 852, 1216, 1188, 1336, 1352, 1477, 1071, 1329, 1519, 1496, 1474, 1501, 1528, 1585, 1643, 1702,
@@ -875,6 +882,25 @@ def test_rows_that_are_alike_are_one_row_many_times():
     alone, weights = Rows().pace(survival)
     assert alone == pytest.approx(tokens_per_round(survival))
     assert weights == pytest.approx(np.ones((5, 1)))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_batch_is_guessed_for_in_narrow_rounds_first(known):
+    """Also where earlier calls make wide ones look good: whether this text's rows differ, none of them says."""
+    memory = Memory()
+    if known:
+        Rig(0.05, rows=8, tells=True).run(memory.recall(8, False), 0.95, 200)
+    rule, rig = memory.recall(8, False), Rig(0.05, rows=8, tells=True)
+    rule.fed(8.0, 8, 40)
+    rig.run(rule, 0.95, 200)
+    widths = [width for width, _ in rig.rounds if width]
+    assert widths[0] == 1
+    assert all(width <= 1 + np.ceil(place / 4) for place, width in enumerate(widths))
+    assert max(widths) >= 8, "in the end as many as pay"
+    alone, rig = memory.recall(1, False), Rig(0.05, tells=True)
+    alone.fed(1.0, 1, 40)
+    rig.run(alone, 0.95, 40)
+    assert max(width for width, _ in rig.rounds[:8]) >= 8, "a single row waits for no other"
 
 
 # --- what is counted --------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from specdec.clock import happens_once
 from specdec.errors import FAULTS, InvalidInput
 from specdec.layouts.check import close
 from specdec.layouts.facts import CACHE
+from specdec.layouts.grouped import in_graphs
 from specdec.layouts.handover import cached_columns
 from specdec.layouts.slot_cache import SlotCache
 
@@ -221,11 +222,12 @@ def _step(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 def _replay(graph: Callable[..., Tensor], model: Any, inputs: dict[str, Any], cache: SlotCache) -> Tensor:
     cache.place_by_data()
-    if not captures(cache.device):
-        return graph(model, inputs)
-    # a captured graph writes its scores to one place: take them away before the next replay
-    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-    return graph(model, inputs).clone()
+    with in_graphs():
+        if not captures(cache.device):
+            return graph(model, inputs)
+        # a captured graph writes its scores to one place: take them away before the next replay
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return graph(model, inputs).clone()
 
 
 def _keep(free: dict[Any, list[Tensor]], key: Any, buffers: list[Tensor]) -> None:

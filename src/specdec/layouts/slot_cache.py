@@ -31,12 +31,14 @@ class Place:
 
     Attributes:
         columns: (B, W).
+        rows: (B, 1), counted from 0.
         start: the first column where all rows begin at the same one, else None.
         length: the highest first column.
     """
 
     def __init__(self) -> None:
         self.columns = torch.zeros(0, 0, dtype=torch.int64)
+        self.rows = torch.zeros(0, 1, dtype=torch.int64)
         self.start: int | None = None
         self.length = 0
 
@@ -61,6 +63,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         """The next forward writes at ``columns`` (B, W), rows beginning between ``lowest`` and ``longest``."""
         where = self.where
         where.columns, where.length = columns, longest
+        if len(where.rows) != len(columns) or where.rows.device != columns.device:
+            where.rows = torch.arange(len(columns), device=columns.device)[:, None]
         where.start = longest if lowest == longest else None
 
     def place_by_data(self) -> None:
@@ -118,13 +122,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write (B, heads, W, head size) at the round's columns; return the whole buffer."""
         width, start = key_states.shape[-2], self.where.start
+        # a layer may be on another device than the ids
+        rows, columns = (one.to(key_states.device) for one in (self.where.rows, self.where.columns))
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if start is not None:
                 buffer[:, :, start : start + width] = states
             else:
                 # not scatter_: compiled, that copies the whole buffer
-                rows = torch.arange(len(states), device=states.device)[:, None]
-                columns = self.where.columns.to(states.device)  # a layer may be on another device than the ids
                 buffer[rows, :, columns] = states.transpose(1, 2).to(buffer.dtype)  # autocast mixes them
         return self.keys, self.values
 

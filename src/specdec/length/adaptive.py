@@ -196,7 +196,7 @@ class Adaptive:
         self._tells = True
         self._chances.append(chances)
         drafted = len(self._chances)
-        if drafted >= self._asked:
+        if drafted >= min(self._asked, self._differing.most(self._rows)):
             return False
         _, acceptance = self._learnt.told
         self._alive = self._alive * acceptance.of_chance(chances)
@@ -229,7 +229,8 @@ class Adaptive:
         price = opening.work * (self._prompt + self._rows * token * self._grown)
         timings, acceptance = told if told[0].priced else every
         if timings.priced and (timings is told[0] or not self._others):
-            rate = float((tokens_per_round(acceptance.survival()) / timings.table(self.most)).max())
+            kept = acceptance.overall ** np.arange(1, self.most + 1)  # not what it stopped short of by itself
+            rate = float((tokens_per_round(kept) / timings.table(self.most)).max())
         else:
             wider = self._rows * token / plain
             rate = max(speed(PRIOR, opening.reading, n, verify=1 + n * wider) for n in range(5)) / plain

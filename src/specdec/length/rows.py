@@ -15,6 +15,7 @@ from specdec.length.cost import tokens_per_round
 ALIKE = 1.0  # guesses that a row is taken to have in common with the others
 # of the power mean: infinity is the slowest row. Not quite: rows also end by themselves, and nobody knows when
 SLOWEST = 6
+NARROW = 4  # rounds after which a batch may be guessed one token more for
 
 
 def together(tokens: np.ndarray) -> np.ndarray:
@@ -30,12 +31,22 @@ class Rows:
         """Nothing is known yet."""
         self._tried = self._kept = np.zeros(0)
         self._live = np.zeros(0, dtype=bool)
+        self._rounds = 0  # with guesses
+
+    def most(self, rows: int) -> float:
+        """Guesses a round for so many live ``rows``, of drafts that tell their chances: a batch begins narrow.
+
+        What is known of other texts, or of a draft by itself, promises all rows the same; that some get on slowly
+        shows after some rounds, and a wide first one costs a short text more than it can bring.
+        """
+        return np.inf if rows < 2 else 1 + np.ceil(self._rounds / NARROW)
 
     def see(self, asked: int, live: np.ndarray, accepted: np.ndarray) -> None:
         """One round: guesses ``asked`` for of every row, rows that were ``live`` (B,), guesses kept (B,)."""
         if len(self._live) != len(live):
             self._tried = self._kept = np.zeros(len(live))
         self._live = live
+        self._rounds += asked > 0
         if asked:
             self._tried = FADE * self._tried + np.where(live, np.minimum(accepted + 1, asked), 0)
             self._kept = FADE * self._kept + np.where(live, accepted, 0)

@@ -34,16 +34,20 @@ class Blocked:
 
     def __init__(self, weight: Tensor) -> None:
         self._packed = reorder(weight)
-        self._is_large = weight.numel() >= LEAST
-        if self._is_large:
+        self.is_large = weight.numel() >= LEAST
+        if self.is_large:
             fastest(weight.dtype, torch.get_num_threads())  # now, and not in the first pass
         self.number = graphs.number(self)
 
     def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """(..., N) from states (..., K)."""
-        if not self._is_large:
-            return linear(states, self._packed, bias)
-        return in_blocks(states, lambda states: linear(states, self._packed, bias))
+        if not self.is_large:
+            return self.as_given(states, bias)
+        return in_blocks(states, lambda states: self.as_given(states, bias))
+
+    def as_given(self, states: Tensor, bias: Tensor | None) -> Tensor:
+        """The same, with no more rows than are given."""
+        return linear(states, self._packed, bias)
 
     def dense(self) -> Tensor:
         """The matrix as it was, bit for bit."""
@@ -68,6 +72,12 @@ def in_blocks(states: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
     filled = torch.nn.functional.pad(states.reshape(rows, -1), (0, 0, 0, full - rows))
     # a copy, so that who keeps the product does not keep what fills up
     return multiply(filled)[:rows].clone().view(*states.shape[:-1], -1)
+
+
+def fills(dtype: torch.dtype, most: int) -> bool:
+    """Whether ``in_blocks`` may fill up ``most`` rows or fewer."""
+    known = fastest(dtype, torch.get_num_threads())
+    return most <= MOST and known[: 1 + most] != tuple(range(1 + most))
 
 
 @functools.cache

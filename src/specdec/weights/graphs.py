@@ -26,9 +26,7 @@ def number(matrix: Any) -> int:
     return new
 
 
-@torch.library.custom_op("specdec::packed_linear", mutates_args=())
-def packed_linear(states: Tensor, bias: Tensor | None, number: int, rows: int) -> Tensor:
-    """(..., ``rows``) from states (..., K) and the matrix of that number."""
+def _linear(states: Tensor, bias: Tensor | None, number: int, rows: int) -> Tensor:
     matrix = _by_number.get(number)
     if matrix is None:
         raise UnsupportedModel("a compiled graph's packed weights are gone, or another process'; compile it again")
@@ -36,6 +34,18 @@ def packed_linear(states: Tensor, bias: Tensor | None, number: int, rows: int) -
     return out
 
 
-@packed_linear.register_fake
-def _(states: Tensor, bias: Tensor | None, number: int, rows: int) -> Tensor:
+def _shape(states: Tensor, bias: Tensor | None, number: int, rows: int) -> Tensor:
     return states.new_empty((*states.shape[:-1], rows))
+
+
+# not ``torch.library.custom_op``, whose own Python around every call took as long as a graph saved
+_library: Any = torch.library.Library("specdec", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("packed_linear(Tensor states, Tensor? bias, int number, int rows) -> Tensor")
+_library.impl("packed_linear", _linear, "CPU")
+torch.library.register_fake("specdec::packed_linear", _shape, lib=_library)
+
+
+def packed_linear(states: Tensor, bias: Tensor | None, number: int, rows: int) -> Tensor:
+    """(..., ``rows``) from states (..., K) and the matrix of that number."""
+    out: Tensor = torch.ops.specdec.packed_linear(states, bias, number, rows)
+    return out

@@ -75,6 +75,8 @@ class HalfMatrix:
             out.mul_(self._scale)
         return (out if bias is None else out + bias).to(states.dtype)
 
+    as_given = linear  # there is nothing to fill up (``blocks.py``)
+
     def dense(self) -> Tensor:
         """The matrix as it was, bit for bit."""
         unpacked: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]

@@ -11,8 +11,10 @@ pass (``filling.py``) is left out here as well.
 One token of one row is the target's as plain ``generate()`` computes it, to the bit. A draft owes nobody its bits:
 its single rows go the faster way as well, packed ones in full blocks (``blocks.py``).
 
+Packed layers go to their kernels the short way (``direct.py``).
+
 The layers' ``forward`` is put in place for a pass and taken away behind it, so hooks run as ever. Prompts, compiled
-models, gradients and autocast go torch's way. Knows no model. Read next: ``filling.py``.
+models, gradients and autocast go torch's way. Knows no model. Read next: ``direct.py``.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specdec.weights import blocks, race
+from specdec.weights import blocks, direct, race
 from specdec.weights.filling import on_real
+from specdec.weights.packed import PackedWeight
 from specdec.weights.passing import UNTOLD, Layer, Pass, Real, under_way
 
 MOST_ROWS = 64  # more are a prompt, which is computing: another question than the one that is timed
@@ -42,14 +45,22 @@ class ThinProducts:
         """Find the layers, and time their sizes if this process has not yet."""
         self._every: list[Layer] = []  # what only fills up a pass can be left out of all, whatever the dtype
         self._faster: list[list[Layer]] = [[] for _ in range(1 + TRIED_ROWS)]  # by rows; the last: and more
+        self._packed: list[Any] = []
+        self._direct: dict[bool, list[Layer]] = {}  # the short way to these, by whether rows are filled up
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
         if not any(map(_is_compiled, modules)):  # whose graph would be made anew
             for module in modules:
-                if type(module) is torch.nn.Linear and is_as_made(module) and _is_large(module.weight):
+                if type(module) is not torch.nn.Linear or not is_as_made(module):
+                    continue
+                if isinstance(module.weight, PackedWeight):
+                    self._packed.append(module)
+                elif _is_large(module.weight):
                     self._every.append((vars(module), partial(_forward, module)))
                     for rows in range(1 if is_draft else 2, 1 + TRIED_ROWS):
                         if wins(module.weight, rows):
                             self._faster[rows].append(self._every[-1])
+        large = [module.weight for module in self._packed if getattr(module.weight.form, "is_large", False)]
+        self._kinds = {weight.kind for weight in large}  # of which rows may be filled up
         # only layers that are exchanged above, or whose weights are no plain ones, ask whose pass it is
         weights = [weight for module in modules for weight in module.parameters(recurse=False)]
         asks = self._faster[1] or any(type(weight) is not torch.nn.Parameter for weight in weights)
@@ -62,12 +73,21 @@ class ThinProducts:
         layers = self._faster[min(tokens, TRIED_ROWS)]
         if real is not None:
             layers = self._every
+        if self._packed:
+            layers = [*layers, *self._at_once(tokens)]
         if tokens > MOST_ROWS:
             layers = []
         # within another pass, as when a hook generates, what was said of that one must not be heard in this
         if layers or real is not None or by_groups or self._of_draft or under_way() is not None:
             return Pass(layers, of_draft=self._of_draft, real=real, by_groups=by_groups)
         return UNTOLD
+
+    def _at_once(self, tokens: int) -> list[Layer]:
+        """The packed layers for a pass over so many tokens."""
+        fills = any(blocks.fills(kind, tokens) for kind in self._kinds)
+        if fills not in self._direct:
+            self._direct[fills] = [(vars(module), direct.direct(module, fills=fills)) for module in self._packed]
+        return self._direct[fills]
 
     def compiled(self) -> AbstractContextManager[Any]:
         """What to enter for a pass of a graph, which has its layers as they are."""
@@ -116,7 +136,7 @@ def _forward(module: torch.nn.Linear, input: Tensor) -> Tensor:
 def is_as_made(module: torch.nn.Module) -> bool:
     """Nobody has put another ``forward`` into ``module``, apart from a pass of ours, maybe in another thread."""
     own = vars(module).get("forward")
-    return own is None or getattr(own, "func", None) is _forward
+    return own is None or getattr(own, "func", None) in (_forward, direct.forward)
 
 
 def _is_large(weight: Any) -> bool:
