@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from specdec import pack_weights
-from specdec.layouts import masks
+from specdec.layouts import grouped, masks
 from specdec.layouts.facts import CACHE
 from specdec.layouts.slot_cache import Place, SlotCache, SlotLayer
 from specdec.testing import tiny_llama
+from specdec.weights.thin import ThinProducts
 
 PROMPT, TURNS, PASSES = 200, 4, 5
 
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.pack:
         pack_weights(model)
     masks.install()
+    grouped.install()
     with torch.no_grad():
         compare(model, given.widths, given.room)
 
@@ -68,9 +70,23 @@ def compare(model: Any, widths: list[int], room: int) -> None:
             "attention_mask": mask, CACHE: cache, "use_cache": True, "logits_to_keep": width,
         }  # fmt: skip
 
+    thin = ThinProducts(model)
+
     def step(model: Any, inputs: dict[str, Any]) -> Tensor:
         scores: Tensor = model(**inputs).logits
         return scores
+
+    def eagerly(model: Any, inputs: dict[str, Any]) -> Tensor:
+        width = inputs["input_ids"].shape[1]
+        with thin.over(width, by_groups=width > 1):  # as the library makes it
+            return step(model, inputs)
+
+    def graphed(graph: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(model: Any, inputs: dict[str, Any]) -> Tensor:
+            with grouped.in_graphs():
+                return graph(model, inputs)
+
+        return run
 
     def timed(run: Callable[..., Tensor], width: int, by_data: bool) -> list[float]:
         seconds = []
@@ -83,14 +99,14 @@ def compare(model: Any, widths: list[int], room: int) -> None:
 
     for width in widths:
         settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True}
-        graph = torch.compile(step, **settings)
-        eager = step(model, inputs(width, PROMPT, False)).float()
+        graph = graphed(torch.compile(step, **settings))
+        eager = eagerly(model, inputs(width, PROMPT, False)).float()
         began = time.perf_counter()
         compiled = graph(model, inputs(width, PROMPT, True)).float()
         compiling = time.perf_counter() - began
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(TURNS):
-            times[0].extend(timed(step, width, False))
+            times[0].extend(timed(eagerly, width, False))
             times[1].extend(timed(graph, width, True))
         one, other = (1000 * float(np.median(t)) for t in times)
         off = (compiled - eager).abs().max() / eager.std()

@@ -484,7 +484,7 @@ def test_a_draft_is_not_fed_where_passes_that_check_guesses_would_multiply_rathe
 
 
 def test_what_a_draft_stopped_short_of_does_not_count_against_its_prompt():
-    """A draft that tells its chances is asked for many guesses and stopped in time: those behind were not missed."""
+    """A draft that tells its chances is asked for many guesses and stopped in time: the rest it did not miss."""
     memory = Memory()
     Rig(0.5, rows=8, tells=True).run(memory.recall(8, False), 0.9, 60)
     assert opened(memory.recall(8, False), room=64, rows=8, acceptance=0.9, cost=0.5, rounds=10)[:1] == [0]
