@@ -1,5 +1,6 @@
 """The short way to packed kernels: in passes of ours alone, with the bits of the long one."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -142,3 +143,16 @@ def test_a_call_goes_the_short_way_and_leaves_nothing(found, batch):
     layers = sum(type(module) is torch.nn.Linear for module in target.modules())
     assert len(found) <= 2 * layers, "the two prompts, and no pass after them"
     assert patched(target) == patched(draft) == []
+
+
+def test_a_copy_made_within_a_pass_is_a_model_like_any_other():
+    model, states = packed_model(), torch.randn(3, 32)
+    with torch.no_grad():
+        usual = model(states)
+        with ThinProducts(model).over(3):
+            other = copy.deepcopy(model)
+            assert torch.allclose(other(states), usual, atol=1e-5)
+        with ThinProducts(other).over(3):
+            assert torch.allclose(other(states), usual, atol=1e-5)
+        assert torch.allclose(other(states), usual, atol=1e-5)
+        assert type(other[0].weight) is torch.nn.Parameter

@@ -29,20 +29,19 @@ def direct(module: Any, *, fills: bool) -> Callable[[Tensor], Tensor]:
         module: a layer whose weight is a ``PackedWeight``.
         fills: rows may be filled up to full blocks (``blocks.py``).
     """
-    form = module.weight.form
-    return partial(forward, module._parameters, module.weight, form.linear if fills else form.as_given)
+    return partial(forward, module, fills)
 
 
-def forward(
-    parameters: dict[str, Any], weight: PackedWeight, multiply: Callable[..., Tensor], input: Tensor
-) -> Tensor:
-    """In the place of ``Linear.forward``, of the layer with these ``parameters``."""
-    bias, passing = parameters["bias"], under_way()
+def forward(module: torch.nn.Linear, fills: bool, input: Tensor) -> Tensor:
+    """In the place of ``Linear.forward``."""
+    parameters: dict[str, Any] = module._parameters
+    weight, bias, passing = parameters["weight"], parameters["bias"], under_way()
     # another thread's pass has put this here, or the weight has been unpacked since, or the call is an unusual one
-    usual = passing is None or parameters["weight"] is not weight or type(input) is not Tensor
+    usual = passing is None or type(weight) is not PackedWeight or type(input) is not Tensor
     usual = usual or input.dtype is not weight.kind or not input.is_cpu or not input.numel()
     if usual or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return functional.linear(input, parameters["weight"], bias)
+        return functional.linear(input, weight, bias)
+    multiply: Callable[[Tensor, Tensor | None], Tensor] = weight.form.linear if fills else weight.form.as_given
     if passing is None or passing.real is None:
         return multiply(input, bias)
     return on_real(input, weight.numbers, lambda states: multiply(states, bias))
