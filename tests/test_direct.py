@@ -156,3 +156,13 @@ def test_a_copy_made_within_a_pass_is_a_model_like_any_other():
             assert torch.allclose(other(states), usual, atol=1e-5)
         assert torch.allclose(other(states), usual, atol=1e-5)
         assert type(other[0].weight) is torch.nn.Parameter
+
+
+def test_a_part_that_a_model_compiles_by_itself_calls_back(found):
+    model, states = packed_model(), torch.randn(3, 32)
+    torch._dynamo.reset()
+    part = torch.compile(lambda states: model(states), backend="eager")
+    with torch.no_grad():
+        usual = model(states)
+        with ThinProducts(model).over(3):
+            assert torch.allclose(part(states), usual, atol=1e-5)

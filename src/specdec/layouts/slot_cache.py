@@ -122,8 +122,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write (B, heads, W, head size) at the round's columns; return the whole buffer."""
         width, start = key_states.shape[-2], self.where.start
-        # a layer may be on another device than the ids
-        rows, columns = (one.to(key_states.device) for one in (self.where.rows, self.where.columns))
+        if start is None:  # a layer may be on another device than the ids
+            rows, columns = (one.to(key_states.device) for one in (self.where.rows, self.where.columns))
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if start is not None:
                 buffer[:, :, start : start + width] = states
