@@ -39,8 +39,7 @@ def forward(module: torch.nn.Linear, fills: bool, input: Tensor) -> Tensor:
     # another thread's pass has put this here, or the weight has been unpacked since, or the call is an unusual one
     usual = passing is None or type(weight) is not PackedWeight or type(input) is not Tensor
     usual = usual or input.dtype is not weight.kind or not input.is_cpu or not input.numel()
-    usual = usual or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-    if usual or torch.compiler.is_compiling():  # a part that a model compiles by itself
+    if usual or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return functional.linear(input, weight, bias)
     multiply: Callable[[Tensor, Tensor | None], Tensor] = weight.form.linear if fills else weight.form.as_given
     if passing is None or passing.real is None:
