@@ -451,8 +451,10 @@ def test_static_cache_by_name(make, batch):
 @pytest.mark.parametrize("new", [1, 2, 3, 4])
 def test_a_static_cache_has_room_for_no_more_than_the_text(new):
     options = {**DICT, "cache_implementation": "static", "max_new_tokens": new}
-    wanted = copy.deepcopy(llama()).generate(**prompts(3), **options)
-    got = speculative(copy.deepcopy(llama()), "ngram").generate(**prompts(3), **options)
+    make = llama.__wrapped__  # a model of its own: transformers keeps the longest static cache with a model
+    wanted = make().generate(**prompts(3), **options)
+    with pytest.warns(UserWarning, match="of its cache") if new == 3 else nullcontext():
+        got = speculative(make(), "ngram").generate(**prompts(3), **options)
     assert got.sequences.tolist() == wanted.sequences.tolist()
     assert_same_cache(got[CACHE], wanted[CACHE])
 
