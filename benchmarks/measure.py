@@ -139,14 +139,20 @@ class Stamps(BaseStreamer):
 
 @contextmanager
 def noted_forwards(model: Any, clock: Clock) -> Iterator[list[tuple[int, int, Any, Any]]]:
-    """Rows, width, and marks before and behind every forward of ``model`` while the block runs."""
+    """Rows, width, and marks before and behind every forward of ``model`` while the block runs.
+
+    Those of graphs are not seen: a call may make one at any time, and what takes the time cannot be traced.
+    """
     noted: list[tuple[int, int, Any, Any]] = []
     begun: list[Any] = []
 
     def before(module: Any, arguments: Any, named: Any) -> None:
-        begun.append(clock.mark())
+        if not torch.compiler.is_compiling():
+            begun.append(clock.mark())
 
     def behind(module: Any, arguments: Any, named: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         ids = named.get("input_ids", arguments[0] if arguments else None)
         ids = named["inputs_embeds"] if ids is None else ids
         noted.append((ids.shape[0], ids.shape[1], begun.pop(), clock.mark()))

@@ -218,8 +218,6 @@ def warm_up(
     if found is None:
         return "none of these prompts comes with a prediction of the answer"
     try:
-        if contestant.compiles:  # what takes the times cannot be traced
-            contestant.call(found[1], found[0], None, WARM_UP)
         measured(
             lambda streamer: contestant.call(found[1], found[0], streamer, WARM_UP),
             inputs=found[1],

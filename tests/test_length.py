@@ -439,8 +439,9 @@ def test_a_batch_must_promise_more_than_a_row():
 
 
 def opened(
-    rule, *, room, opening=0.3, prompt=8.0, columns=1000, rounds=60, acceptance=0.8, cost=0.3, seed=0, rows=1
-):
+    rule, *, room, opening=0.3, prompt=8.0, columns=1000, rounds=60, acceptance=0.8, cost=0.3, seed=0, rows=1,
+    disturbed=0.0,
+):  # fmt: skip
     """The rounds in which a draft that has a prompt to feed was let guess."""
     random, guessed = np.random.default_rng(seed), []
     rule.fed(prompt, rows, columns)
@@ -451,7 +452,7 @@ def opened(
             drafted, pay = asked, 0.0 if guessed else opening * prompt
             guessed.append(number)
         kept = (random.random((rows, drafted)) < acceptance).cumprod(axis=1).sum(axis=1)
-        rule.observe(outcome(drafted, kept), 1 + cost * drafted + pay)
+        rule.observe(outcome(drafted, kept), 1 + (cost + disturbed) * drafted + pay)
     return guessed
 
 
@@ -539,6 +540,19 @@ def test_what_a_draft_was_not_asked_is_not_held_against_it():
     for _ in range(5):
         assert not opened(memory.recall(1, False), room=8, rounds=8)
     assert opened(memory.recall(1, False), room=200)[0] == 0
+
+
+@pytest.mark.parametrize(("disturbed", "again"), [(1.0, 4), (3.0, 6)])
+def test_short_calls_together_wait_for_a_draft_whose_first_rounds_were_disturbed(disturbed, again):
+    """None of them alone may pay for its prompt, 2.4 rounds of their 60; what seems hopeless waits for 384."""
+    memory, tried = Memory(), []
+    for call in range(10):
+        more = 0.0 if call else disturbed
+        rounds = opened(memory.recall(1, False), room=60, acceptance=0.9, cost=0.1, disturbed=more)
+        tried.append(len(rounds))
+    assert 0 < tried[0] < 5
+    assert not any(tried[1:again])
+    assert min(tried[again:]) > 30, "one look is enough to see what it takes"
 
 
 def test_a_draft_that_was_told_not_to_guess_was_not_tried_in_any_row():
@@ -698,11 +712,11 @@ def test_a_probe_may_cost_its_share_of_the_rounds_before_it_and_must_be_fed_what
     rule.fed(3.0 + 4 * 25, 4, 26)
     for number in range(200):
         rule.next(1000)
-        # a guess is too dear to promise a gain: 0.001 × (103 + 4 n) of (LAG + 1 + n) / 100
+        # a guess is too dear to promise a gain: 0.001 × (103 + 4 n) of n / 100
         if number and rule.begins(Opening(0.001, 5.0)):
             break
         rule.observe(outcome(0, np.zeros(4, dtype=np.int64)), 1.0)
-    assert number == 9
+    assert number == 18
 
 
 def test_a_rule_within_another_knows_nothing_of_its_clock():

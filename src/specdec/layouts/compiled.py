@@ -142,23 +142,22 @@ class CompiledSteps:
 
     def _first(self, model: Any, inputs: dict[str, Any], cache: SlotCache, needed: int) -> Tensor | None:
         """Make the graph for a shape and compare its scores with those of an eager pass."""
-        eager = _step(model, inputs)[:, :needed].clone()
-        captured = BACKEND == "inductor" and captures(eager.device)
-        settings: dict[str, Any] = {
-            "fullgraph": True,
-            "dynamic": False,
-            "backend": BACKEND,
-            "mode": "reduce-overhead" if captured else None,
-            "isolate_recompiles": True,  # every shape has a cache of its own: nothing is searched, no limit is met
-        }
-        with happens_once():  # the clock shall see the eager pass only
+        with happens_once():
+            eager = _step(model, inputs)[:, :needed].clone()
+            captured = BACKEND == "inductor" and captures(eager.device)
+            settings: dict[str, Any] = {
+                "fullgraph": True,
+                "dynamic": False,
+                "backend": BACKEND,
+                "mode": "reduce-overhead" if captured else None,
+                "isolate_recompiles": True,  # every shape has a cache of its own: no search, no limit
+            }
             graph = torch.compile(_step, **settings)
-            scores = _replay(graph, model, inputs, cache)
-            if not close(scores[:, :needed], eager):
+            if not close(_replay(graph, model, inputs, cache)[:, :needed], eager):
                 self.refuse(model, "a compiled pass did not give the scores of an eager one")
                 return None
             self._graphs[_shape(inputs, cache)] = graph
-            return scores
+        return _replay(graph, model, inputs, cache)  # once more, for the clock: a pass as all others will be
 
     def refuse(self, model: Any, reason: str) -> None:
         """Run ``model`` eagerly from now on, and say why."""

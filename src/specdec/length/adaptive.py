@@ -50,6 +50,7 @@ class Learnt:
             asks a model for the rest, wide rounds are cheap when copied, and say nothing of the model's price.
         undrafted: seconds of rounds that asked for no guesses, but may have some that a grammar foresaw.
         foreseen: (2,) how many such guesses were judged, and how many of these kept.
+        waited: rounds without guesses of a draft since the last ones with, in whatever call.
     """
 
     def __init__(self, timings: Timings | Assumed) -> None:
@@ -58,6 +59,7 @@ class Learnt:
         self.told: tuple[Timings | Assumed, Acceptance] = (timings.afresh(), Acceptance(MOST))
         self.undrafted = timings.afresh()
         self.foreseen = np.full(2, PRIOR_WEIGHT)
+        self.waited = 0
         self.least = 0.0  # plain rounds that a guess of the draft model takes at least
 
     def of(self, told: bool) -> list[tuple[Timings | Assumed, Acceptance]]:
@@ -67,9 +69,7 @@ class Learnt:
     def another_text(self) -> Learnt:
         """For a call that begins: the same seconds, and counts of its own; another call may be under way."""
         other = copy.copy(self)
-        other.every, other.told = (
-            (timings, acceptance.another_text()) for timings, acceptance in (self.every, self.told)
-        )
+        other.every, other.told = ((seconds, kept.another_text()) for seconds, kept in (self.every, self.told))
         return other
 
     def doubt(self) -> None:
@@ -175,7 +175,7 @@ class Adaptive:
         # and is fed first, costs too much however seldom that is, as in a wide batch
         hopeless = not best_length(np.arange(1.0, self.most + 2), self._table)
         if hopeless or self._missed > CATCHING_UP:
-            return self._since >= 8 * LONGEST_WAIT
+            return self._learnt.waited >= 8 * LONGEST_WAIT
         affordable = ceil((float(self._table[1] / self._table[0]) - 1) / PROBES)
         return self._since >= min(affordable, FIRST_WAIT << self._failed, LONGEST_WAIT)
 
@@ -187,9 +187,8 @@ class Adaptive:
             return 0
         judged, kept = self._learnt.foreseen
         made = (runs[:, None] > np.arange(widest)).mean(axis=0)
-        return best_length(
-            tokens_per_round(made * (kept / judged) ** np.arange(1, widest + 1)), table[: widest + 1]
-        )
+        tokens = tokens_per_round(made * (kept / judged) ** np.arange(1, widest + 1))
+        return best_length(tokens, table[: widest + 1])
 
     def goes_on(self, chances: np.ndarray) -> bool:
         """See ``DraftLength.goes_on``."""
@@ -235,7 +234,7 @@ class Adaptive:
             wider = self._rows * token / plain
             rate = max(speed(PRIOR, opening.reading, n, verify=1 + n * wider) for n in range(5)) / plain
         saved = min(self._left, FORESEEN) * (plain - self._least_gain / rate)
-        return price <= max(saved / PREMIUM, PROBES * self._since * plain)
+        return price <= max(saved / PREMIUM, PROBES * self._learnt.waited * plain)
 
     def _pays(self, alive: float, kept: float, drafted: int) -> bool:
         """The next guess behind ``drafted``, or some next ones, are worth their seconds at the present rate.
@@ -271,14 +270,15 @@ class Adaptive:
         for timings, _ in self._learnt.of(told or not width):
             if not width or (self._asked and self._since <= LAG):
                 timings.add(width, seconds)
-            elif self._asked:  # the draft may have had to catch up
-                timings.at_most(width, seconds)
+            elif self._asked:  # the draft may have had to catch up, or to read its prompt
+                timings.at_most(width, max(seconds - self._opened, float(self._table[0])))
         if not self._asked:
             self._learnt.undrafted.add(width, seconds)
             if width:
                 kept, failed = int(accepted.sum()), int((lengths > accepted).sum())
                 self._learnt.foreseen = FADE * self._learnt.foreseen + [kept + failed, kept]
             self._since += 1
+            self._learnt.waited += 1
             return
         self._idle = 0 if told else self._idle
         for _, acceptance in self._learnt.of(told):
@@ -297,4 +297,4 @@ class Adaptive:
             self._failed += 1
         elif not self._probing:
             self._failed = 0
-        self._since = 0
+        self._since = self._learnt.waited = 0
