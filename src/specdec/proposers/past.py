@@ -42,7 +42,8 @@ def _weights(model: Any) -> tuple[int, int]:
         own = [*module._parameters.values(), *module._buffers.values()]
         tensors = [one for one in own if one is not None and one.ndim > 1]
         if module is not table:
-            read += sum(one.nbytes for one in tensors)
+            # a matrix in a kernel's own form is no buffer, and its layer says how much that is
+            read += sum(one.nbytes for one in tensors) + getattr(module, "kernel_bytes", 0)
         if module is not table and module is not head:
             size: list[Any] = [getattr(module, name, None) for name in ("in_features", "out_features")]
             # whatever the weights of a linear layer are stored as

@@ -1,10 +1,11 @@
 """A draft with 4-bit or 8-bit weights, on the kernels that torch itself has.
 
 int8: one scale a row of the matrix. int4: one scale and one zero for every 32 neighbours of a row. Activations stay
-as they are, but on a CPU they are made bfloat16: torch's kernels there compute other dtypes number by number. A
-draft reads a quarter or half of the bytes and guesses a little worse; the target is never quantised, so the
-output's law is untouched. With the target's own weights this is self-speculation without a second checkpoint
-(QuantSpec, Tiwari et al. 2502.10424, without its cache). Knows nothing of rounds. Read next: ``head.py``.
+as they are, but on a CPU they are made bfloat16: torch's kernels there compute other dtypes number by number. Where
+the processor multiplies bytes, int8 has eight bits on both sides (``integer.py``). A draft reads a quarter or half
+of the bytes and guesses a little worse; the target is never quantised, so the output's law is untouched. With the
+target's own weights this is self-speculation without a second checkpoint (QuantSpec, Tiwari et al. 2502.10424,
+without its cache). Knows nothing of rounds. Read next: ``integer.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specdec.errors import InvalidInput, UnsupportedModel
+from specdec.weights import graphs, integer
 from specdec.weights.adapters import without_adapters
 from specdec.weights.filling import on_real
 from specdec.weights.packed import PackedWeight
@@ -124,14 +126,12 @@ class _Quantized(torch.nn.Module):
         return on_real(states, self.in_features * self.out_features, self._forward)
 
     def _forward(self, states: Tensor) -> Tensor:
-        if self._given and states.numel() >= self._wide() * self.in_features:
+        if self._given and self._wide(states):
             given = self._given[0]
             return functional.linear(states, given.weight, given.bias)
-        rows = states.reshape(-1, self.in_features).contiguous()
-        out = self._multiply(rows.to(self.scales.dtype)).to(states.dtype)
-        if self.bias is not None:
-            out = out + self.bias
-        return out.view(*states.shape[:-1], self.out_features)
+        out = self._multiply(states if states.dtype == self.scales.dtype else states.to(self.scales.dtype))
+        out = out.to(states.dtype)
+        return out if self.bias is None else out + self.bias
 
     @property
     def weight(self) -> Tensor:
@@ -142,17 +142,23 @@ class _Quantized(torch.nn.Module):
         unit = torch.eye(self.in_features, dtype=self.scales.dtype, device=self.scales.device)
         return self._multiply(unit).t().to(self._like.dtype)
 
-    def _wide(self) -> float:
-        """Tokens in a pass from which on the given weight is faster."""
-        if not torch.compiler.is_compiling() and getattr(_here, "alike", False):
-            return math.inf
+    def _wide(self, states: Tensor) -> bool:
+        """Whether the given weight is faster for ``states`` (..., K)."""
+        if _alike():
+            return False
         weight = self._given[0].weight
+        least: float = WIDE[self.kind, weight.device.type]
         if weight.device.type == "cpu" and not MULTIPLIES_BFLOAT16:
-            return WIDE_PACKED if isinstance(weight, PackedWeight) else math.inf
-        return WIDE[self.kind, weight.device.type]
+            least = WIDE_PACKED if isinstance(weight, PackedWeight) else math.inf
+        return bool(states.numel() >= least * self.in_features)
 
     def _multiply(self, states: Tensor) -> Tensor:
-        """(R, N) in the kernel's dtype, which is that of the scales, from states (R, K) in it."""
+        """(..., N) in the kernel's dtype, which is that of the scales, from states (..., K) in it."""
+        rows = states.reshape(-1, self.in_features).contiguous()
+        return self._multiply_rows(rows).view(*states.shape[:-1], self.out_features)
+
+    def _multiply_rows(self, states: Tensor) -> Tensor:
+        """The same for states (R, K)."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -173,7 +179,7 @@ class Int8Linear(_Quantized):
     """Eight bits a weight and one scale a row: w ≈ q · scale, q in -127 ... 127."""
 
     kind = "int8"
-    quantized: Tensor
+    quantized: Any
 
     def __init__(self, layer: torch.nn.Linear, keep: bool) -> None:
         super().__init__(layer, keep)
@@ -182,7 +188,10 @@ class Int8Linear(_Quantized):
         scales = (largest / 127).clamp(min=1e-12).to(_kernel_dtype(weight))
         parts = zip(torch.split(weight, ROWS), torch.split(scales.float(), ROWS), strict=True)
         self.register_buffer("scales", scales)
-        self.register_buffer("quantized", torch.cat([_int8(part, scale) for part, scale in parts]))
+        quantized = torch.cat([_int8(part, scale) for part, scale in parts])
+        self.held = integer.Bytes(quantized, scales) if _in_bytes(weight) else None
+        self.register_buffer("quantized", quantized if self.held is None else None)
+        self.kernel_bytes = 0 if self.held is None else quantized.nbytes
 
     @staticmethod
     def takes(layer: torch.nn.Linear) -> bool:
@@ -192,7 +201,26 @@ class Int8Linear(_Quantized):
         fits = weight.device.type == "cuda" or (weight.device.type == "cpu" and weight.shape[1] % GROUP == 0)
         return fits and weight.dtype in DTYPES
 
+    def _forward(self, states: Tensor) -> Tensor:
+        if self.held is None or not integer.few(states) or _alike():
+            return super()._forward(states)
+        if torch.compiler.is_compiling():
+            out = graphs.packed_linear(states, None, self.held.number, self.out_features)
+        else:
+            out = self.held.beside_others(states, together=True)  # at once: between matrices Python is cold
+        return out if self.bias is None else out + self.bias
+
+    def _wide(self, states: Tensor) -> bool:
+        return super()._wide(states) if self.held is None or _alike() else not integer.few(states)
+
     def _multiply(self, states: Tensor) -> Tensor:
+        if self.held is None:
+            return super()._multiply(states)
+        if torch.compiler.is_compiling():
+            return graphs.packed_linear(states, None, self.held.number, self.out_features)
+        return self.held.beside_others(states, together=integer.few(states) and not _alike())
+
+    def _multiply_rows(self, states: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(states, self.quantized, self.scales)
 
 
@@ -228,13 +256,24 @@ class Int4Linear(_Quantized):
         fits = rows % 16 == 0 and columns % GROUP == 0
         return fits and weight.dtype in DTYPES and weight.device.type == "cpu"
 
-    def _multiply(self, states: Tensor) -> Tensor:
+    def _multiply_rows(self, states: Tensor) -> Tensor:
         if self.on_cpu:
             return torch._weight_int4pack_mm_for_cpu(states, self.packed, GROUP, self.scales)
         return torch._weight_int4pack_mm(states, self.packed, GROUP, self.scales)  # pragma: no cover
 
 
 KINDS: dict[str, Any] = {"int4": Int4Linear, "int8": Int8Linear}
+
+
+def _alike() -> bool:
+    """Passes of all widths shall be computed alike."""
+    alike: bool = not torch.compiler.is_compiling() and getattr(_here, "alike", False)
+    return alike
+
+
+def _in_bytes(weight: Tensor) -> bool:
+    """Whether activations are rounded as well."""
+    return weight.device.type == "cpu" and MULTIPLIES_BFLOAT16 and integer.available()
 
 
 def _kernel_dtype(weight: Tensor) -> torch.dtype:

@@ -1,0 +1,141 @@
+"""Eight bits on both sides: the kernel against whole numbers multiplied by hand, and what is rounded only once."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn import functional
+
+from specdec import SpeculativeGenerator, quantize_draft
+from specdec.testing import ragged_prompt, tiny_llama
+from specdec.weights import integer
+from specdec.weights.integer import LARGEST, Bytes, few
+
+pytestmark = pytest.mark.skipif(
+    not integer.available(), reason="this processor has no instructions for products of bytes (VNNI, AMX)"
+)
+
+
+def matrix(rows=48, columns=64):
+    torch.manual_seed(0)
+    return torch.randint(-LARGEST, LARGEST + 1, (rows, columns), dtype=torch.int8), torch.rand(rows) / 1000
+
+
+def by_hand(states, numbers, scales, together):
+    """In float64, from bytes that are rounded as they should be."""
+    states = states.double()
+    top = states.abs().amax() if together else states.abs().amax(dim=-1, keepdim=True)
+    rounded = (states / top * LARGEST + 0.5).floor()
+    return functional.linear(rounded, numbers.double() * scales.double()[:, None]) * top / LARGEST
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (2, 64), (3, 64), (8, 1, 64), (3, 2, 64), (2, 5, 64), (2, 2, 1, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_the_rounded_numbers(shape, dtype):
+    numbers, scales = matrix()
+    held = Bytes(numbers, scales)
+    states = (torch.randn(shape) * torch.logspace(-1, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))).to(dtype)
+    together = few(states)
+    assert together == (shape not in ((3, 64), (2, 5, 64)))
+    for got in (held.linear(states, None), held.beside_others(states, together=together)):
+        assert got.dtype == dtype
+        wanted = by_hand(states, numbers, scales, together)
+        exact = 1e-5 if dtype == torch.float32 else 2**-7
+        # a number in the middle between two bytes may go either way
+        either = scales.double().max() * LARGEST * states.double().abs().max() / LARGEST
+        near = (got.double() - wanted).abs() <= exact * wanted.abs() + 1e-6
+        assert near.float().mean() > 0.9
+        assert ((got.double() - wanted).abs() <= exact * wanted.abs() + 2 * either).all()
+
+
+def test_a_scale_for_each_token_hears_no_neighbour_and_a_common_one_does():
+    held = Bytes(*matrix())
+    quiet, loud = torch.randn(1, 64), 100 * torch.randn(1, 64)
+    both = torch.cat([quiet, loud])
+    alone = held.beside_others(quiet, together=True)
+    torch.testing.assert_close(held.beside_others(both, together=False)[:1], alone)
+    assert not torch.allclose(held.beside_others(both, together=True)[:1], alone, rtol=0.05)
+
+
+def test_zeros_biases_and_the_matrix_itself():
+    numbers, scales = matrix()
+    held, bias = Bytes(numbers, scales), torch.randn(48)
+    for shape in ((1, 64), (3, 64)):
+        assert not held.linear(torch.zeros(shape), None).any()
+        assert torch.equal(held.linear(torch.zeros(shape), bias), bias.expand(shape[0], -1))
+    assert torch.equal(held.dense(), numbers)
+    states = torch.randn(1, 64)
+    again = pickle.loads(pickle.dumps(held))
+    assert copy.deepcopy(held) is held
+    assert again.number != held.number
+    assert torch.equal(again.linear(states, None), held.linear(states, None))
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """How often something was rounded."""
+    made, real = [], integer._rounded
+    monkeypatch.setattr(integer, "_rounded", lambda states, together: made.append(1) or real(states, together))
+    integer._here.__dict__.clear()
+    return made
+
+
+def test_what_several_matrices_multiply_is_rounded_once(rounds):
+    one, other = Bytes(*matrix()), Bytes(*matrix(32))
+    states = torch.randn(2, 1, 64)
+    wanted = other.linear(states, None)
+    rounds.clear()
+    one.beside_others(states, together=True)
+    assert torch.equal(other.beside_others(states, together=True), wanted)
+    assert len(rounds) == 1
+
+
+def test_what_is_no_longer_the_same_is_rounded_again(rounds):
+    held = Bytes(*matrix())
+    states = torch.randn(2, 1, 64)
+    held.beside_others(states, together=True)
+    held.beside_others(states, together=False)
+    assert len(rounds) == 2, "another scale"
+    states.mul_(3)
+    assert torch.equal(
+        held.beside_others(states, together=False), held.beside_others(states.clone(), together=False)
+    )
+    assert len(rounds) == 4, "written into, and another tensor"
+    with torch.inference_mode():
+        states = torch.randn(2, 1, 64)
+        for _ in range(2):
+            got = held.beside_others(states, together=True)
+            assert torch.equal(got, held.linear(states, None))
+            states.mul_(3)  # nobody counts that
+    rounds.clear()
+    for _ in range(2):  # a graph writes into its buffers as it likes
+        held.linear(states, None)
+    assert len(rounds) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_a_draft_round_what_they_share_once_a_pass(rounds, dtype):
+    draft = quantize_draft(tiny_llama(num_hidden_layers=1, dtype=dtype), "int8")
+    ids = torch.arange(1, 5)
+    with torch.no_grad():
+        draft(ids[:, None])
+        assert len(rounds) == 5, "queries, keys and values; output; gate and up; down; head"
+        rounds.clear()
+        draft(ids[None])
+        assert not rounds, "a prompt goes through the weights given"
+    assert draft.lm_head.quantized is None, "held once"
+    assert draft.lm_head(torch.randn(4, 1, 32, dtype=dtype)).dtype == dtype
+
+
+def test_a_draft_guesses_as_well_in_a_batch_as_alone():
+    target = tiny_llama(num_hidden_layers=2)
+    draft = quantize_draft(target, "int8")
+    gen, kept = SpeculativeGenerator(target, draft, num_draft_tokens=3), []
+    for lengths in ((7,), (7, 7, 7, 7), (9, 7, 4, 6)):
+        prompt = ragged_prompt(lengths)
+        got = gen.generate(**prompt, max_new_tokens=24, do_sample=False)
+        assert torch.equal(got, target.generate(**prompt, max_new_tokens=24, do_sample=False))
+        assert (gen.stats.layout, gen.stats.draft_layout) == ("slots", "slots")
+        kept.append(gen.stats.acceptance_rate)
+    assert min(kept) > 0.75
