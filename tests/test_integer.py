@@ -11,6 +11,7 @@ from specdec import SpeculativeGenerator, quantize_draft
 from specdec.testing import ragged_prompt, tiny_llama
 from specdec.weights import integer
 from specdec.weights.integer import LARGEST, Bytes, few
+from specdec.weights.passing import Pass
 
 pytestmark = pytest.mark.skipif(
     not integer.available(), reason="this processor has no instructions for products of bytes (VNNI, AMX)"
@@ -38,9 +39,15 @@ def test_products_are_those_of_the_rounded_numbers(shape, dtype):
     states = (torch.randn(shape) * torch.logspace(-1, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))).to(dtype)
     together = few(states)
     assert together == (shape not in ((3, 64), (2, 5, 64)))
-    for got in (held.linear(states, None), held.beside_others(states, together=together)):
+    with Pass(of_draft=True):
+        shared = held.linear(states, None)
+    for got, one in (
+        (shared, together),
+        (held.linear(states, None), False),
+        (held.beside_others(states, together=together), together),
+    ):
         assert got.dtype == dtype
-        wanted = by_hand(states, numbers, scales, together)
+        wanted = by_hand(states, numbers, scales, one)
         exact = 1e-5 if dtype == torch.float32 else 2**-7
         # a number in the middle between two bytes may go either way
         either = scales.double().max() * LARGEST * states.double().abs().max() / LARGEST
@@ -76,7 +83,7 @@ def test_zeros_biases_and_the_matrix_itself():
 def rounds(monkeypatch):
     """How often something was rounded."""
     made, real = [], integer._rounded
-    monkeypatch.setattr(integer, "_rounded", lambda states, together: made.append(1) or real(states, together))
+    monkeypatch.setattr(integer, "_rounded", lambda states, one: made.append(one) or real(states, one))
     integer._here.__dict__.clear()
     return made
 
@@ -86,8 +93,8 @@ def test_what_several_matrices_multiply_is_rounded_once(rounds):
     states = torch.randn(2, 1, 64)
     wanted = other.linear(states, None)
     rounds.clear()
-    one.beside_others(states, together=True)
-    assert torch.equal(other.beside_others(states, together=True), wanted)
+    one.beside_others(states, together=False)
+    assert torch.equal(other.beside_others(states, together=False), wanted)
     assert len(rounds) == 1
 
 
@@ -105,7 +112,7 @@ def test_what_is_no_longer_the_same_is_rounded_again(rounds):
     with torch.inference_mode():
         states = torch.randn(2, 1, 64)
         for _ in range(2):
-            got = held.beside_others(states, together=True)
+            got = held.beside_others(states, together=False)
             assert torch.equal(got, held.linear(states, None))
             states.mul_(3)  # nobody counts that
     rounds.clear()
@@ -126,6 +133,31 @@ def test_layers_of_a_draft_round_what_they_share_once_a_pass(rounds, dtype):
         assert not rounds, "a prompt goes through the weights given"
     assert draft.lm_head.quantized is None, "held once"
     assert draft.lm_head(torch.randn(4, 1, 32, dtype=dtype)).dtype == dtype
+
+
+def test_a_target_hears_no_neighbour():
+    """Whatever stands beside a token: the law is that of the model by itself."""
+    target = quantize_draft(tiny_llama(num_hidden_layers=2), "int8", keep=False)
+    ids = torch.arange(1, 9).view(4, 2)
+    with torch.no_grad():
+        for width in (1, 2):
+            alone = torch.cat([target(row[None, :width]).logits for row in ids])
+            torch.testing.assert_close(target(ids[:, :width]).logits, alone)
+
+
+def test_only_a_drafts_passes_over_a_few_tokens_share_a_scale(rounds):
+    model, prompt = tiny_llama(num_hidden_layers=1), ragged_prompt((7, 7, 5))
+    for target, draft, share in (
+        (model, quantize_draft(model, "int8"), 0.9),  # the head behind the prompt is in no pass of ours
+        (quantize_draft(model, "int8", keep=False), "ngram", 0.0),
+    ):
+        gen = SpeculativeGenerator(target, draft, num_draft_tokens=3)
+        gen.generate(**prompt, max_new_tokens=12, do_sample=False)
+        rounds.clear()
+        gen.generate(**prompt, max_new_tokens=12, do_sample=False)
+        assert rounds
+        assert share <= sum(rounds) / len(rounds) <= share + 0.1
+        assert share or not any(rounds)
 
 
 def test_a_draft_guesses_as_well_in_a_batch_as_alone():

@@ -2,8 +2,9 @@
 
 Where a processor adds up products of bytes in one instruction (VNNI, AMX), oneDNN multiplies them at the speed of
 memory for many rows; torch's kernel for eight-bit weights alone does so for one (docs/weights.md). Activations get
-one scale a token, but the few that rows of a batch feed at once share one: as good for a draft (docs/decisions.md),
-and nothing is left to multiply afterwards. For drafts only. Knows no layer. Read next: ``head.py``.
+one scale a token, so that no token hears of its neighbours. In a pass of a draft, which owes nobody its bits, the few
+that rows of a batch feed at once share one: as good for guesses (docs/decisions.md), and nothing is left to multiply
+afterwards. Knows no layer. Read next: ``head.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.weights import graphs
+from specdec.weights import blocks, graphs
 
 FEW = 2  # tokens of a row in a pass: of a draft's step, and one that it has not seen yet
 ZERO = 128  # the byte that stands for 0
@@ -38,7 +39,7 @@ def available() -> bool:
 
 
 def few(states: Tensor) -> bool:
-    """Whether ``states`` (..., W, K) are few tokens of every row, which may share a scale."""
+    """Whether ``states`` (..., W, K) are few tokens of every row, which may share a scale in a draft's pass."""
     return states.numel() <= FEW * states.shape[-1] or (states.ndim > 2 and states.shape[-2] <= FEW)
 
 
@@ -58,7 +59,7 @@ class Bytes:
 
     def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """(..., N) from states (..., K), in their dtype."""
-        return self._times(states, bias, *_rounded(states, few(states)))
+        return self._times(states, bias, *_rounded(states, few(states) and blocks.drafting()))
 
     def beside_others(self, states: Tensor, *, together: bool) -> Tensor:
         """The same where other matrices are likely to multiply the same ``states``: they are rounded once.

@@ -22,6 +22,7 @@ from torch.nn import functional
 from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.weights import graphs, integer
 from specdec.weights.adapters import without_adapters
+from specdec.weights.blocks import drafting
 from specdec.weights.filling import on_real
 from specdec.weights.packed import PackedWeight
 from specdec.weights.share import shared_copy
@@ -129,8 +130,7 @@ class _Quantized(torch.nn.Module):
         if self._given and self._wide(states):
             given = self._given[0]
             return functional.linear(states, given.weight, given.bias)
-        out = self._multiply(states if states.dtype == self.scales.dtype else states.to(self.scales.dtype))
-        out = out.to(states.dtype)
+        out = self._multiply(states)
         return out if self.bias is None else out + self.bias
 
     @property
@@ -153,12 +153,12 @@ class _Quantized(torch.nn.Module):
         return bool(states.numel() >= least * self.in_features)
 
     def _multiply(self, states: Tensor) -> Tensor:
-        """(..., N) in the kernel's dtype, which is that of the scales, from states (..., K) in it."""
-        rows = states.reshape(-1, self.in_features).contiguous()
-        return self._multiply_rows(rows).view(*states.shape[:-1], self.out_features)
+        """(..., N) from states (..., K)."""
+        rows = states.reshape(-1, self.in_features).contiguous().to(self.scales.dtype)
+        return self._multiply_rows(rows).to(states.dtype).view(*states.shape[:-1], self.out_features)
 
     def _multiply_rows(self, states: Tensor) -> Tensor:
-        """The same for states (R, K)."""
+        """(R, N) in the kernel's dtype, which is that of the scales, from states (R, K) in it."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -207,7 +207,7 @@ class Int8Linear(_Quantized):
         if torch.compiler.is_compiling():
             out = graphs.packed_linear(states, None, self.held.number, self.out_features)
         else:
-            out = self.held.beside_others(states, together=True)  # at once: between matrices Python is cold
+            out = self.held.beside_others(states, together=drafting())  # at once: between matrices Python is cold
         return out if self.bias is None else out + self.bias
 
     def _wide(self, states: Tensor) -> bool:
@@ -218,7 +218,7 @@ class Int8Linear(_Quantized):
             return super()._multiply(states)
         if torch.compiler.is_compiling():
             return graphs.packed_linear(states, None, self.held.number, self.out_features)
-        return self.held.beside_others(states, together=integer.few(states) and not _alike())
+        return self.held.beside_others(states, together=False)
 
     def _multiply_rows(self, states: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(states, self.quantized, self.scales)
