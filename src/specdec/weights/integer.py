@@ -2,9 +2,9 @@
 
 Where a processor adds up products of bytes in one instruction (VNNI, AMX), oneDNN multiplies them at the speed of
 memory for many rows; torch's kernel for eight-bit weights alone does so for one (docs/weights.md). Activations get
-one scale a token, so that no token hears of its neighbours. In a pass of a draft, which owes nobody its bits, the few
-that rows of a batch feed at once share one: as good for guesses (docs/decisions.md), and nothing is left to multiply
-afterwards. Knows no layer. Read next: ``head.py``.
+one scale a token, so that no token hears of its neighbours. In a pass of a draft, which owes nobody its bits, the
+few that rows of a batch feed at once share one: as good for guesses (docs/decisions.md), and nothing is left to
+multiply afterwards. Knows no layer. Read next: ``head.py``.
 """
 
 from __future__ import annotations
