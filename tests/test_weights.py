@@ -38,19 +38,12 @@ from .contract import assert_untouched, bart, fingerprint, mamba2, t5
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 FORMS = {
     "int8": lambda model: quantize_draft(model, "int8", keep=False),
-    "int8 weights": lambda model: weights_alone(model),
+    "int8 and its own": lambda model: quantize_draft(model, "int8"),
     "int4": lambda model: quantize_draft(model, "int4"),
     "int4 alone": lambda model: quantize_draft(model, "int4", keep=False),
     "pruned": lambda model: prune_head(model, [3, 3, 7, 7, 7, 9], 32),
     "pruned int4": lambda model: quantize_draft(prune_head(model, [], 32), "int4", keep=False),
 }
-
-
-def weights_alone(model):
-    """A draft as it is made where processors multiply no bytes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integer, "available", lambda: False)
-        return quantize_draft(model, "int8", keep=False)
 
 
 def linears(model):
@@ -640,7 +633,7 @@ def test_which_weights_are_faster_is_the_processors_doing(monkeypatch, kind):
 
 
 def test_a_self_check_in_one_thread_leaves_wide_passes_in_another_alone():
-    draft, states = quantize_draft(tiny_llama(), "int8"), torch.randn(8, 32)
+    draft, states = quantize_draft(tiny_llama(), "int4"), torch.randn(8, 32)
     with ThreadPoolExecutor(1) as other, torch.no_grad():
         wanted = draft.lm_head(states)
         with all_alike():

@@ -1,10 +1,10 @@
 """Eight bits on both sides: a matrix of whole numbers times activations that are rounded to whole numbers.
 
 Where a processor adds up products of bytes in one instruction (VNNI, AMX), oneDNN multiplies them at the speed of
-memory for many rows; torch's kernel for eight-bit weights alone does so for one (docs/weights.md). Activations get
-one scale a token, so that no token hears of its neighbours. In a pass of a draft, which owes nobody its bits, the
-few that rows of a batch feed at once share one: as good for guesses (docs/decisions.md), and nothing is left to
-multiply afterwards. Knows no layer. Read next: ``head.py``.
+memory for many rows; torch's kernel for eight-bit weights alone does so for one (docs/weights.md). The tokens of a
+pass share one scale, which goes into the kernel: for the one or two that each row of a batch feeds to a draft that
+is as good as one each (docs/decisions.md); a prompt is left to other weights. For drafts only: tokens hear of their
+neighbours. Knows no layer. Read next: ``head.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.weights import blocks, graphs
+from specdec.weights import graphs
 
 FEW = 2  # tokens of a row in a pass: of a draft's step, and one that it has not seen yet
 ZERO = 128  # the byte that stands for 0
@@ -39,7 +39,7 @@ def available() -> bool:
 
 
 def few(states: Tensor) -> bool:
-    """Whether ``states`` (..., W, K) are few tokens of every row, which may share a scale in a draft's pass."""
+    """Whether ``states`` (..., W, K) are few tokens of every row, which may share a scale."""
     return states.numel() <= FEW * states.shape[-1] or (states.ndim > 2 and states.shape[-2] <= FEW)
 
 
@@ -59,20 +59,17 @@ class Bytes:
 
     def linear(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """(..., N) from states (..., K), in their dtype."""
-        return self._times(states, bias, *_rounded(states, few(states) and blocks.drafting()))
+        return self._times(states, bias, *_rounded(states))
 
-    def beside_others(self, states: Tensor, *, together: bool) -> Tensor:
-        """The same where other matrices are likely to multiply the same ``states``: they are rounded once.
-
-        Its tokens share a scale if ``together``.
-        """
-        made, which, rounded = getattr(_here, "rounded", (_nothing, None, None))
+    def beside_others(self, states: Tensor) -> Tensor:
+        """The same where other matrices are likely to multiply the same ``states``: they are rounded once."""
+        made, version, rounded = getattr(_here, "rounded", (_nothing, 0, None))
         # a tensor that keeps no count of what is written into it may be another by now
-        now = None if states.is_inference() else (states._version, together)
-        if rounded is None or now is None or made() is not states or which != now:
-            rounded = _rounded(states, together)
-            if now is not None:
-                _here.rounded = weakref.ref(states), now, rounded
+        counts = not states.is_inference()
+        if rounded is None or not counts or made() is not states or version != states._version:
+            rounded = _rounded(states)
+            if counts:
+                _here.rounded = weakref.ref(states), states._version, rounded
         return self._times(states, None, *rounded)
 
     def dense(self) -> Tensor:
@@ -80,14 +77,11 @@ class Bytes:
         numbers: Tensor = self._packed.to_dense().t()
         return numbers
 
-    def _times(self, states: Tensor, bias: Tensor | None, numbers: Tensor, top: float | Tensor) -> Tensor:
-        each = isinstance(top, Tensor)
-        scale = 1.0 / LARGEST if each else top / LARGEST
+    def _times(self, states: Tensor, bias: Tensor | None, numbers: Tensor, scale: float) -> Tensor:
         matrix = self._packed, self._scales, self._zeros, None
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             numbers, scale, ZERO, *matrix, 1.0, 0, states.dtype, "none", [], ""
         )
-        out = out.mul_(top) if each else out
         out = out if bias is None else out.add_(bias)
         return out.view(*states.shape[:-1], -1)
 
@@ -98,15 +92,12 @@ class Bytes:
         return Bytes, (self.dense().contiguous(), self._scales)
 
 
-def _rounded(states: Tensor, together: bool) -> tuple[Tensor, float | Tensor]:
-    """Bytes (R, K) for ``states`` (..., K), and what the largest stands for: one number, or one a row (R, 1)."""
+def _rounded(states: Tensor) -> tuple[Tensor, float]:
+    """Bytes (R, K) for ``states`` (..., K), and what one step of them stands for."""
     rows = states.reshape(-1, states.shape[-1])
-    if together:
-        low, high = torch.aminmax(rows)
-        top = max(-low.item(), high.item(), LEAST)
-        return torch.add(_half(), rows, alpha=LARGEST / top).to(torch.uint8), top
-    largest = rows.abs().amax(dim=-1, keepdim=True).float().clamp_(min=LEAST)
-    return (rows * (LARGEST / largest)).add_(_half()).to(torch.uint8), largest
+    low, high = torch.aminmax(rows)
+    scale = max(-low.item(), high.item(), LEAST) / LARGEST
+    return torch.add(_half(), rows, alpha=1 / scale).to(torch.uint8), scale
 
 
 @functools.cache

@@ -2,10 +2,10 @@
 
 int8: one scale a row of the matrix. int4: one scale and one zero for every 32 neighbours of a row. Activations stay
 as they are, but on a CPU they are made bfloat16: torch's kernels there compute other dtypes number by number. Where
-the processor multiplies bytes, int8 has eight bits on both sides (``integer.py``). A draft reads a quarter or half
-of the bytes and guesses a little worse; the target is never quantised, so the output's law is untouched. With the
-target's own weights this is self-speculation without a second checkpoint (QuantSpec, Tiwari et al. 2502.10424,
-without its cache). Knows nothing of rounds. Read next: ``integer.py``.
+the processor multiplies bytes, and the weights given serve prompts, int8 has eight bits on both sides
+(``integer.py``). A draft reads a quarter or half of the bytes and guesses a little worse; the target is never
+quantised, so the output's law is untouched. With the target's own weights this is self-speculation without a second
+checkpoint (QuantSpec, Tiwari et al. 2502.10424, without its cache). Knows nothing of rounds. Read next: ``integer.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.nn import functional
 from specdec.errors import InvalidInput, UnsupportedModel
 from specdec.weights import graphs, integer
 from specdec.weights.adapters import without_adapters
-from specdec.weights.blocks import drafting
 from specdec.weights.filling import on_real
 from specdec.weights.packed import PackedWeight
 from specdec.weights.share import shared_copy
@@ -96,7 +95,7 @@ def has_two_weights(model: Any) -> bool:
 
 
 class all_alike:
-    """While this lasts, wide passes in this thread go through few bits as well, to be compared with narrow ones."""
+    """While this lasts, wide passes in this thread are computed as narrow ones are, to be compared with them."""
 
     def __enter__(self) -> None:
         self._before = getattr(_here, "alike", False)
@@ -130,7 +129,10 @@ class _Quantized(torch.nn.Module):
         if self._given and self._wide(states):
             given = self._given[0]
             return functional.linear(states, given.weight, given.bias)
-        out = self._multiply(states)
+        rows = states.reshape(-1, self.in_features).contiguous()
+        out = (
+            self._multiply(rows.to(self.scales.dtype)).to(states.dtype).view(*states.shape[:-1], self.out_features)
+        )
         return out if self.bias is None else out + self.bias
 
     @property
@@ -153,11 +155,6 @@ class _Quantized(torch.nn.Module):
         return bool(states.numel() >= least * self.in_features)
 
     def _multiply(self, states: Tensor) -> Tensor:
-        """(..., N) from states (..., K)."""
-        rows = states.reshape(-1, self.in_features).contiguous().to(self.scales.dtype)
-        return self._multiply_rows(rows).to(states.dtype).view(*states.shape[:-1], self.out_features)
-
-    def _multiply_rows(self, states: Tensor) -> Tensor:
         """(R, N) in the kernel's dtype, which is that of the scales, from states (R, K) in it."""
         raise NotImplementedError
 
@@ -189,7 +186,7 @@ class Int8Linear(_Quantized):
         parts = zip(torch.split(weight, ROWS), torch.split(scales.float(), ROWS), strict=True)
         self.register_buffer("scales", scales)
         quantized = torch.cat([_int8(part, scale) for part, scale in parts])
-        self.held = integer.Bytes(quantized, scales) if _in_bytes(weight) else None
+        self.held = integer.Bytes(quantized, scales) if keep and _in_bytes(weight) else None
         self.register_buffer("quantized", quantized if self.held is None else None)
         self.kernel_bytes = 0 if self.held is None else quantized.nbytes
 
@@ -202,25 +199,19 @@ class Int8Linear(_Quantized):
         return fits and weight.dtype in DTYPES
 
     def _forward(self, states: Tensor) -> Tensor:
-        if self.held is None or not integer.few(states) or _alike():
+        if self.held is None:
             return super()._forward(states)
+        # bytes are not compared with one another either: a last bit moves numbers to the next byte
+        if not integer.few(states) or _alike():
+            given = self._given[0]
+            return functional.linear(states, given.weight, given.bias)
         if torch.compiler.is_compiling():
             out = graphs.packed_linear(states, None, self.held.number, self.out_features)
         else:
-            out = self.held.beside_others(states, together=drafting())  # at once: between matrices Python is cold
+            out = self.held.beside_others(states)  # at once: between matrices Python is cold
         return out if self.bias is None else out + self.bias
 
-    def _wide(self, states: Tensor) -> bool:
-        return super()._wide(states) if self.held is None or _alike() else not integer.few(states)
-
     def _multiply(self, states: Tensor) -> Tensor:
-        if self.held is None:
-            return super()._multiply(states)
-        if torch.compiler.is_compiling():
-            return graphs.packed_linear(states, None, self.held.number, self.out_features)
-        return self.held.beside_others(states, together=False)
-
-    def _multiply_rows(self, states: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(states, self.quantized, self.scales)
 
 
@@ -256,7 +247,7 @@ class Int4Linear(_Quantized):
         fits = rows % 16 == 0 and columns % GROUP == 0
         return fits and weight.dtype in DTYPES and weight.device.type == "cpu"
 
-    def _multiply_rows(self, states: Tensor) -> Tensor:
+    def _multiply(self, states: Tensor) -> Tensor:
         if self.on_cpu:
             return torch._weight_int4pack_mm_for_cpu(states, self.packed, GROUP, self.scales)
         return torch._weight_int4pack_mm(states, self.packed, GROUP, self.scales)  # pragma: no cover

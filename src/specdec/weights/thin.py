@@ -64,7 +64,6 @@ class ThinProducts:
         # only layers that are exchanged above, or whose weights are no plain ones, ask whose pass it is
         weights = [weight for module in modules for weight in module.parameters(recurse=False)]
         asks = self._faster[1] or any(type(weight) is not torch.nn.Parameter for weight in weights)
-        asks = asks or any(getattr(module, "kernel_bytes", 0) for module in modules)  # ``integer.py``
         self._of_draft = is_draft and bool(asks)
 
     def over(
