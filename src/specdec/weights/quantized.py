@@ -5,8 +5,7 @@ as they are, but on a CPU they are made bfloat16: torch's kernels there compute 
 the processor multiplies bytes, and the weights given serve prompts, int8 has eight bits on both sides
 (``integer.py``). A draft reads a quarter or half of the bytes and guesses a little worse; the target is never
 quantised, so the output's law is untouched. With the target's own weights this is self-speculation without a second
-checkpoint (QuantSpec, Tiwari et al. 2502.10424, without its cache). Knows nothing of rounds. Read next:
-``integer.py``.
+checkpoint (QuantSpec, 2502.10424, without its cache). Knows nothing of rounds. Read next: ``integer.py``.
 """
 
 from __future__ import annotations
