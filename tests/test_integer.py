@@ -3,14 +3,16 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from specdec import SpeculativeGenerator, quantize_draft
 from specdec.testing import ragged_prompt, tiny_llama
-from specdec.weights import integer
+from specdec.weights import filling, integer
 from specdec.weights.integer import LARGEST, Bytes, few
+from specdec.weights.passing import Pass
 from specdec.weights.quantized import all_alike
 
 pytestmark = pytest.mark.skipif(
@@ -52,7 +54,7 @@ def test_which_tokens_may_share_a_scale():
     """One or two of every row; of a prompt's the first is often far larger than all others."""
     for shape, shared in (
         ((1, 64), True), ((2, 64), True), ((3, 64), False), ((8, 1, 64), True), ((8, 2, 64), True),
-        ((2, 3, 64), False), ((1, 2, 64), True), ((64,), True),
+        ((2, 3, 64), False), ((1, 2, 64), True), ((64,), True), ((0, 64), False), ((0, 1, 64), False),
     ):  # fmt: skip
         assert few(torch.zeros(shape)) == shared
 
@@ -124,6 +126,26 @@ def test_layers_of_a_draft_round_what_they_share_once_a_pass(rounds, dtype):
     assert not rounds, "so does all that is compared"
     assert draft.lm_head.quantized is None, "held once"
     assert draft.lm_head(torch.randn(4, 1, 32, dtype=dtype)).dtype == dtype
+
+
+def test_tokens_that_only_fill_up_are_left_out_and_the_others_rounded(rounds, monkeypatch):
+    monkeypatch.setattr(filling, "MOVING", 1)
+    monkeypatch.setattr(filling, "TILES", 1)
+    head = quantize_draft(tiny_llama(num_hidden_layers=1), "int8").lm_head
+    states = torch.randn(8, 2, 32)
+    real = filling.real_tokens(np.array([2, 1, 2, 1, 2, 1, 2, 1]), 2, np.ones(8, dtype=bool))
+    with torch.no_grad():
+        wanted = head(states)
+        with Pass(real=real):
+            got = head(states)
+    assert len(rounds) == 2
+    torch.testing.assert_close(got[::2], wanted[::2], atol=0.1, rtol=0.1)
+    assert torch.equal(got[1::2, 1], got[1::2, 0])
+
+
+def test_no_tokens_at_all_are_the_given_weights_affair():
+    head = quantize_draft(tiny_llama(num_hidden_layers=1), "int8").lm_head
+    assert head(torch.zeros(0, 32)).shape == (0, 64)
 
 
 def test_without_other_weights_for_prompts_activations_stay_as_they_are():

@@ -39,8 +39,9 @@ def available() -> bool:
 
 
 def few(states: Tensor) -> bool:
-    """Whether ``states`` (..., W, K) are few tokens of every row, which may share a scale."""
-    return states.numel() <= FEW * states.shape[-1] or (states.ndim > 2 and states.shape[-2] <= FEW)
+    """Whether ``states`` (..., W, K) are few tokens of every row, but some, which may share a scale."""
+    numbers = states.numel()
+    return 0 < numbers <= FEW * states.shape[-1] or (numbers > 0 and states.ndim > 2 and states.shape[-2] <= FEW)
 
 
 class Bytes:

@@ -198,18 +198,24 @@ class Int8Linear(_Quantized):
         fits = weight.device.type == "cuda" or (weight.device.type == "cpu" and weight.shape[1] % GROUP == 0)
         return fits and weight.dtype in DTYPES
 
-    def _forward(self, states: Tensor) -> Tensor:
-        if self.held is None:
-            return super()._forward(states)
-        # bytes are not compared with one another either: a last bit moves numbers to the next byte
-        if not integer.few(states) or _alike():
-            given = self._given[0]
-            return functional.linear(states, given.weight, given.bias)
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., N) from hidden states (..., K)."""
+        # bytes are not compared with one another: a last bit moves numbers to the next byte
+        if self.held is None or not integer.few(states) or _alike():
+            return super().forward(states)
+        return on_real(states, self.in_features * self.out_features, self._round)
+
+    def _round(self, states: Tensor) -> Tensor:
+        """The same for few tokens, rounded."""
+        matrix: Any = self.held
         if torch.compiler.is_compiling():
-            out = graphs.packed_linear(states, None, self.held.number, self.out_features)
+            out = graphs.packed_linear(states, None, matrix.number, self.out_features)
         else:
-            out = self.held.beside_others(states)  # at once: between matrices Python is cold
+            out = matrix.beside_others(states)
         return out if self.bias is None else out + self.bias
+
+    def _wide(self, states: Tensor) -> bool:
+        return self.held is not None or super()._wide(states)
 
     def _multiply(self, states: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(states, self.quantized, self.scales)
