@@ -130,10 +130,9 @@ class _Quantized(torch.nn.Module):
             given = self._given[0]
             return functional.linear(states, given.weight, given.bias)
         rows = states.reshape(-1, self.in_features).contiguous()
-        out = (
-            self._multiply(rows.to(self.scales.dtype)).to(states.dtype).view(*states.shape[:-1], self.out_features)
-        )
-        return out if self.bias is None else out + self.bias
+        out = self._multiply(rows.to(self.scales.dtype)).to(states.dtype)
+        out = out if self.bias is None else out + self.bias
+        return out.view(*states.shape[:-1], self.out_features)
 
     @property
     def weight(self) -> Tensor:
